@@ -1,0 +1,35 @@
+"""Context-Pythia: GPT-NeoX models that cache one small context a token in place of keys and values.
+
+Importing the package registers the models with transformers' Auto classes, so that
+`AutoModelForCausalLM.from_pretrained` knows a saved Context-Pythia.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM, ContextPythiaModel
+
+__all__ = ["ContextPythiaConfig", "ContextPythiaForCausalLM", "ContextPythiaModel", "__version__"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("context_pythia.model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# The command must answer --help without waiting seconds for torch; its actions import the model when they need it.
+# `python -m context_pythia` shows as "-m" while the package itself is imported.
+if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").stem != "context-pythia":
+    importlib.import_module("context_pythia.model")

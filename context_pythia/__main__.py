@@ -1,0 +1,8 @@
+"""`python -m context_pythia` is the command `context-pythia`."""
+
+import sys
+
+from context_pythia.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

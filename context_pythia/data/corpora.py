@@ -1,0 +1,287 @@
+"""Where the text comes from: an iterator of documents over every kind of corpus that a recipe can name.
+
+Nothing here holds a corpus in memory: files are read in pieces, Hub data sets are streamed. A document is a file of the
+standard library (`builtin`), a text file, a line of JSONL, or a row of Parquet or of a Hub data set. A text file that
+stands alone is cut into about a hundred documents, since one document could not be split into training and validation.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from context_pythia.recipe import DataOptions
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+
+_NO_CORPUS_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_FILE_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_READ_BYTES = 1 << 20
+_LONGEST_PIECE = 1_000_000
+_SHORTEST_PIECE = 200
+_PIECES_OF_A_FILE = 100
+
+
+def documents(options: DataOptions) -> Iterator[str]:
+    """The documents of the corpus `options.data`, in an order that never changes; blank ones are left out.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for text that cannot be read (the file and the
+    line are named), ConnectionError when a Hub data set cannot be reached.
+    """
+    if options.data == "builtin":
+        texts = _builtin_documents()
+    elif (path := _local_path(options.data)) is None:
+        name, _, config = options.data.partition(":")
+        texts = hub_documents(name, options.data_split, options.text_field, config or None)
+    elif path.is_dir():
+        texts = (text for file in _files(path) for text in _file_documents(file, options.text_field, _LONGEST_PIECE))
+    else:
+        piece = path.stat().st_size // _PIECES_OF_A_FILE
+        texts = _file_documents(path, options.text_field, min(max(piece, _SHORTEST_PIECE), _LONGEST_PIECE))
+    return (text for text in texts if text and not text.isspace())
+
+
+def corpus_digest(options: DataOptions) -> str:
+    """Hex digest of the bytes that `documents` reads; of name and split for a Hub data set, which is not fetched."""
+    if options.data == "builtin":
+        kind, files = "builtin", _builtin_files()
+    elif (path := _local_path(options.data)) is None:
+        kind, files = f"hub {options.data} {options.data_split}", []
+    elif path.is_dir():
+        kind, files = "folder", _files(path)
+    else:
+        kind, files = "file", [path]
+    digest = hashlib.blake2b(f"{kind}\n".encode(), digest_size=16)
+    for file in files:
+        digest.update(f"{_suffix(file)} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_READ_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name`, for which there is no file, can be meant as `NAME` or `OWNER/NAME` on the Hugging Face Hub."""
+    if not _HUB_NAME.fullmatch(name) or name.lower().endswith((*SUFFIXES, *_FILE_SUFFIXES)):
+        return False
+    return not Path(name.partition("/")[0]).exists()
+
+
+def require_on_hub(kind: str, name: str) -> None:
+    """Asks the Hub once for the `kind` ("dataset" or "model") `name`, where the loaders would retry for a minute.
+
+    Raises FileNotFoundError if there is none of that name, ConnectionError if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no {kind} {name!r}: neither a file or folder here nor on the Hugging Face Hub"
+        ) from error
+    except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
+        raise ConnectionError(
+            f"cannot reach the Hugging Face Hub for the {kind} {name!r} ({_first_line(error)}): "
+            "connect to the network, or name a local file or folder"
+        ) from error
+
+
+def hub_documents(name: str, split: str, text_field: str, config: str | None = None) -> Iterator[str]:
+    """Streams the texts of a data set that `datasets` can load: `name` on the Hub, or a folder on this machine.
+
+    Raises what `documents` raises; ValueError also for a split, configuration or field that the data set lacks.
+    """
+    from datasets import load_dataset
+
+    if not Path(name).is_dir():
+        require_on_hub("dataset", name)
+    try:
+        try:
+            rows = load_dataset(name, config, split=split, streaming=True)
+        except ValueError as error:
+            raise ValueError(f"data set {name!r}: {' '.join(str(error).split())}") from error
+        for number, row in enumerate(rows, 1):
+            yield _text_of(row, text_field, f"data set {name!r}, row {number}")
+    except ValueError:
+        raise
+    except Exception as error:  # as in require_on_hub
+        raise ConnectionError(
+            f"data set {name!r} cannot be read ({_first_line(error)}): check the network, or name a local file"
+        ) from error
+
+
+def _local_path(data: str) -> Path | None:
+    """The file or folder that `data` names, None if it can only be a Hub data set."""
+    if not data.strip():
+        raise ValueError("data is empty: give builtin, a file, a folder or a Hub data set")
+    path = Path(data).expanduser()
+    if path.is_dir() or (path.is_file() and _suffix(path)):
+        return path
+    if path.is_file():
+        raise ValueError(f"{data}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
+    if not is_hub_name(data.partition(":")[0]):
+        raise FileNotFoundError(f"no such file or folder: {data}")
+    return None
+
+
+def _suffix(path: Path) -> str:
+    """The entry of SUFFIXES that ends the file's name, "" if there is none."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The corpus files under `folder` in path order, hidden ones left out."""
+    paths = ((path.relative_to(folder), path) for path in folder.rglob("*") if _suffix(path) and path.is_file())
+    files = [path for name, path in sorted(paths) if not any(part.startswith(".") for part in name.parts)]
+    if not files:
+        raise ValueError(f"{folder} is an empty corpus: it holds no {', '.join(SUFFIXES)} file")
+    return files
+
+
+def _builtin_files() -> list[Path]:
+    """The standard library's Python files in path order, without its tests.
+
+    Files that are generated when Python is built are left out, so that one Python version is one corpus everywhere.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        # Pruned in place, so that the walk never enters site-packages, which can be a hundred times larger.
+        subfolders[:] = [name for name in subfolders if not _no_corpus(name)]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not _no_corpus(name)]
+    return sorted(found)
+
+
+def _no_corpus(name: str) -> bool:
+    return name in _NO_CORPUS_FOLDERS or name.startswith(("config-", "_sysconfigdata"))
+
+
+def _builtin_documents() -> Iterator[str]:
+    for path in _builtin_files():
+        with tokenize.open(path) as file:
+            yield file.read()
+
+
+def _file_documents(path: Path, text_field: str, piece: int) -> Iterator[str]:
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet_documents(path, text_field)
+    elif suffix in TEXT_SUFFIXES:
+        with path.open("rb") as file:
+            yield from _pieces(path, file, piece)
+    elif suffix == ".jsonl":
+        with path.open("rb") as file:
+            yield from _jsonl_documents(path, file, text_field)
+    else:
+        try:
+            with gzip.open(path, "rb") as file:
+                yield from _jsonl_documents(path, file, text_field)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error}), fetch or pack it again") from error
+
+
+def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
+    """A text file in pieces of at most `longest` characters, cut after a blank line, a line or a word if possible."""
+    rest = ""
+    for text in _decoded(path, file):
+        rest += text
+        start = 0
+        while len(rest) - start > longest:
+            ends = (rest.rfind(mark, start, start + longest) + len(mark) for mark in ("\n\n", "\n", " "))
+            # A mark near the start would leave a piece too short to be worth a document.
+            end = next((end for end in ends if end > start + longest // 4), start + longest)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest
+
+
+def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
+    """UTF-8 text chunk by chunk, line ends as "\\n". Raises ValueError with line and byte where it is not UTF-8."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    offset, line, chunk = 0, 1, b" "
+    while chunk:
+        chunk = file.read(_READ_BYTES)
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            # `error.object` may begin with the unfinished character of the chunk before.
+            at = offset + len(chunk) - len(error.object) + error.start
+            line += error.object[: error.start].count(b"\n")
+            raise ValueError(_not_utf8(path, line, at)) from error
+        offset += len(chunk)
+        line += text.count("\n")
+        yield text
+
+
+def _not_utf8(path: Path, line: int, byte: int) -> str:
+    return f"{path}: not UTF-8 text at line {line}, byte {byte}; convert the file to UTF-8"
+
+
+def _jsonl_documents(path: Path, file: Any, text_field: str) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(_not_utf8(path, number, offset + error.start)) from error
+        offset += len(line)
+        if text.isspace() or not text:
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        yield _text_of(row, text_field, f"{path}, line {number}")
+
+
+def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(_no_field(str(path), text_field, names))
+            number = 0
+            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _text_of(row, text_field, f"{path}, row {number}")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+
+
+def _text_of(row: Any, text_field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with a field {text_field!r}, found {type(row).__name__}")
+    if text_field not in row:
+        raise ValueError(_no_field(where, text_field, row))
+    text = row[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field {text_field!r} holds {type(text).__name__}, not text")
+    return text
+
+
+def _no_field(where: str, text_field: str, fields: Any) -> str:
+    return f"{where}: no field {text_field!r}; set text_field to one of: {', '.join(map(str, fields)) or '(no fields)'}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

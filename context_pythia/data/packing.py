@@ -1,0 +1,332 @@
+"""From text to samples: tokenizer, split, and packed rows of tokens in a memory-mapped cache.
+
+A corpus is read once, as a stream. Its head (at most some 8 million characters) is held to place the split and to
+train the tokenizer; after that documents are tokenised batch by batch straight into memory maps, until both splits are
+full. The cache folder is named by a fingerprint of text, tokenizer and settings and appears whole or not at all.
+
+Split: a document belongs to validation if the hash of its text is small. So a split depends on nothing but the text,
+and copies of one document can never lie on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from context_pythia.data.corpora import corpus_digest, documents
+from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
+from context_pythia.recipe import DataOptions
+
+_FORMAT = 1
+_HEAD_CHARACTERS = 1 << 23
+_BATCH_CHARACTERS = 1 << 18
+_SMALLEST_VOCABULARY = 257  # every byte, and the end of text
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Samples over `tokens` [N, S+1], a read-only memory map: row i gives S inputs and the tokens that follow them."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+        self.sequence_length = tokens.shape[1] - 1
+        self.num_tokens = len(tokens) * self.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` [S] and `labels` [S], int64; the labels are already shifted: the target of each input token."""
+        row = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return {"input_ids": row[:-1], "labels": row[1:]}
+
+    def stream(self, start: int, stop: int) -> Tensor:
+        """Input tokens start:stop (as in a slice) [stop-start] of all samples written one after another, [N*S]."""
+        start, stop, _ = slice(start, stop).indices(self.num_tokens)
+        first, last = start // self.sequence_length, -(-stop // self.sequence_length)
+        inputs = self.tokens[first:last, :-1].astype(np.int64).reshape(-1)
+        offset = first * self.sequence_length
+        return torch.from_numpy(inputs[start - offset : max(start, stop) - offset])
+
+
+@dataclass
+class PackedData:
+    """Both splits, the tokenizer that made them, and what a report says of them."""
+
+    train: PackedDataset
+    validation: PackedDataset
+    tokenizer: PreTrainedTokenizerFast
+    summary: dict[str, Any]
+
+
+def load_data(options: DataOptions, progress: bool = True) -> PackedData:
+    """Packs the corpus of `options`, or opens what an earlier call packed from the same text with the same settings.
+
+    Raises ValueError or FileNotFoundError for options, text or tokenizers that cannot be used, a corpus shorter than
+    `samples` among them; ConnectionError for a Hub name without a network.
+    """
+    _validate(options)
+    tokenizer = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
+    digest = corpus_digest(options)
+    fingerprint = _fingerprint(options, digest, tokenizer)
+    root = Path(options.cache_dir).expanduser() if options.cache_dir else _default_cache()
+    folder = root / fingerprint
+    packed = _open(folder, options)
+    if packed is None:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".packing-", dir=root) as temporary:
+            made = Path(temporary, "packed")
+            _pack(options, tokenizer, made, progress)
+            if corpus_digest(options) != digest:
+                raise RuntimeError(f"{options.data} changed while it was read: run again when it is complete")
+            _publish(made, folder, options)
+        packed = _open(folder, options)
+        if packed is None:
+            raise OSError(f"{folder} cannot be read back: delete it, or choose another cache_dir")
+    train, validation, trained, counts = packed
+    tokenizer = tokenizer or trained
+    assert tokenizer is not None
+    summary = {
+        "source": _name(options.data),
+        **counts,
+        "samples_train": len(train),
+        "samples_validation": len(validation),
+        "sequence_length": options.sequence_length,
+        "tokens_train": train.num_tokens,
+        "tokenizer": _name(options.tokenizer),
+        "vocab_size": vocabulary_rows(tokenizer),
+        "fingerprint": fingerprint,
+    }
+    return PackedData(train, validation, tokenizer, summary)
+
+
+def _validate(options: DataOptions) -> None:
+    if options.samples < 2:
+        raise ValueError(f"samples={options.samples}: at least 2 are needed, one to train and one to validate on")
+    if options.sequence_length < 1:
+        raise ValueError(f"sequence_length={options.sequence_length}: at least 1 token is needed")
+    if not 0 < options.validation_fraction < 1:
+        raise ValueError(f"validation_fraction={options.validation_fraction}: must lie between 0 and 1")
+    if options.tokenizer == "train" and options.vocab_size < _SMALLEST_VOCABULARY:
+        raise ValueError(f"vocab_size={options.vocab_size}: a byte-level one has at least {_SMALLEST_VOCABULARY}")
+
+
+def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
+    key = {
+        "format": _FORMAT,
+        "text": digest,
+        "text_field": options.text_field,
+        "tokenizer": options.vocab_size
+        if tokenizer is None
+        else [hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), tokenizer.eos_token_id],
+        "samples": options.samples,
+        "sequence_length": options.sequence_length,
+        "validation_fraction": options.validation_fraction,
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "context-pythia"
+
+
+def _name(data: str) -> str:
+    """A corpus or tokenizer as reports name it: local ones without the folders of this machine."""
+    path = Path(data).expanduser()
+    return path.resolve().name if path.exists() and data not in ("builtin", "train") else data
+
+
+# --- Packing: the stream of documents into rows -----------------------------------------------------------------
+
+
+@dataclass
+class _Rows:
+    """One split while its file is filled: `used` of `size` tokens are written, from `documents` documents."""
+
+    file: BinaryIO
+    dtype: np.dtype
+    shape: tuple[int, int]
+    used: int = 0
+    documents: int = 0
+
+    def __post_init__(self) -> None:
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    @property
+    def room(self) -> int:
+        return self.shape[0] * self.shape[1] - self.used
+
+    def add(self, tokens: list[int], end: int) -> int:
+        """Writes a document and its end as far as there is room; returns how many tokens that were."""
+        if not self.room:
+            return 0
+        taken = [*tokens, end][: self.room]
+        self.file.write(np.asarray(taken, dtype=self.dtype).tobytes())
+        self.used += len(taken)
+        self.documents += 1
+        return len(taken)
+
+
+def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool) -> None:
+    """Writes the cache folder: a memory map for each split, counts.json, and the tokenizer if it was trained here."""
+    stream = documents(options)
+    head, threshold = _split(stream, options)
+    folder.mkdir()
+    if tokenizer is None:
+        texts = (text for text in head if _hash(text) > threshold)
+        tokenizer = train_tokenizer(texts, options.vocab_size, progress)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    dtype = np.dtype("<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4")
+    width = options.sequence_length + 1
+    sizes = _sample_counts(options.samples, options.validation_fraction)
+    with (
+        (folder / "train.npy").open("wb") as train_file,
+        (folder / "validation.npy").open("wb") as validation_file,
+        tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=not progress) as bar,
+    ):
+        train = _Rows(train_file, dtype, (sizes[0], width))
+        validation = _Rows(validation_file, dtype, (sizes[1], width))
+        assigned = (
+            (train if _hash(text) > threshold else validation, text) for text in itertools.chain(_drained(head), stream)
+        )
+        for batch in _batches((rows, text) for rows, text in assigned if rows.room):
+            for (rows, _), tokens in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
+                bar.update(rows.add(tokens, tokenizer.eos_token_id))
+            if not train.room and not validation.room:
+                break
+    if train.room or validation.room:
+        raise ValueError(_too_short(options, train.used // width, validation.used // width))
+    counts = {"documents_train": train.documents, "documents_validation": validation.documents}
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]:
+    """The head of the corpus, and the threshold: documents whose hash is not above it are for validation.
+
+    The threshold is where the head's documents, in the order of their hashes, reach `validation_fraction` of its
+    characters; so a small corpus gets its share too, and each split at least one document. Raises ValueError if there
+    are not two different documents.
+    """
+    head: list[str] = []
+    lengths: dict[int, int] = {}
+    characters = 0
+    for text in stream:
+        head.append(text)
+        characters += len(text)
+        lengths[_hash(text)] = lengths.get(_hash(text), 0) + len(text)
+        if characters >= _HEAD_CHARACTERS and len(lengths) > 1:
+            break
+    if not head:
+        raise ValueError(f"{options.data} is an empty corpus: it holds no text")
+    if len(lengths) < 2:
+        raise ValueError(
+            f"{options.data} holds one document, at least two different ones are needed: one is kept for validation"
+        )
+    hashes = sorted(lengths)
+    reached = itertools.accumulate(lengths[key] for key in hashes)
+    last = next(i for i, length in enumerate(reached) if length >= options.validation_fraction * characters)
+    return head, hashes[min(last, len(hashes) - 2)]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _drained(head: list[str]) -> Iterator[str]:
+    """The documents of the head, each let go once it is read."""
+    head.reverse()
+    while head:
+        yield head.pop()
+
+
+def _batches(pairs: Iterable[tuple[_Rows, str]]) -> Iterator[list[tuple[_Rows, str]]]:
+    batch: list[tuple[_Rows, str]] = []
+    characters = 0
+    for rows, text in pairs:
+        batch.append((rows, text))
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of whole texts, whatever truncation, padding or start tokens the tokenizer's file asks for."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _sample_counts(samples: int, validation_fraction: float) -> tuple[int, int]:
+    """Training and validation rows of `samples`, at least one each."""
+    validation = min(max(round(samples * validation_fraction), 1), samples - 1)
+    return samples - validation, validation
+
+
+def _too_short(options: DataOptions, train: int, validation: int) -> str:
+    def fits(samples: int) -> bool:
+        rows = _sample_counts(samples, options.validation_fraction)
+        return rows[0] <= train and rows[1] <= validation
+
+    most = next((samples for samples in range(options.samples - 1, 1, -1) if fits(samples)), 0)
+    mend = f"set samples to at most {most}, or " if most else ""
+    return (
+        f"{options.data} is too short for samples={options.samples}: it gives {most} samples of "
+        f"{options.sequence_length} tokens at validation_fraction={options.validation_fraction}; "
+        f"{mend}give more text or a shorter sequence_length"
+    )
+
+
+# --- The cache folder -------------------------------------------------------------------------------------------
+
+
+def _open(
+    folder: Path, options: DataOptions
+) -> tuple[PackedDataset, PackedDataset, PreTrainedTokenizerFast | None, dict[str, int]] | None:
+    """What lies in a cache folder, None if there is none or it is damaged and has to be made again."""
+    width = options.sequence_length + 1
+    shapes = [(rows, width) for rows in _sample_counts(options.samples, options.validation_fraction)]
+    try:
+        counts = json.loads((folder / "counts.json").read_text())
+        counts = {key: int(counts[key]) for key in ("documents_train", "documents_validation")}
+        maps = [
+            np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False) for split in ("train", "validation")
+        ]
+        trained = None
+        if options.tokenizer == "train":
+            trained = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if [tokens.shape for tokens in maps] != shapes:
+        return None
+    return PackedDataset(maps[0]), PackedDataset(maps[1]), trained, counts
+
+
+def _publish(made: Path, folder: Path, options: DataOptions) -> None:
+    """Moves a finished folder to its place, unless another process has put the same there meanwhile."""
+    if folder.exists() and _open(folder, options) is None:
+        shutil.rmtree(folder)
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if not folder.exists():
+            raise

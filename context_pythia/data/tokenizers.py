@@ -1,0 +1,87 @@
+"""Tokenizers: loaded by name, or trained on the text at hand as GPT-NeoX's was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from context_pythia.data.corpora import is_hub_name, require_on_hub
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that `name` names: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name.
+
+    Raises FileNotFoundError or ValueError if there is none or it cannot mark the end of a text, ConnectionError for a
+    Hub name that is neither cached nor reachable.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+        if backend.token_to_id(END_OF_TEXT) is None:
+            raise ValueError(f"{name} has no token {END_OF_TEXT}: give a folder whose tokenizer_config.json names one")
+        return _wrapped(backend)
+    if not path.is_dir() and (not name.strip() or not is_hub_name(name)):
+        raise FileNotFoundError(f"no such tokenizer: {name!r} (give train, a tokenizer.json, a folder or a Hub name)")
+    try:
+        tokenizer = _auto_tokenizer(name, path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, (ConnectionError, FileNotFoundError)):
+            raise
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer {name!r} has no tokenizer.json; choose one that has")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} names no end-of-text token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as GPT-NeoX has it: every text can be written and read back, `<|endoftext|>` is token 0."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrapped(backend)
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _auto_tokenizer(name: str, path: Path) -> Any:
+    if path.is_dir():
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        require_on_hub("model", name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def vocabulary_rows(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs; more than the number of tokens where a vocabulary has gaps."""
+    return max(tokenizer.get_vocab().values()) + 1

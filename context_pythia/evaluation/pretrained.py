@@ -1,0 +1,42 @@
+"""Load a saved model for evaluation, with one clear line for everything that can be wrong with it."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import context_pythia.model  # noqa: F401  registers the model with the Auto classes
+from context_pythia.data.corpora import is_hub_name, require_on_hub
+
+
+def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in the folder, or of the Hub name, `name`, ready for evaluation.
+
+    Weights are read from safetensors alone; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such folder and no such model.
+        ConnectionError: the Hub cannot be reached.
+        RuntimeError: the checkpoint is damaged: unreadable, or with tensors missing, left over or of another shape.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name} holds no config.json: give the folder of one model, such as RUN/models/NAME"
+            )
+    elif is_hub_name(name):
+        require_on_hub("model", name)
+    else:
+        raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
+    try:
+        AutoConfig.from_pretrained(name)
+        model, state = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RuntimeError(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error
+    if wrong := [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[0]}" for kind, keys in state.items() if keys]:
+        raise RuntimeError(f"the checkpoint in {name} is damaged ({wrong[0]}): train or download it again")
+    return model.eval()

@@ -1,0 +1,155 @@
+"""The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
+
+`compare` runs them all and writes the report; `run_phase1` and `train` are the same steps for one model, in the same
+folder. All of them go on where an earlier call stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from context_pythia.data.packing import PackedData, load_data
+from context_pythia.experiments.build import (
+    RECURRENT,
+    build_model,
+    describe_cache,
+    describe_parameters,
+    embedding_rows,
+)
+from context_pythia.experiments.record import Run
+from context_pythia.experiments.report import write_report
+from context_pythia.recipe import ModelOptions, Recipe
+from context_pythia.training.phase1 import Phase1Result, train_context_block
+from context_pythia.training.phase2 import train_language_model
+
+
+def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) -> None:
+    """Train and measure every model of the recipe, then write the report in English, and in `lang`.
+
+    A model that fails is recorded with its reason, and the others are run.
+
+    Raises:
+        RuntimeError: a model failed; the report is written first.
+    """
+    run, data = _open(recipe, out, progress)
+    failures = []
+    for options in recipe.models:
+        if run.finished(options.name):
+            print(f"{options.name}: finished before, kept", flush=True)
+            continue
+        try:
+            run.add(_train_and_measure(options, run, data, progress))
+        except (RuntimeError, FloatingPointError, MemoryError) as error:
+            failures.append(f"{options.name}: {error}")
+            run.add(_entry(options, error=str(error).splitlines()[0]))
+        gc.collect()
+    written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
+    print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
+
+
+def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
+    """Both phases of the recipe's models, without the report."""
+    run, data = _open(recipe, out, progress)
+    for options in recipe.models:
+        if run.finished(options.name):
+            print(f"{options.name}: finished before, kept")
+            continue
+        run.add(_train_and_measure(options, run, data, progress))
+        print(f"wrote {run.model_folder(options.name)}")
+
+
+def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
+    """Phase 1 alone, for the recipe's models that have a ContextBlock.
+
+    Raises:
+        ValueError: a model has none.
+    """
+    for options in recipe.models:
+        if options.context_source not in RECURRENT:
+            raise ValueError(
+                f"{options.name} has no ContextBlock: name a model whose context_source is input or shared"
+            )
+    run, data = _open(recipe, out, progress)
+    for options in recipe.models:
+        _phase1(_build(options, run, data), options, run, data, progress)
+        print(f"wrote {run.phase1_folder(options.name)}")
+
+
+def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
+    run = Run(out, recipe)
+    data = load_data(recipe.data, progress)
+    embedding_rows(recipe, data.summary["vocab_size"])
+    run.metrics["data"] = data.summary
+    run.write()
+    run.write_provenance(_device())
+    return run, data
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _build(options: ModelOptions, run: Run, data: PackedData) -> Any:
+    rows = embedding_rows(run.recipe, data.summary["vocab_size"])
+    return build_model(options, run.recipe, rows, data.tokenizer).to(_device())
+
+
+def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progress: bool) -> Phase1Result:
+    folder = run.phase1_folder(options.name)
+    result = train_context_block(model, data, run.recipe.phase1, seed=run.recipe.seed, folder=folder, progress=progress)
+    print(
+        f"{options.name}: phase 1: {result.convergence_rate:.1%} of the contexts converged "
+        f"in {result.iterations} iterations, effective rank {result.effective_rank:.1f} of {options.context_dim}, "
+        f"{result.seconds:.1f} s",
+        flush=True,
+    )
+    return result
+
+
+def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    model = _build(options, run, data)
+    phase1 = None
+    if options.context_source in RECURRENT and options.phase1:
+        phase1 = asdict(_phase1(model, options, run, data, progress))
+    parameters = describe_parameters(model)
+    result = train_language_model(
+        model,
+        data,
+        run.recipe.train,
+        seed=run.recipe.seed,
+        folder=run.model_folder(options.name),
+        name=options.name,
+        progress=progress,
+    )
+    cache = describe_cache(model, run.recipe.data.sequence_length)
+    return _entry(options, **parameters, **asdict(result), phase1=phase1, cache=cache)
+
+
+def _entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
+    """A model's entry in metrics.json; what is not given is null."""
+    source = options.context_source
+    return {
+        "name": options.name,
+        "context_source": source,
+        "context_dim": None if source is None else options.context_dim,
+        "context_sharing": options.context_sharing if source == "layer" else None,
+        "parameters": None,
+        "trainable_parameters": None,
+        "best_val_ppl": None,
+        "best_epoch": None,
+        "val_accuracy": None,
+        "history": [],
+        "stop_reason": None,
+        "seconds_per_epoch": None,
+        "phase1": None,
+        "cache": None,
+        "error": None,
+        **figures,
+    }

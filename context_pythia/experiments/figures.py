@@ -1,0 +1,232 @@
+"""The pictures of a report: learning curves, and perplexity against the bytes of the cache.
+
+Labels are English in every language, because matplotlib brings no Japanese font. Figures are made by matplotlib's
+object interface, so that no window system and no global figure is touched; matplotlib loads when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+_WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
+_BASELINE_COLOUR = "#3c4350"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
+_CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
+_LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the pictures show of one model: (x, y) points a curve, and its best perplexity against its cache."""
+
+    name: str
+    baseline: bool
+    perplexity: Sequence[tuple[float, float]]
+    train_loss: Sequence[tuple[float, float]]
+    convergence: Sequence[tuple[float, float]] = ()
+    best: tuple[float, float] | None = None  # (epoch, perplexity)
+    cache_bytes: float | None = None
+
+
+def series_of(model: Mapping[str, Any]) -> Series:
+    """The finite figures of one entry of metrics.json's models."""
+
+    def points(entries: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
+        return [(entry[x], entry[y]) for entry in entries if _finite(entry[y])]
+
+    history, phase1, cache = model["history"] or [], model["phase1"] or {}, model["cache"] or {}
+    best = (model["best_epoch"], model["best_val_ppl"])
+    return Series(
+        name=model["name"],
+        baseline=model["context_source"] is None,
+        perplexity=points(history, "epoch", "val_ppl"),
+        train_loss=points(history, "epoch", "train_loss"),
+        convergence=points(phase1.get("history") or [], "iteration", "convergence_rate"),
+        best=best if all(map(_finite, best)) else None,
+        cache_bytes=cache.get("bytes_measured"),
+    )
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> bytes:
+    """PNG of validation perplexity and training loss by epoch, and of phase 1's convergence where a model had it."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with _style():
+        rows = 3 if any(one.convergence for one in series) else 2
+        shown = [one for one in series if one.perplexity or one.train_loss or one.convergence]
+        legend_columns = max(1, min(3, 66 // (7 + max(len(_short(one.name)) for one in shown))))
+        figure = _figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
+        axes = figure.subplots(rows, 1)
+        colours = _colours(series)
+        for one, colour in zip(series, colours, strict=True):
+            _curve(axes[0], one.perplexity, colour)
+            if one.best:
+                axes[0].plot(*one.best, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=4)
+            _curve(axes[1], one.train_loss, colour)
+            if rows == 3 and one.convergence:
+                axes[2].plot(*zip(*one.convergence, strict=True), color=colour)
+        _scale(axes[0], "y", [y for one in series for _, y in one.perplexity])
+        axes[0].set_title("Validation perplexity (star: best epoch)")
+        axes[1].set_title("Training loss")
+        for ax in axes[:2]:
+            ax.set_xlabel("epoch")
+        if rows == 3:
+            axes[2].set_title("Phase 1: converged tokens")
+            axes[2].set_xlabel("iteration")
+            axes[2].set_ylim(0, 1.03)
+            axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
+            if wanted_convergence is not None:
+                axes[2].axhline(wanted_convergence, color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2)
+        for ax in axes:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        handles = [_handle(colour) for one, colour in zip(series, colours, strict=True) if one in shown]
+        names = [_short(one.name) for one in shown]
+        figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
+        return _png(figure)
+
+
+def frontier(series: Sequence[Series]) -> bytes:
+    """PNG of best perplexity against measured cache bytes; models without both are left out."""
+    with _style():
+        return _png(draw_frontier(series))
+
+
+def draw_frontier(series: Sequence[Series]) -> Figure:
+    """The figure of `frontier`: a labelled point a model, and the line of those that no other model beats."""
+    figure = _figure(height=4.9)
+    ax = figure.subplots()
+    points = [
+        (one, colour, one.cache_bytes / 1024, one.best[1])
+        for one, colour in zip(series, _colours(series), strict=True)
+        if one.cache_bytes and one.best
+    ]
+    unbeaten: list[tuple[float, float]] = []
+    for _, _, size, perplexity in sorted(points, key=lambda point: point[2:]):
+        if not unbeaten or perplexity < unbeaten[-1][1]:
+            unbeaten.append((size, perplexity))
+    ax.plot(*zip(*unbeaten, strict=True), color="#b5bcc8", linestyle="--", linewidth=1.2, zorder=1)
+    for one, colour, size, perplexity in points:
+        ax.plot(size, perplexity, marker="D" if one.baseline else "o", markersize=9, color=colour, zorder=3)
+    _scale(ax, "x", [point[2] for point in points], base=2)
+    _scale(ax, "y", [point[3] for point in points])
+    ax.margins(0.18)
+    ax.set_xlabel("measured KV cache (KB)")
+    ax.set_ylabel("best validation perplexity")
+    ax.set_title("Perplexity against cache (lower left is better)")
+    figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
+    _label(ax, [(_short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
+    return figure
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    settings: dict[Any, Any] = {
+        "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
+        "font.size": 12,
+        "axes.titlesize": 13,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#8a93a3",
+        "axes.grid": True,
+        "grid.color": "#e6e9ee",
+        "text.parse_math": False,  # a model's name may hold a dollar sign
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _colours(series: Sequence[Series]) -> list[str]:
+    """A colour a model, the same in both pictures."""
+    contexts = [one.name for one in series if not one.baseline]
+    return [_BASELINE_COLOUR if one.baseline else _COLOURS[contexts.index(one.name) % len(_COLOURS)] for one in series]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else name[:31] + "…"
+
+
+def _curve(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    if points:
+        ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=5, linewidth=1.8)
+
+
+def _handle(colour: str) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, marker="o", markersize=5, linewidth=1.8)
+
+
+def _scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int = 10) -> None:
+    """Makes an axis logarithmic where its values span more than `_LOG_FROM`; its numbers are plain either way."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    if values and min(values) > 0 and max(values) / min(values) > _LOG_FROM:
+        ax.set(**{f"{which}scale": "log"})
+        axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if base == 10 else (1,)))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+
+
+def _label(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
+    """Writes each point's name at the nearest place that is free of points and of other names."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    pixels = ax.transData.transform([(x, y) for _, _, x, y in points])
+    taken = [Bbox.from_bounds(px - 12, py - 12, 24, 24) for px, py in pixels]
+    room = ax.get_window_extent()
+    for name, colour, x, y in points:
+        label = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=11)
+        label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible where it crosses the line
+        for dx, dy, horizontal, vertical in _PLACES:
+            label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
+            box = label.get_window_extent()
+            if room.containsx(box.x0) and room.containsx(box.x1) and not box.count_overlaps(taken):
+                break
+        taken.append(label.get_window_extent())
+
+
+def _places() -> Iterator[tuple[float, float, str, str]]:
+    for distance in range(9, 90, 7):
+        yield from ((distance, 0, "left", "center"), (-distance, 0, "right", "center")) if distance < 20 else ()
+        yield from ((0, distance, "center", "bottom"), (0, -distance, "center", "top"))
+        yield from ((distance, distance, "left", "bottom"), (-distance, distance, "right", "bottom"))
+        yield from ((distance, -distance, "left", "top"), (-distance, -distance, "right", "top"))
+
+
+_PLACES = tuple(_places())  # offsets in points and the label's alignment there, nearest first

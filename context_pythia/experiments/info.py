@@ -1,0 +1,65 @@
+"""`context-pythia info`: parameters and cache bytes of a recipe's models or of a saved one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.experiments.build import build_model, describe_cache, describe_parameters, expected_rows
+from context_pythia.recipe import Recipe
+
+
+def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_json: bool) -> None:
+    """Print the figures of each model, as a table or as JSON.
+
+    Args:
+        recipe: its models are built with random weights.
+        model: folder or Hub name of a saved model, in place of a recipe.
+        length: tokens in the measured cache.
+        dtype: of the model and its cache.
+    """
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if recipe is not None:
+        rows = expected_rows(recipe)
+        models = [
+            _describe(options.name, build_model(options, recipe, rows).to(torch_dtype), length)
+            for options in recipe.models
+        ]
+    else:
+        assert model is not None
+        models = [_describe(model, load_pretrained(model, torch_dtype), length)]
+    print(json.dumps({"models": models}, indent=2) if as_json else _table(models))
+
+
+def _describe(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
+    cache = describe_cache(model, length)
+    return {
+        "name": name,
+        **describe_parameters(model),
+        "cached_numbers_per_token": cache.pop("numbers_per_token"),
+        "cache": cache,
+    }
+
+
+def _table(models: list[dict[str, Any]]) -> str:
+    cache = models[0]["cache"]
+    head = ["model", "parameters", "trained", "numbers/token", "by formula", "measured", "slack"]
+    rows = [
+        [
+            model["name"],
+            *(f"{model[key]:,}" for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
+            *(f"{model['cache'][key] / 1024:,.1f} KB" for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
+        ]
+        for model in models
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        name, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([name.strip().ljust(widths[0]), *figures]))
+    title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
+    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,163 @@
+"""A run is a folder, and this is the one module that writes its records.
+
+recipe.yaml        the resolved recipe
+metrics.json       a model's entry is added when the model is finished or has failed; what is there is not rerun
+provenance.json    versions, device, commit, seed, fingerprint of the data, command
+phase1/NAME        the ContextBlock
+models/NAME        the model in Hugging Face form
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import context_pythia
+from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_dict, save_recipe
+
+VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
+
+
+def slug(name: str) -> str:
+    """The folder's name for a model's name: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
+    return re.sub(r"\W+", "-", name.casefold()).strip("-")
+
+
+class Run:
+    """The records of a run folder.
+
+    Opening a folder that holds a run of the same recipe goes on with it; models may come in different calls. Anything
+    else in the recipe that differs is refused, since figures in one folder must be comparable.
+
+    Args:
+        folder: made if it is not there.
+        recipe: what is to be run now.
+
+    Raises:
+        ValueError: the folder holds a run of another recipe; the message names the first difference.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "recipe.yaml").exists():
+            recipe = _merged(load_recipe(str(folder / "recipe.yaml")), recipe, folder)
+        self.recipe = recipe
+        self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
+        if (folder / "metrics.json").exists():
+            try:
+                self.metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+            except ValueError as error:
+                raise RuntimeError(f"{folder / 'metrics.json'} is damaged ({error}): remove it to run again") from None
+        self.metrics["recipe"] = recipe_to_dict(recipe)
+        partial = folder / ".recipe.yaml.tmp"
+        save_recipe(recipe, partial)
+        os.replace(partial, folder / "recipe.yaml")
+
+    def phase1_folder(self, name: str) -> Path:
+        return self.folder / "phase1" / slug(name)
+
+    def model_folder(self, name: str) -> Path:
+        return self.folder / "models" / slug(name)
+
+    def finished(self, name: str) -> bool:
+        return any(entry["name"] == name and entry["error"] is None for entry in self.metrics["models"])
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Record a model's entry in place of an earlier one; reductions follow from the baseline's measured bytes."""
+        entries = {held["name"]: held for held in self.metrics["models"]} | {entry["name"]: entry}
+        order = [model.name for model in self.recipe.models]
+        self.metrics["models"] = [entries[name] for name in order if name in entries]
+        done = [held for held in self.metrics["models"] if held["cache"]]
+        baseline = next((held["cache"] for held in done if held["context_source"] is None), None)
+        for held in done:
+            reduction = None
+            if baseline is not None and held["context_source"] is not None:
+                reduction = 1 - held["cache"]["bytes_measured"] / baseline["bytes_measured"]
+            held["cache"]["reduction_measured"] = reduction
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.folder / "metrics.json", self.metrics)
+
+    def write_provenance(self, device: torch.device) -> None:
+        """Record where and with what the run was made; a run that goes on keeps the date of its first start."""
+        path = self.folder / "provenance.json"
+        held = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(
+            path,
+            {
+                "versions": {
+                    "python": platform.python_version(),
+                    "context_pythia": context_pythia.__version__,
+                    **{name: version(name) for name in VERSIONS_OF},
+                },
+                "device": _device_name(device),
+                "platform": platform.platform(),
+                "threads": torch.get_num_threads(),
+                "commit": _commit(),
+                "created": held.get("created", now),
+                "updated": now,
+                "seed": self.recipe.seed,
+                "data_fingerprint": self.metrics["data"].get("fingerprint"),
+                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            },
+        )
+
+
+def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
+    """The held recipe with the wanted models added, if the two agree on everything else."""
+    old, new = recipe_to_dict(held), recipe_to_dict(wanted)
+    for section in (key for key in old if key not in ("name", "models")):
+        values = old[section] if isinstance(old[section], dict) else {"": old[section]}
+        others = new[section] if isinstance(new[section], dict) else {"": new[section]}
+        for key, value in values.items():
+            if value != others[key]:
+                name = f"{section}.{key}".rstrip(".")
+                raise ValueError(
+                    f"{folder} holds a run with {name} {value}, not {others[key]}: choose another folder with --out"
+                )
+    models: dict[str, ModelOptions] = {model.name: model for model in held.models}
+    for model in wanted.models:
+        if models.setdefault(model.name, model) != model:
+            raise ValueError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
+    return dataclasses.replace(held, models=list(models.values()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else []
+    return f"CPU ({names[0] if names else platform.machine()})"
+
+
+def _commit() -> str | None:
+    """Commit of the source tree that the package runs from, `None` if it runs from an installation."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

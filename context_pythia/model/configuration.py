@@ -1,0 +1,96 @@
+"""ContextPythiaConfig: GPT-NeoX's configuration plus who makes the context, and how wide it is."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPTNeoXConfig
+
+CONTEXT_SOURCES = ("input", "shared", "layer")
+
+
+@strict
+class ContextPythiaConfig(GPTNeoXConfig):
+    r"""
+    context_source (`str`, *optional*, defaults to `"layer"`):
+        Who makes the context. `"input"`: the context replaces the token embedding of an unchanged GPT-NeoX, whose keys
+        and values are cached. `"shared"`: one recurrent context a token serves, and is cached for, all layers.
+        `"layer"`: a layer projects its normalised input to a context.
+    context_dim (`int`, *optional*, defaults to 256):
+        Width of the context. For `"layer"` it is all that a layer caches for a token, rotary keys included; for
+        `"shared"` the rotary key is cached beside it.
+    context_block_layers (`int`, *optional*, defaults to 1):
+        Layers of the ContextBlock (`"input"` and `"shared"`).
+    context_sharing (`int`, *optional*, defaults to 1):
+        Number of consecutive layers that attend to the context which the first of them made (`"layer"`).
+    num_rotary_keys (`int`, *optional*, defaults to 1):
+        Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
+    """
+
+    model_type = "context_pythia"
+    # Heads attend to one common context, so only the MLP can be split by columns.
+    base_model_tp_plan = {
+        "layers.*.mlp.dense_h_to_4h": "colwise",
+        "layers.*.mlp.dense_4h_to_h": "rowwise",
+    }
+
+    context_source: str = "layer"
+    context_dim: int = 256
+    context_block_layers: int = 1
+    context_sharing: int = 1
+    num_rotary_keys: int = 1
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.context_source not in CONTEXT_SOURCES:
+            raise ValueError(f"context_source {self.context_source!r}: must be one of {', '.join(CONTEXT_SOURCES)}")
+        if not 1 <= self.context_dim <= 2 * self.hidden_size:
+            raise ValueError(
+                f"context_dim {self.context_dim}: must be between 1 and 2 * hidden_size = {2 * self.hidden_size}"
+            )
+        if self.context_block_layers < 1:
+            raise ValueError(f"context_block_layers {self.context_block_layers}: must be at least 1")
+        if not 1 <= self.context_sharing <= self.num_hidden_layers:
+            raise ValueError(
+                f"context_sharing {self.context_sharing}: must be between 1 and "
+                f"num_hidden_layers = {self.num_hidden_layers}"
+            )
+        if self.num_rotary_keys not in (1, self.num_attention_heads):
+            raise ValueError(
+                f"num_rotary_keys {self.num_rotary_keys}: must be 1 or num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.context_source == "layer" and self.latent_dim < 1:
+            raise ValueError(
+                f"context_dim {self.context_dim}: leaves no latent beside {self.num_rotary_keys} rotary keys of "
+                f"{self.rotary_dim} dims; it must be at least {self.num_rotary_keys * self.rotary_dim + 1}"
+            )
+
+    def validate_layer_type(self):
+        # The host admits the names of its own layer types alone; ours are derived below and need no check.
+        pass
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotary dims of a head."""
+        partial_rotary_factor = (self.rope_parameters or {}).get("partial_rotary_factor", 0.25)
+        return int(self.hidden_size // self.num_attention_heads * partial_rotary_factor)
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers in the one tensor that is cached for a token and context: rotary keys, then latent."""
+        return self.context_dim + (self.rotary_dim if self.context_source == "shared" else 0)
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the part of a cached context that is not a rotary key."""
+        keys = self.num_rotary_keys if self.context_source == "layer" else 1
+        return self.cached_width - keys * self.rotary_dim
+
+    def context_layer(self, layer_idx: int) -> int:
+        """Index of the layer whose context layer `layer_idx` attends to."""
+        # The host reads `layer_types` before it validates, so a context_sharing of 0 gets here.
+        return 0 if self.context_source == "shared" else layer_idx - layer_idx % (self.context_sharing or 1)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer caches; transformers builds its caches from these names (`model/cache.py` registers ours)."""
+        if self.context_source == "input":
+            return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
+        return ["context" if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]

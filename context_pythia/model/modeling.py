@@ -1,0 +1,149 @@
+"""Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
+
+from collections import UserDict
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.gpt_neox.modeling_gpt_neox import (
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import ContextAttention, cache_context, turn_rotary_keys
+from .cache import keep_context, previous_context
+from .configuration import ContextPythiaConfig
+from .context import ContextBlock, ContextLinear
+
+
+class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
+    config: ContextPythiaConfig
+    # Absorbed attention is one wide head that these kernels were not tried with.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ContextLinear):
+            # OACD does not converge from Xavier or from weights as small as the rest of the model's.
+            init.normal_(module.weight, mean=0.0, std=0.1)
+            init.normal_(module.bias, mean=0.0, std=0.01)
+
+
+class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
+    def __init__(self, config: ContextPythiaConfig):
+        super().__init__(config)
+        if config.context_source in ("input", "shared"):
+            self.embedding_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.context_block = ContextBlock(
+                config.context_dim, config.hidden_size, config.context_block_layers, config.layer_norm_eps
+            )
+        if config.context_source == "input":
+            self.context_proj = nn.Linear(config.context_dim, config.hidden_size)
+        else:
+            for layer_idx, layer in enumerate(self.layers):
+                layer.attention = ContextAttention(config, layer_idx)
+        if config.context_source == "shared":
+            self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
+        self.post_init()
+
+    def embed_context_input(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the ContextBlock reads for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
+        return self.embedding_norm(self.embed_in(input_ids))
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As GPT-NeoX. `token_mask` `[B, T]` is false where a new token is padding, so that the recurrence skips it; it
+        is read off a two-dimensional `attention_mask` and needed only beside a four-dimensional one."""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_in(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
+        if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
+            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        # Layers hand their contexts on in a UserDict: FSDP rebuilds a plain dict among the arguments, and what a layer
+        # wrote into it would be lost.
+        contexts: UserDict[int, torch.Tensor] = UserDict()
+        hidden_states = inputs_embeds
+        if self.config.context_source in ("input", "shared"):
+            context = self.context_block.scan(
+                self.embedding_norm(inputs_embeds), previous_context(self.config, past_key_values), token_mask
+            )
+            if self.config.context_source == "input":
+                hidden_states = self.context_proj(context)
+                keep_context(past_key_values, context)
+            else:
+                new = turn_rotary_keys(torch.cat([self.rotary_key(context), context], -1), 1, position_embeddings)
+                contexts[0] = cache_context(new, past_key_values, 0)
+
+        hidden_states = self.emb_dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                layer_past=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                contexts=contexts,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):
+    def __init__(self, config: ContextPythiaConfig):
+        # Not the host's __init__, which would build a whole GPT-NeoX only to drop it.
+        PreTrainedModel.__init__(self, config)
+        self.gpt_neox = ContextPythiaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            # With a static cache the host turns the mask into a four-dimensional one, which hides the padding.
+            new = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+            inputs["token_mask"] = attention_mask[:, -new.shape[1] :]
+        return inputs

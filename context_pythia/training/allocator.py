@@ -1,0 +1,30 @@
+"""Keeps the memory that a training step frees, instead of fetching it anew from the system in the next step.
+
+glibc's malloc maps each tensor above its mmap threshold (at most 32 MB) by itself and unmaps it when it is freed. A
+training step on a CPU frees and allocates gigabytes of such tensors (the logits above all), and each comes back as
+untouched pages that the kernel must clear one by one: about 1.2 million page faults a step at Pythia-70M, batch 32 x
+128.
+"""
+
+import ctypes
+import platform
+
+# From glibc's malloc.h: the option numbers are part of its ABI.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+LARGEST_INT = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Lets the process keep freed memory for its next allocations, from now on; other C libraries are left alone.
+
+    The process holds its peak memory until it ends, so call it where training on a CPU begins.
+
+    Returns:
+        Whether the settings took hold (False off glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # No allocation gets a mapping of its own, so all come from the heap, and the heap's free top is never given back.
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST_INT))

@@ -1,0 +1,133 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
+
+from context_pythia import ContextPythiaForCausalLM
+from context_pythia.experiments import compare as module
+from context_pythia.experiments.compare import compare, run_phase1, train
+
+from .conftest import tiny_recipe
+
+
+def metrics(run) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_every_model_is_recorded_with_its_figures(finished_run):
+    entries = metrics(finished_run)["models"]
+    assert [entry["name"] for entry in entries] == ["Pythia", "input", "shared", "Layer 12 x2"]
+    for entry in entries:
+        assert entry["error"] is None
+        assert 1 < entry["best_val_ppl"] < 280
+        assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
+        assert entry["history"][1]["train_loss"] < entry["history"][0]["train_loss"]
+        assert entry["cache"]["bytes_measured"] == entry["cache"]["bytes_formula"]
+    assert [entry["phase1"] is None for entry in entries] == [True, False, False, True]
+    assert all(0 < entries[i]["phase1"]["effective_rank"] <= 12 for i in (1, 2))
+    assert entries[1]["parameters"] - entries[1]["trainable_parameters"] == (12 + 32 + 1) * 12 + 2 * 12
+
+
+def test_caches_are_measured_at_the_trained_length(finished_run):
+    caches = [entry["cache"] for entry in metrics(finished_run)["models"]]
+    assert [cache["numbers_per_token"] for cache in caches] == [128, 128, 16, 12]
+    numbers = [16 * 128, 16 * 128 + 12, 16 * 16, 16 * 12]
+    assert [cache["bytes_measured"] for cache in caches] == [4 * number for number in numbers]
+    assert caches[0]["reduction_measured"] is None
+    reductions = [cache["reduction_measured"] for cache in caches[1:]]
+    assert reductions == pytest.approx([-12 / 2048, 1 - 16 / 128, 1 - 12 / 128])
+
+
+def test_run_folder_is_whole(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names == {
+        "recipe.yaml", "metrics.json", "provenance.json", "phase1", "models", "curves.png", "frontier.png",
+        "report.md", "report.html", "report.ja.md", "report.ja.html",
+    }  # fmt: skip
+    provenance = json.loads((finished_run / "provenance.json").read_text())
+    assert provenance["data_fingerprint"] == metrics(finished_run)["data"]["fingerprint"]
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert yaml.safe_load((finished_run / "recipe.yaml").read_text()) == metrics(finished_run)["recipe"]
+
+
+def test_models_are_usable_by_generate(finished_run):
+    for name, kind in (("pythia", GPTNeoXForCausalLM), ("layer-12-x2", ContextPythiaForCausalLM)):
+        folder = finished_run / "models" / name
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert isinstance(model, kind)
+        ids = tokenizer("the cache of", return_tensors="pt").input_ids
+        assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_saved_weights_have_the_recorded_perplexity(finished_run):
+    entry = metrics(finished_run)["models"][2]
+    recipe = tiny_recipe(finished_run.parent)
+    validation = module.load_data(recipe.data, progress=False).validation
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "models" / "shared").eval()
+    rows = [validation[i] for i in range(len(validation))]
+    ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert math.exp(loss) == pytest.approx(entry["best_val_ppl"], rel=1e-5)
+    assert (logits.argmax(-1) == labels).float().mean() == pytest.approx(entry["val_accuracy"], rel=1e-5)
+
+
+def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
+    before = metrics(finished_run)
+    monkeypatch.setattr(module, "train_language_model", None)
+    monkeypatch.setattr(module, "train_context_block", None)
+    compare(tiny_recipe(finished_run.parent), finished_run, progress=False)
+    assert metrics(finished_run) == before
+    assert capsys.readouterr().out.count("finished before, kept") == 4
+
+
+def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path):
+    recipe = tiny_recipe(finished_run.parent)
+    run = tmp_path / "run"
+    alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
+    run_phase1(alone["shared"], run, progress=False)
+    assert metrics(run)["models"] == []
+    train(alone["Pythia"], run, progress=False)
+    train(alone["shared"], run, progress=False)
+    expected = {entry["name"]: entry for entry in metrics(finished_run)["models"]}
+    for entry in metrics(run)["models"]:
+        for key in ("best_val_ppl", "best_epoch", "val_accuracy", "parameters", "cache"):
+            assert entry[key] == expected[entry["name"]][key]
+    assert len(metrics(run)["models"]) == 2
+
+
+def test_a_folder_keeps_to_its_recipe(finished_run):
+    recipe = tiny_recipe(finished_run.parent, train={"epochs": 3})
+    with pytest.raises(ValueError, match="holds a run with train.epochs 2, not 3: choose another folder with --out"):
+        compare(recipe, finished_run, progress=False)
+
+
+def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_path, monkeypatch):
+    recipe = tiny_recipe(finished_run.parent)
+    recipe = dataclasses.replace(recipe, models=[recipe.models[3], recipe.models[0]])
+    whole = module.train_language_model
+
+    def fail_with_context(model, *args, **kwargs):
+        if isinstance(model, ContextPythiaForCausalLM):
+            raise RuntimeError("the loss became nan at step 3")
+        return whole(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train_language_model", fail_with_context)
+    with pytest.raises(RuntimeError, match="1 of 2 models failed: Layer 12 x2: the loss became nan"):
+        compare(recipe, tmp_path / "run", progress=False)
+    failed, baseline = metrics(tmp_path / "run")["models"]
+    assert failed["error"] == "the loss became nan at step 3" and failed["best_val_ppl"] is None
+    assert baseline["error"] is None
+    assert "the loss became nan at step 3" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_phase1_refuses_a_model_without_context_block(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match="Pythia has no ContextBlock"):
+        run_phase1(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()

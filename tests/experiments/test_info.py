@@ -1,0 +1,29 @@
+import json
+
+import pytest
+
+from context_pythia.experiments.info import info
+from context_pythia.recipe import load_recipe
+
+
+def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
+    info(load_recipe("report"), None, length=128, dtype="float32", as_json=True)
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [model["cached_numbers_per_token"] for model in models] == [6144, 6144, 272, 1536, 512]
+    assert models[0]["parameters"] == 70_426_624
+    assert (models[1]["parameters"], models[1]["trainable_parameters"]) == (70_756_608, 70_559_232)
+    assert models[0]["cache"]["bytes_measured"] == 3_145_728
+    for model in models:
+        assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
+
+
+def test_saved_model_is_described_as_a_table(finished_run, capsys):
+    info(None, str(finished_run / "models" / "shared"), length=20, dtype="bfloat16", as_json=False)
+    output = capsys.readouterr().out
+    assert "20 tokens in bfloat16" in output
+    assert f"{16 * 20 * 2 / 1024:,.1f} KB" in output.splitlines()[-1]
+
+
+def test_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        info(None, str(tmp_path / "nothing.here"), length=8, dtype="float32", as_json=True)

@@ -1,0 +1,57 @@
+"""Small random models whose weights are large enough (std 0.2) that a wrong formula shows."""
+
+import pytest
+import torch
+
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+
+SIZE = dict(
+    vocab_size=97,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=96,
+    max_position_embeddings=128,
+    eos_token_id=None,
+    bos_token_id=1,
+    pad_token_id=0,
+)
+
+SOURCES = {
+    "input": dict(context_source="input", context_dim=20),
+    "shared": dict(context_source="shared", context_dim=20),
+    "shared, 2 block layers": dict(context_source="shared", context_dim=21, context_block_layers=2),
+    "layer": dict(context_source="layer", context_dim=23),
+    "layer, a rotary key a head": dict(context_source="layer", context_dim=30, num_rotary_keys=4),
+    "layer, shared by 2": dict(context_source="layer", context_dim=23, context_sharing=2),
+}
+
+
+def randomise(model: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
+    """Every parameter N(0, std), norms' scales around 1, so that no bias or scale is without effect."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=std)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model.eval()
+
+
+def build(source: str, **overrides) -> ContextPythiaForCausalLM:
+    return randomise(ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, **SOURCES[source], **overrides})))
+
+
+@pytest.fixture(params=SOURCES)
+def source(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(source) -> ContextPythiaForCausalLM:
+    return build(source)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(2, 97, (3, 17), generator=torch.Generator().manual_seed(1))

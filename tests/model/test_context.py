@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from context_pythia.model.context import ContextBlock
+
+from .conftest import randomise
+
+
+@pytest.fixture(params=[1, 3])
+def block(request) -> ContextBlock:
+    return randomise(ContextBlock(12, 16, request.param)).double()
+
+
+@pytest.fixture
+def embeddings() -> torch.Tensor:
+    return torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def by_formula(block: ContextBlock, previous: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    context = previous
+    for layer in block.layers:
+        pre = torch.cat([context, embedding], -1) @ layer.dense.weight.T + layer.dense.bias
+        residual = context + 0.5 * pre * (1 + torch.erf(pre / 2**0.5))
+        centred = residual - residual.mean(-1, keepdim=True)
+        context = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+    return context
+
+
+def test_step_is_the_formula(block, embeddings):
+    previous = torch.randn(2, 12, dtype=torch.float64)
+    torch.testing.assert_close(
+        block.step(previous, embeddings[:, 0]), by_formula(block, previous, embeddings[:, 0]), rtol=0, atol=1e-10
+    )
+
+
+def test_scan_is_step_by_step_gradients_included(block, embeddings):
+    def steps():
+        context, contexts = torch.zeros(2, 12, dtype=torch.float64), []
+        for t in range(9):
+            context = block.step(context, embeddings[:, t])
+            contexts.append(context)
+        return torch.stack(contexts, 1)
+
+    results = []
+    for run in (steps, lambda: block.scan(embeddings)):
+        block.zero_grad()
+        contexts = run()
+        (contexts * torch.arange(12)).sum().backward()
+        results.append([contexts.detach(), *[p.grad.clone() for p in block.parameters()]])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_scan_goes_on_from_a_state(block, embeddings):
+    whole = block.scan(embeddings)
+    head = block.scan(embeddings[:, :4])
+    torch.testing.assert_close(block.scan(embeddings[:, 4:], head[:, -1]), whole[:, 4:], rtol=0, atol=1e-10)
+
+
+def test_scan_starts_afresh_after_padding(block, embeddings):
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    contexts = block.scan(embeddings, mask=mask)
+    assert contexts[0, :3].abs().max() == 0
+    torch.testing.assert_close(contexts[:1, 3:], block.scan(embeddings[:1, 3:]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(contexts[1:], block.scan(embeddings[1:]), rtol=0, atol=1e-10)
+
+
+def test_as_many_sweeps_as_tokens_are_the_scan(block, embeddings):
+    exact = block.scan(embeddings)
+    contexts = torch.randn(2, 9, 12, dtype=torch.float64)
+    for k in range(9):
+        assert k == 0 or not torch.allclose(contexts, exact, atol=1e-3)
+        contexts = block.sweep(contexts, embeddings)
+        torch.testing.assert_close(contexts[:, : k + 1], exact[:, : k + 1], rtol=0, atol=1e-10)
+
+
+def test_sweep_starts_from_the_given_context_and_adds_the_noise(block, embeddings):
+    contexts, initial, noise = (torch.randn(*shape, dtype=torch.float64) for shape in ((9, 12), (12,), (9, 12)))
+    previous = torch.cat([initial[None], contexts[:-1]]) + noise
+    torch.testing.assert_close(
+        block.sweep(contexts, embeddings[0], initial, noise), block.step(previous, embeddings[0]), rtol=0, atol=0
+    )

@@ -1,0 +1,206 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+
+from .conftest import SIZE, build, randomise
+
+CLOSE = dict(rtol=0, atol=1e-5)
+
+
+def token_by_token(model, ids, cache):
+    return torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["ours", "stock", "static"])
+@torch.no_grad()
+def test_token_by_token_is_one_forward(source, model, ids, kind, implementation):
+    if kind == "stock" and source == "input":
+        kind = "ours"  # a stock cache made without the config keeps no recurrent state; test_cache.py has its refusal
+    model.set_attn_implementation(implementation)
+    whole = model(ids).logits
+    assert whole.std() > 0.5
+    cache = {
+        "ours": lambda: DynamicCache(config=model.config),
+        "stock": DynamicCache,
+        "static": lambda: StaticCache(model.config, max_cache_len=20),
+    }[kind]()
+    torch.testing.assert_close(token_by_token(model, ids, cache), whole, **CLOSE)
+
+
+@torch.no_grad()
+def test_chunks_through_the_cache_are_one_forward(model, ids):
+    whole = model(ids).logits
+    for kind in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=20)):
+        parts = [model(ids[:, a:b], past_key_values=kind).logits for a, b in ((0, 6), (6, 7), (7, 17))]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+
+
+def padded(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    starts = [0, 5, 11]
+    mask = torch.ones_like(ids)
+    for row, start in enumerate(starts):
+        mask[row, :start] = 0
+    return ids * mask, mask, starts
+
+
+@torch.no_grad()
+def test_left_padded_batch_is_its_single_rows(model, ids):
+    batch, mask, starts = padded(ids)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(batch, attention_mask=mask, position_ids=positions).logits
+    for row, start in enumerate(starts):
+        torch.testing.assert_close(logits[row : row + 1, start:], model(ids[row : row + 1, start:]).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_left_padded_generation_is_that_of_single_rows(model, ids, implementation):
+    batch, mask, starts = padded(ids)
+    settings = dict(max_new_tokens=12, do_sample=False, cache_implementation=implementation)
+    together = model.generate(batch, attention_mask=mask, **settings)[:, 17:]
+    for row, start in enumerate(starts):
+        alone = model.generate(ids[row : row + 1, start:], **settings)[0, 17 - start :]
+        assert together[row].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(do_sample=False),
+        dict(num_beams=4, do_sample=False),
+        dict(num_beams=3, num_return_sequences=2, do_sample=False),
+        dict(do_sample=True, top_k=20),
+    ],
+    ids=["greedy", "beams", "returned beams", "sampled"],
+)
+def test_generation_with_the_cache_is_generation_without(model, ids, settings):
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        results.append(model.generate(ids, max_new_tokens=15, use_cache=use_cache, **settings).tolist())
+    assert results[0] == results[1]
+
+
+def test_assisted_generation_is_greedy(model, ids):
+    assistant = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
+    settings = dict(max_new_tokens=15, do_sample=False)
+    expected = model.generate(ids[:1], **settings)
+    assert model.generate(ids[:1], assistant_model=assistant, **settings).tolist() == expected.tolist()
+    assert model.generate(ids[:1], prompt_lookup_num_tokens=3, **settings).tolist() == expected.tolist()
+    # Its own assistant: nearly every candidate is right, so long candidates are verified and kept.
+    assert model.generate(ids[:1], assistant_model=model, **settings).tolist() == expected.tolist()
+
+
+@torch.no_grad()
+def test_cropped_cache_goes_on_as_if_never_longer(model, ids):
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :8], past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, 8:14].flip(1), past_key_values=cache)
+    cache.crop(-6)
+    assert cache.get_seq_length() == 8
+    logits = model(ids[:, 8:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids).logits[:, 8:], **CLOSE)
+
+
+@torch.no_grad()
+def test_embeddings_stand_in_for_ids(model, ids):
+    embeddings = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits, rtol=0, atol=0)
+    settings = dict(max_new_tokens=6, do_sample=False)
+    assert (
+        model.generate(inputs_embeds=embeddings, **settings).tolist()
+        == model.generate(ids, **settings)[:, 17:].tolist()
+    )
+
+
+@torch.no_grad()
+def test_hidden_states_of_every_layer_come_out(model, ids):
+    outputs = model(ids, output_hidden_states=True)
+    assert len(outputs.hidden_states) == 4
+    assert outputs.hidden_states[0].shape == (3, 17, 64)
+    torch.testing.assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, ids):
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_every_parameter_is_trained(model, ids):
+    model(ids, labels=ids).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_saved_model_loads_through_the_auto_classes(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert [f.name for f in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), ContextPythiaConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, ContextPythiaForCausalLM)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_generates_and_stays_near_fp32(model, ids, dtype):
+    expected = model(ids).logits
+    model = model.to(dtype)
+    logits = model(ids).logits
+    assert logits.dtype == dtype
+    assert (logits.float() - expected).abs().mean() < 0.15 * expected.std()
+    assert model.generate(ids, max_new_tokens=4).shape == (3, 21)
+
+
+def test_fresh_context_block_has_the_initialisation_that_oacd_needs():
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, "hidden_size": 256}, context_source="shared"))
+    layer = model.gpt_neox.context_block.layers[0]
+    assert layer.dense.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert layer.dense.bias.std().item() == pytest.approx(0.01, rel=0.2)
+    assert model.gpt_neox.layers[0].attention.query.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_pythia_70m_has_the_reports_parameters():
+    size = dict(vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
+    with torch.device("meta"):
+        baseline = GPTNeoXForCausalLM(GPTNeoXConfig(**size))
+        model = ContextPythiaForCausalLM(ContextPythiaConfig(**size, context_source="input"))
+    assert baseline.num_parameters() == 70_426_624
+    assert model.num_parameters() == 70_756_608
+    model.gpt_neox.context_block.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == 70_559_232
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(context_dim=0), "context_dim 0"),
+        (dict(context_dim=129), "context_dim 129: must be between 1 and 2 \\* hidden_size = 128"),
+        (dict(context_dim=4), "leaves no latent"),
+        (dict(context_dim=16, num_rotary_keys=4), "leaves no latent"),
+        (dict(context_source="both"), "context_source 'both': must be one of input, shared, layer"),
+        (dict(context_sharing=0), "context_sharing 0"),
+        (dict(num_rotary_keys=3), "num_rotary_keys 3"),
+        (dict(context_block_layers=0), "context_block_layers 0"),
+    ],
+)
+def test_impossible_contexts_are_refused_by_name(wrong, message):
+    with pytest.raises(Exception, match=message):
+        ContextPythiaConfig(**{**SIZE, "context_dim": 20, **wrong})
+
+
+def test_any_context_dim_works(ids):
+    for dim in (5, 19, 127):
+        model = build("layer", context_dim=dim)
+        torch.testing.assert_close(
+            token_by_token(model, ids, DynamicCache(config=model.config)), model(ids).logits, **CLOSE
+        )

@@ -1,0 +1,124 @@
+"""The shape of the package: imports point to a strictly lower rank, and files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "context_pythia"
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+MOST_LINES = 400
+
+RANKS = {
+    "options": 0,
+    "recipe": 1,
+    "model": 2,
+    "data": 2,
+    "training": 3,
+    "evaluation": 3,
+    "conversion": 4,
+    "experiments": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+MODEL_RANKS = {"configuration": 0, "context": 1, "attention": 1, "cache": 1, "modeling": 2, "__init__": 3}
+
+
+def imports(source: str, module: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """Modules of the package that `module` imports, as paths below `context_pythia`, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["context_pythia", *module[: len(module) - node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            # `from package import module` names a module only by its alias.
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        found |= {tuple(name[1:]) for name in names if name[0] == "context_pythia"}
+    return found
+
+
+def parts(path: Path) -> tuple[str, ...]:
+    return path.with_suffix("").parts
+
+
+def rank_errors(source: str, module: tuple[str, ...]) -> list[str]:
+    """The imports of `module` that do not point to a strictly lower rank."""
+    errors = []
+    for target in imports(source, module):
+        if not target or target[0] not in RANKS:
+            continue  # the package itself: its version and public names
+        if target[0] != module[0]:
+            wrong = RANKS[target[0]] >= RANKS[module[0]]
+        else:
+            wrong = (
+                module[0] == "model" and target[1] in MODEL_RANKS and MODEL_RANKS[target[1]] >= MODEL_RANKS[module[1]]
+            )
+        if wrong:
+            errors.append(f"{'.'.join(module)} imports {'.'.join(target)}")
+    return errors
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_strictly_down(path):
+    module = parts(path)
+    if module != ("__init__",):
+        assert not rank_errors((PACKAGE / path).read_text("utf-8"), module)
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "wrong"),
+    [
+        ("from context_pythia.training import phase1", "data/packing.py", True),
+        ("from context_pythia.evaluation.memory import x", "training/phase2.py", True),
+        ("def f():\n    import context_pythia.cli", "experiments/info.py", True),
+        ("from context_pythia import experiments", "training/phase1.py", True),
+        ("from .modeling import x", "model/cache.py", True),
+        ("from . import context", "model/attention.py", True),
+        ("from ..data import packing", "model/modeling.py", True),
+        ("from .configuration import x", "model/cache.py", False),
+        ("from context_pythia.model import x\nimport torch", "training/phase1.py", False),
+        ("from context_pythia.training.phase1 import x", "training/phase2.py", False),
+    ],
+)
+def test_the_rule_tells_right_from_wrong(source, module, wrong):
+    assert bool(rank_errors(source, parts(Path(module)))) == wrong
+
+
+def test_the_model_imports_only_itself_and_third_parties():
+    # save_pretrained ships the folder, so an absolute import of the package would fail where it is loaded.
+    for path in FILES:
+        if path.parts[0] != "model":
+            continue
+        tree = ast.parse((PACKAGE / path).read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{path} line {node.lineno}"
+                names = [] if node.level else [node.module or ""]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.split(".")[0] == "context_pythia"], f"{path} {names}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_file_grows_past_the_limit(path):
+    lines = len((PACKAGE / path).read_text("utf-8").splitlines())
+    assert lines <= MOST_LINES
+
+
+def test_every_module_has_a_rank():
+    assert {path.with_suffix("").parts[0] for path in FILES} - {"__init__"} <= set(RANKS)
+    assert {path.stem for path in FILES if path.parts[0] == "model"} <= set(MODEL_RANKS)
+
+
+def test_nothing_is_called_utils():
+    assert not [str(path) for path in FILES if {"utils", "util", "helpers", "common"} & set(parts(path))]
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=str)
+def test_files_open_by_saying_what_they_are_for(path):
+    docstring = ast.get_docstring(ast.parse((PACKAGE / path).read_text("utf-8")))
+    assert docstring and len(docstring.splitlines()) < 15

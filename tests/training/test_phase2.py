@@ -1,0 +1,513 @@
+"""Tests for phase 2: metrics against a hand computation, early stop, schedules, resumption, and what goes wrong."""
+
+import gc
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.recipe import TrainOptions
+from context_pythia.training import phase2
+from context_pythia.training.phase2 import EpochReport, LanguageModelTrainer, train_language_model
+
+VOCABULARY, LENGTH = 200, 12
+OPTIONS = TrainOptions(epochs=3, batch_size=4, learning_rate=3e-3, patience=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_runs():
+    """Models this small lose time to threads, and the Trainer's garbage collections to all that is imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Rows in which each token decides the next: something to learn."""
+
+    def __init__(self, rows: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = [torch.randint(0, VOCABULARY, (rows,), generator=generator)]
+        for _ in range(LENGTH):
+            tokens.append((tokens[-1] * 3 + 1) % 17)
+        self.tokens = torch.stack(tokens, dim=1)
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.tokens[index, :-1], "labels": self.tokens[index, 1:]}
+
+
+def make_data(train: int = 18, validation: int = 7):
+    words = Tokenizer(WordLevel({str(word): word for word in range(VOCABULARY)}, unk_token="0"))
+    return SimpleNamespace(
+        train=Samples(train, seed=1),
+        validation=Samples(validation, seed=2),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words),
+        summary={"fingerprint": "abc"},
+    )
+
+
+def make_model(**settings):
+    torch.manual_seed(0)
+    # Dropout, so that a resumed run that lost its random state would end elsewhere.
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        **settings,
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+def train(folder, options=OPTIONS, *, model=None, data=None, seed=5, **extra):
+    model = make_model() if model is None else model
+    data = make_data() if data is None else data
+    return train_language_model(model, data, options, seed=seed, folder=folder, name="tiny", progress=False, **extra)
+
+
+def without_seconds(result):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+
+
+def assert_same_end(result, model, other_result, other_model):
+    assert without_seconds(result) == without_seconds(other_result)
+    assert result.best_epoch == other_result.best_epoch
+    for (name, weight), other in zip(model.named_parameters(), other_model.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def fail_at(monkeypatch, step, action):
+    """Calls `action` before the training step after `step` optimizer steps."""
+    original = LanguageModelTrainer.training_step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == step:
+            action(self)
+        return original(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(LanguageModelTrainer, "training_step", training_step)
+
+
+def interrupt(trainer):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    model = make_model()
+    return train(tmp_path_factory.mktemp("whole"), model=model), model
+
+
+def hand_computed(model, samples):
+    """Mean next-token loss and accuracy, token by token in float64."""
+    rows = samples.tokens
+    with torch.no_grad():
+        log_probabilities = model.eval()(rows[:, :-1]).logits.double().log_softmax(-1)
+    losses, hits = [], []
+    for row in range(len(rows)):
+        for position in range(LENGTH):
+            target = rows[row, position + 1]
+            losses.append(-log_probabilities[row, position, target].item())
+            hits.append(log_probabilities[row, position].argmax().item() == target.item())
+    return sum(losses) / len(losses), sum(hits) / len(hits)
+
+
+def test_training_loss_falls(uninterrupted):
+    losses = [row["train_loss"] for row in uninterrupted[0].history]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < losses[0] < math.log(VOCABULARY) + 0.5
+
+
+def test_perplexity_and_accuracy_are_those_of_all_validation_tokens(uninterrupted):
+    result, model = uninterrupted
+    loss, accuracy = hand_computed(model, make_data().validation)
+    assert result.best_val_ppl == pytest.approx(math.exp(loss), rel=1e-5)
+    assert result.val_accuracy == accuracy
+    assert 0 < accuracy < 1
+
+
+def test_train_loss_is_the_mean_over_the_steps_of_the_epoch(tmp_path):
+    model, data = make_model(), make_data(train=6)
+    model.config.hidden_dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss, _ = hand_computed(model, data.train)
+    # A learning rate that moves nothing: every batch meets the first weights. 6 = 3 + 3 samples.
+    result = train(tmp_path, replace(OPTIONS, epochs=1, batch_size=3, learning_rate=1e-12), model=model, data=data)
+    assert result.history[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_gradient_accumulation_equals_the_larger_batch(tmp_path):
+    options = replace(OPTIONS, epochs=1, batch_size=6)
+    models = [make_model(), make_model()]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    whole = train(tmp_path / "whole", options, model=models[0])
+    parts = train(tmp_path / "parts", replace(options, batch_size=2, gradient_accumulation=3), model=models[1])
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
+    assert parts.best_val_ppl == pytest.approx(whole.best_val_ppl, rel=1e-3)
+
+
+def stub_perplexities(monkeypatch, values):
+    """Replaces the validation perplexity, epoch by epoch; returns the list that collects the weights of each epoch."""
+    values, kept = iter(values), []
+
+    def log(self, logs, start_time=None):
+        if "eval_perplexity" in logs:
+            logs["eval_perplexity"] = next(values)
+            kept.append({name: weight.detach().clone() for name, weight in self.model.named_parameters()})
+        return super(LanguageModelTrainer, self).log(logs, start_time)
+
+    monkeypatch.setattr(LanguageModelTrainer, "log", log)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("patience", "perplexities", "epochs_run", "best_epoch", "reason"),
+    [
+        (1, [9.0, 8.0, 8.5], 3, 2, "early stop"),
+        (1, [9.0, 9.0], 2, 1, "early stop"),
+        (2, [9.0, 9.5, 8.0, 8.1, 8.2], 5, 3, "early stop"),
+        (2, [9.0, 8.0, 8.5, 7.0, 7.5], 5, 4, "all epochs"),
+    ],
+)
+def test_early_stop_keeps_the_best(tmp_path, monkeypatch, patience, perplexities, epochs_run, best_epoch, reason):
+    kept = stub_perplexities(monkeypatch, perplexities)
+    model = make_model()
+    options = replace(OPTIONS, epochs=5, patience=patience)
+    result = train(tmp_path, options, model=model, data=make_data(train=8, validation=2))
+    assert (len(result.history), result.best_epoch, result.stop_reason) == (epochs_run, best_epoch, reason)
+    assert result.best_val_ppl == min(perplexities)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, kept[best_epoch - 1][name]), name
+        assert torch.equal(weight, saved.get_parameter(name)), name
+
+
+def test_at_most_two_checkpoints_are_kept_and_the_best_is_one(tmp_path, monkeypatch):
+    stub_perplexities(monkeypatch, [8.0, 9.0, 9.1, 9.2])
+    fail_at(monkeypatch, 7, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tmp_path,
+            replace(OPTIONS, epochs=4, patience=4, checkpoint_steps=1),
+            data=make_data(train=8, validation=2),
+        )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-7",
+    ]
+
+
+@pytest.mark.parametrize("step", [0, 3, 5, 7])
+def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted, step):
+    """5 steps an epoch: before the first checkpoint, amid the first epoch, at its end, amid the second."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, replace(OPTIONS, checkpoint_steps=2))
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_ctrl_c_checkpoints_the_current_step(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_ctrl_c_in_the_last_step_of_an_epoch_still_evaluates_it(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 5
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_a_run_interrupted_after_its_end_only_publishes(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        patch.setattr(phase2, "publish", lambda *arguments: interrupt(None))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 0, lambda trainer: pytest.fail("trained again"))
+        model = make_model()
+        assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def interrupted_after_two_epochs(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 10, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, monkeypatch, capsys, uninterrupted, file):
+    damaged = interrupted_after_two_epochs(tmp_path, monkeypatch) / "checkpoint-10" / file
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+    assert "checkpoint-10 is damaged" in capsys.readouterr().err
+
+
+def test_only_damaged_checkpoints_are_one_clear_line(tmp_path, monkeypatch):
+    checkpoints = interrupted_after_two_epochs(tmp_path, monkeypatch)
+    for weights in checkpoints.glob("*/model.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"checkpoint-10 is damaged .* delete .*checkpoints to train") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (checkpoints / "checkpoint-10").is_dir()
+
+
+def test_a_half_written_first_checkpoint_is_dropped(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    half = tmp_path / "checkpoints" / "checkpoint-3"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_a_folder_that_moved_goes_on(tmp_path, monkeypatch, uninterrupted):
+    interrupted_after_two_epochs(tmp_path / "here", monkeypatch)
+    (tmp_path / "here").rename(tmp_path / "there")
+    model = make_model()
+    assert_same_end(train(tmp_path / "there", model=model), model, *uninterrupted)
+
+
+def poison(trainer):
+    with torch.no_grad():
+        trainer.model.gpt_neox.final_layer_norm.weight.fill_(math.nan)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 7, poison)
+        with pytest.raises(RuntimeError, match="training loss became nan at or before step 8") as caught:
+            train(tmp_path, replace(OPTIONS, checkpoint_steps=1))
+    assert "\n" not in str(caught.value) and "learning_rate" in str(caught.value)
+    kept = sorted((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-5", "checkpoint-7"]
+    assert all(AutoModelForCausalLM.from_pretrained(path).lm_head.weight.isfinite().all() for path in kept)
+    assert not (tmp_path / "train.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path, monkeypatch):
+    original = EpochReport.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            torch.nn.init.constant_(kwargs["model"].lm_head.weight, math.inf)
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(EpochReport, "on_step_end", on_step_end)
+    with pytest.raises(RuntimeError, match="weights became nan"):
+        train(tmp_path, replace(OPTIONS, checkpoint_steps=1))
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
+    def full_disk(self, output_dir):
+        raise RuntimeError("PytorchStreamWriter failed writing file\nlong trace")
+
+    monkeypatch.setattr(LanguageModelTrainer, "_save_optimizer_and_scheduler", full_disk)
+    with pytest.raises(OSError, match="cannot write .*checkpoint-5: PytorchStreamWriter failed") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
+    options = replace(OPTIONS, epochs=1)
+    model, again = make_model(), make_model()
+    result = train(tmp_path, options, model=model)
+    assert not (tmp_path / "checkpoints").exists()
+    fail_at(monkeypatch, 0, lambda trainer: pytest.fail("trained again"))
+    assert train(tmp_path, options, model=again) == result
+    assert_same_end(result, model, result, again)
+    assert json.loads((tmp_path / "train.json").read_text())["best_val_ppl"] == result.best_val_ppl
+
+
+def test_the_folder_is_a_hugging_face_model_with_its_tokenizer(tmp_path):
+    model = make_model()
+    train(tmp_path, replace(OPTIONS, epochs=1), model=model)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.config.use_cache
+    assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == VOCABULARY
+    assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, finished):
+    if finished:
+        train(tmp_path, replace(OPTIONS, epochs=1))
+    else:
+        fail_at(monkeypatch, 0, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, replace(OPTIONS, epochs=1))
+    with pytest.raises(ValueError, match="learning_rate 0.003, not 0.1: choose another output folder"):
+        train(tmp_path, replace(OPTIONS, epochs=1, learning_rate=0.1))
+    with pytest.raises(ValueError, match="seed 5, not 6"):
+        train(tmp_path, replace(OPTIONS, epochs=1), seed=6)
+    with pytest.raises(ValueError, match="data abc, not other"):
+        other = make_data()
+        other.summary["fingerprint"] = "other"
+        train(tmp_path, replace(OPTIONS, epochs=1), data=other)
+    with pytest.raises(ValueError, match="config.rope_theta|config.layer_norm_eps"):
+        train(tmp_path, replace(OPTIONS, epochs=1), model=make_model(layer_norm_eps=1e-6))
+
+
+def test_damaged_weights_of_a_finished_run_are_one_clear_line(tmp_path):
+    train(tmp_path, replace(OPTIONS, epochs=1))
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="weights in .* are damaged") as caught:
+        train(tmp_path, replace(OPTIONS, epochs=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_trains_near_float32(tmp_path):
+    models = [make_model(), make_model()]
+    exact = train(tmp_path / "float32", replace(OPTIONS, epochs=1), model=models[0])
+    rounded = train(tmp_path / "bfloat16", replace(OPTIONS, epochs=1, precision="bfloat16"), model=models[1])
+    assert rounded.best_val_ppl != exact.best_val_ppl
+    assert rounded.best_val_ppl == pytest.approx(exact.best_val_ppl, rel=0.05)
+    assert all(weight.dtype == torch.float32 for weight in models[1].parameters())
+
+
+def test_gradient_checkpointing_changes_no_result(tmp_path):
+    models = [make_model(), make_model()]
+    plain = train(tmp_path / "plain", replace(OPTIONS, epochs=1), model=models[0])
+    options = replace(OPTIONS, epochs=1, gradient_checkpointing=True)
+    recomputed = train(tmp_path / "recomputed", options, model=models[1])
+    assert recomputed.best_val_ppl == pytest.approx(plain.best_val_ppl, rel=1e-5)
+    assert not models[1].is_gradient_checkpointing
+
+
+def learning_rates(tmp_path, monkeypatch, **settings):
+    rates = []
+    original = EpochReport.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(EpochReport, "on_step_end", on_step_end)
+    train(tmp_path, replace(OPTIONS, epochs=2, learning_rate=1.0e-3, **settings))
+    return rates
+
+
+def test_cosine_schedule_rises_then_falls_to_zero(tmp_path, monkeypatch):
+    rates = learning_rates(tmp_path, monkeypatch, schedule="cosine", warmup_ratio=0.2)
+    expected = [step / 2 for step in (1, 2)] + [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(1, 9)]
+    assert rates == pytest.approx([1e-3 * rate for rate in expected], abs=1e-12)
+
+
+def test_constant_schedule_is_constant(tmp_path, monkeypatch):
+    assert learning_rates(tmp_path, monkeypatch) == [1e-3] * 10
+
+
+@pytest.mark.parametrize("source", ["input", "shared", "layer"])
+def test_context_models_train_go_on_and_load(tmp_path, monkeypatch, source):
+    def make():
+        torch.manual_seed(0)
+        settings = make_model().config.to_dict()
+        config = ContextPythiaConfig(**{**settings, "context_source": source, "context_dim": 16})
+        model = ContextPythiaForCausalLM(config)
+        if source != "layer":
+            model.gpt_neox.context_block.requires_grad_(False)
+        return model
+
+    whole, parts = make(), make()
+    options = replace(OPTIONS, epochs=2)
+    result = train(tmp_path / "whole", options, model=whole)
+    assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
+    with monkeypatch.context() as patch:
+        fail_at(patch, 7, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", replace(options, checkpoint_steps=2), model=make())
+    assert_same_end(train(tmp_path / "parts", options, model=parts), parts, result, whole)
+
+
+def test_frozen_parameters_stay_as_they_are(tmp_path):
+    model, first = make_model(), make_model()
+    frozen = model.gpt_neox.layers[0].requires_grad_(False)
+    train(tmp_path, replace(OPTIONS, epochs=1, weight_decay=0.5), model=model)
+    for name, weight in frozen.named_parameters():
+        assert torch.equal(weight, first.gpt_neox.layers[0].get_parameter(name)), name
+    assert not torch.equal(
+        model.gpt_neox.layers[1].mlp.dense_h_to_4h.weight, first.gpt_neox.layers[1].mlp.dense_h_to_4h.weight
+    )
+
+
+def test_the_console_shows_each_epoch_and_the_end(tmp_path, capsys, monkeypatch):
+    stub_perplexities(monkeypatch, [812.34, 900.0])
+    train(tmp_path, replace(OPTIONS, epochs=10, patience=1))
+    first, second, end = capsys.readouterr().out.splitlines()
+    assert first.startswith("Epoch  1/10: train_loss=") and first.endswith(" s *")
+    assert "val_ppl=812.34, val_acc=0." in first
+    assert second.endswith(" s")
+    assert end == "Early stop after epoch 2 (patience 1): best val_ppl=812.34 in epoch 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "float16"}, "precision float16: needs a CUDA GPU"),
+        ({"warmup_ratio": 0.1}, "warmup_ratio 0.1: needs the schedule constant_with_warmup"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, replace(OPTIONS, **settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the validation split has no samples"):
+        train(tmp_path, data=make_data(validation=0))
+
+
+def test_tensorboard_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"context-pythia\[tensorboard\]"):
+        train(tmp_path, replace(OPTIONS, tensorboard=True))
