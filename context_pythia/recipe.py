@@ -29,7 +29,7 @@ class DataOptions(Options):
     """The text, its tokenizer, and how it is packed into samples."""
 
     section: ClassVar[str] = "data"
-    data: str = option("builtin", "builtin, a file or folder (text, .jsonl, .jsonl.gz, .parquet), or a Hub data set")
+    data: str = option("builtin", "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), or a Hub name[:config]")
     data_split: str = option("train", "split of a Hub data set")
     text_field: str = option("text", "field that holds the text in JSONL, Parquet and Hub data")
     tokenizer: str = option(

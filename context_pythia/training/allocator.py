@@ -2,8 +2,9 @@
 
 glibc's malloc maps each tensor above its mmap threshold (at most 32 MB) by itself and unmaps it when it is freed. A
 training step on a CPU frees and allocates gigabytes of such tensors (the logits above all), and each comes back as
-untouched pages that the kernel must clear one by one: about 1.2 million page faults a step at Pythia-70M, batch 32 x
-128.
+untouched pages that the kernel must clear one by one. At Pythia-70M, batch 32 x 128, bfloat16, that was 1.2 million
+page faults and 2.2 to 2.7 s of system time a step; kept memory brought both to nothing, for 0.9 to 1.7 GiB more at the
+peak. Transparent huge pages (THP_MEM_ALLOC_ENABLE) saved faults but no system time.
 """
 
 import ctypes

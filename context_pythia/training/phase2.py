@@ -1,8 +1,7 @@
 """Phase 2: language-model training on transformers' Trainer, as the report did it.
 
-One evaluation an epoch over all validation tokens, early stop, best weights kept. What the Trainer lacks is added here:
-labels that are already the next tokens, streamed perplexity and accuracy, a stop at a loss that is not a number, and
-checkpoints from which an interrupted run goes on to the very metrics of an uninterrupted one.
+One evaluation an epoch over all validation tokens, early stop, best weights kept; an interrupted run goes on to the
+very metrics of an uninterrupted one.
 
 A folder in training holds `checkpoints/`; a finished one holds the best model in Hugging Face form and `train.json`.
 """
@@ -10,7 +9,6 @@ A folder in training holds `checkpoints/`; a finished one holds the best model i
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -18,35 +16,37 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.utils import logging
+from transformers.trainer_callback import ExportableState
 
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.allocator import keep_freed_memory
+from context_pythia.training.checkpoints import (
+    STATE_FILE,
+    check_same_run,
+    last_checkpoint,
+    load_weights,
+    publish,
+    read_json,
+    run_settings,
+    write_json,
+)
+from context_pythia.training.trainer import LanguageModelTrainer, quiet_transformers, training_arguments, wide
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
 
 RESULT_FILE = "train.json"
 SETTINGS_FILE = "settings.json"
-WEIGHTS_FILE = "model.safetensors"
-STATE_FILE = "trainer_state.json"
 EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
-# These change neither the weights nor the metrics, so a run may go on with other values.
-FREE_OPTIONS = ("tensorboard", "checkpoint_steps", "gradient_checkpointing")
-# On an accelerator each look at the loss waits for the device.
-STEPS_BETWEEN_LOOKS = 16
 
 
 @dataclass
@@ -174,93 +174,6 @@ def run_trainer(
     return asdict(trainer.state)
 
 
-class LanguageModelTrainer(Trainer):
-    """The Trainer for samples whose labels are already the next tokens, with a streamed validation."""
-
-    def __init__(self, report: EpochReport, options: TrainOptions, *, data: PackedData, **arguments: Any):
-        super().__init__(
-            train_dataset=data.train, eval_dataset=data.validation, data_collator=stack_samples, **arguments
-        )
-        self.remove_callback(PrinterCallback)
-        self.report = report
-        self.bfloat16 = options.precision == "bfloat16"
-
-    def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Autocast to bfloat16, entered here because accelerate's own copies all logits to fp32 once more."""
-        stack = super().compute_loss_context_manager()
-        if self.bfloat16:
-            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
-        return stack
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One forward and backward pass; its loss joins the epoch's sum.
-
-        Raises:
-            RuntimeError: the loss is not finite. No weight has taken it yet, or at least no checkpoint has.
-        """
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.report.add(loss)
-        look = self.args.device.type == "cpu" or self.state.global_step % STEPS_BETWEEN_LOOKS == 0
-        if look and not math.isfinite(self.report.loss_sum):
-            raise self._not_finite("training loss", float(loss))
-        return loss
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Perplexity and top-1 accuracy over every validation token; one batch of logits is held at a time."""
-        model = self.model_wrapped
-        model.eval()
-        totals: Any = 0.0
-        batches = tqdm(self.get_eval_dataloader(), desc="validation", leave=False, disable=self.report.no_bars)
-        with torch.no_grad():
-            for batch in batches:
-                batch = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    outputs = model(**batch)
-                labels = batch["shift_labels"]
-                counted = labels.ne(-100)
-                correct = (outputs.logits.argmax(-1).eq(labels) & counted).sum()
-                tokens = counted.sum()
-                totals = torch.stack([wide(outputs.loss) * tokens, wide(correct), wide(tokens)]) + totals
-        loss_sum, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
-        loss = loss_sum / tokens
-        if not math.isfinite(loss):
-            raise self._not_finite("validation loss", loss)
-        metrics = {
-            "eval_perplexity": math.exp(min(loss, 700.0)),
-            "eval_accuracy": correct / tokens,
-            "epoch_loss": self.report.train_loss,
-            "epoch_seconds": self.report.seconds,
-        }
-        self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """All weights or an error: the Trainer's own way passes over those that the file names otherwise."""
-        load_weights(self.model, Path(resume_from_checkpoint))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """A checkpoint of finite weights; one that cannot be written whole is taken away again."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise self._not_finite("weights", math.nan)
-        self.report.pause()
-        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            raise OSError(f"cannot write {checkpoint}: {first_line(error)}; free some disk space and rerun") from error
-        self.report.resume()
-
-    def _not_finite(self, what: str, value: float) -> RuntimeError:
-        step = self.state.global_step + 1
-        kept = self.args.output_dir if self.state.best_global_step else "not yet written"
-        return RuntimeError(
-            f"{what} became {value} at or before step {step}: try a learning_rate below {self.args.learning_rate} "
-            f"(last good checkpoint and best weights: {kept})"
-        )
-
-
 class EpochReport(TrainerCallback, ExportableState):
     """The epoch's mean loss and seconds, the console, the early stop, and the checkpoints between evaluations.
 
@@ -346,42 +259,6 @@ class EpochReport(TrainerCallback, ExportableState):
             raise KeyboardInterrupt
 
 
-def training_arguments(options: TrainOptions, seed: int, checkpoints: Path) -> TrainingArguments:
-    """The Trainer's arguments for `options`; `checkpoints` is its folder."""
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=options.epochs,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation,
-        activation_checkpointing=options.gradient_checkpointing,
-        optim="adamw_torch_fused",
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=options.schedule,
-        # Below 1 it is a share of the steps, from 1 on a number of steps.
-        warmup_steps=min(options.warmup_ratio, math.nextafter(1, 0)),
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        fp16=options.precision == "float16",
-        seed=seed,
-        data_seed=seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        # The best checkpoint and the last one: `metric_for_best_model` keeps the best from being rotated out.
-        save_total_limit=2,
-        metric_for_best_model="eval_perplexity",
-        greater_is_better=False,
-        logging_strategy="steps" if options.tensorboard else "no",
-        logging_steps=10,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-
 def check_options(options: TrainOptions, data: PackedData) -> None:
     """Raises ValueError, in one line, for what the options alone cannot tell to be wrong."""
     if options.warmup_ratio and options.schedule == "constant":
@@ -400,21 +277,6 @@ def summary_writer(folder: Path):
     except ImportError as error:
         raise ValueError("tensorboard is not installed: pip install 'context-pythia[tensorboard]'") from error
     return SummaryWriter(log_dir=str(folder))
-
-
-def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch [B, S]. `shift_labels` tells transformers' loss that the labels are already the next tokens."""
-    labels = torch.stack([sample["labels"] for sample in samples])
-    return {
-        "input_ids": torch.stack([sample["input_ids"] for sample in samples]),
-        "labels": labels,
-        "shift_labels": labels,
-    }
-
-
-def wide(value: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype of long sums: float64, which Apple's GPUs lack."""
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def at_epoch_end(state) -> bool:
@@ -469,20 +331,6 @@ def describe_end(result: TrainResult, options: TrainOptions) -> str:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Within it transformers prints errors alone, and no bar for each file that it saves."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
 def checkpoint_on_interrupt(report: EpochReport) -> Iterator[None]:
     """Within it the first ctrl-C only marks `report`: an optimizer step cut in two could not be saved."""
     handler = signal.getsignal(signal.SIGINT)
@@ -500,125 +348,3 @@ def checkpoint_on_interrupt(report: EpochReport) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
-    """All that decides a run's weights; two runs may share a folder only if theirs are equal."""
-    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
-    for key in ("transformers_version", "use_cache", "dtype", "architectures"):
-        config.pop(key, None)
-    settings = {
-        "seed": seed,
-        "data": data.summary["fingerprint"],
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "model_class": type(model).__name__,
-        **{f.name: getattr(options, f.name) for f in fields(options) if f.name not in FREE_OPTIONS},
-        **{f"config.{key}": value for key, value in config.items()},
-    }
-    return json.loads(json.dumps(settings, default=str))
-
-
-def check_same_run(held: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError where `folder` holds a run with other settings, naming the first that differs."""
-    for key in [*settings, *held]:
-        if held.get(key) != settings.get(key):
-            raise ValueError(
-                f"{folder} holds a run with {key} {held.get(key)}, not {settings.get(key)}: "
-                "choose another output folder"
-            )
-
-
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest sound checkpoint; newer ones that are not sound are removed.
-
-    Raises:
-        RuntimeError: there are checkpoints, and all of them are damaged.
-    """
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
-    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    unsound: dict[Path, str] = {}
-    for checkpoint in found:
-        damage = find_damage(checkpoint)
-        if damage is None:
-            break
-        unsound[checkpoint] = damage
-    else:
-        # The state is written last, so without it the process ended amid its first checkpoint: nothing is lost.
-        finished = [path for path in unsound if (path / STATE_FILE).exists()]
-        if finished:
-            raise RuntimeError(
-                f"{finished[0]} is damaged ({unsound[finished[0]]}) and there is no earlier one: "
-                f"delete {checkpoints} to train from the start"
-            )
-    for path, damage in unsound.items():
-        print(f"{path} is damaged ({damage}): removed, training goes on from before it", file=sys.stderr)
-        shutil.rmtree(path)
-    return next((path for path in found if path not in unsound), None)
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled."""
-    try:
-        best_step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
-        weights = [checkpoint / WEIGHTS_FILE]
-        if best_step is not None:
-            weights.append(checkpoint.with_name(f"checkpoint-{best_step}") / WEIGHTS_FILE)
-        for path in weights:
-            # Opening compares the header with the file's length.
-            with safe_open(path, framework="pt"):
-                pass
-        for path in [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
-            with zipfile.ZipFile(path) as archive:
-                if member := archive.testzip():
-                    return f"{path.name}: {member} is corrupt"
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        return first_line(error)
-    return None
-
-
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Fills `model` from a Hugging Face folder and sets it to evaluation.
-
-    Raises:
-        RuntimeError: the folder lacks weights of the model or is not sound.
-    """
-    try:
-        # By `from_pretrained`, because a file's names need not be the module's: GPT-NeoX saves lm_head as embed_out.
-        loaded, mended = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-        if wrong := {key: names for key, names in mended.items() if names}:
-            raise ValueError(f"{wrong}")
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise RuntimeError(
-            f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again"
-        ) from error
-    model.load_state_dict(loaded.state_dict())
-    model.eval()
-
-
-def publish(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Model and tokenizer in Hugging Face form, each file whole from the moment that it appears; weights last."""
-    partial = folder / ".saving"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        path.replace(folder / path.name)
-    partial.rmdir()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; RuntimeError, in one line, if it is not one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RuntimeError(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,183 @@
+"""The Trainer of phase 2: what transformers' Trainer lacks for it.
+
+Labels that are already the next tokens, streamed perplexity and accuracy, a stop at a loss that is not a number, and
+checkpoints that are whole and hold finite weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from context_pythia.recipe import TrainOptions
+from context_pythia.training.checkpoints import first_line, load_weights
+
+if TYPE_CHECKING:
+    from context_pythia.data.packing import PackedData
+    from context_pythia.training.phase2 import EpochReport
+
+# On an accelerator each look at the loss waits for the device.
+STEPS_BETWEEN_LOOKS = 16
+
+
+class LanguageModelTrainer(Trainer):
+    """The Trainer for samples whose labels are already the next tokens, with a streamed validation."""
+
+    def __init__(self, report: EpochReport, options: TrainOptions, *, data: PackedData, **arguments: Any):
+        super().__init__(
+            train_dataset=data.train, eval_dataset=data.validation, data_collator=stack_samples, **arguments
+        )
+        self.remove_callback(PrinterCallback)
+        self.report = report
+        self.bfloat16 = options.precision == "bfloat16"
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast to bfloat16, entered here because accelerate's own copies all logits to fp32 once more."""
+        stack = super().compute_loss_context_manager()
+        if self.bfloat16:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return stack
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """One forward and backward pass; its loss joins the epoch's sum.
+
+        Raises:
+            RuntimeError: the loss is not finite. No weight has taken it yet, or at least no checkpoint has.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.report.add(loss)
+        look = self.args.device.type == "cpu" or self.state.global_step % STEPS_BETWEEN_LOOKS == 0
+        if look and not math.isfinite(self.report.loss_sum):
+            raise self._not_finite("training loss", float(loss))
+        return loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Perplexity and top-1 accuracy over every validation token; one batch of logits is held at a time."""
+        model = self.model_wrapped
+        model.eval()
+        totals: Any = 0.0
+        batches = tqdm(self.get_eval_dataloader(), desc="validation", leave=False, disable=self.report.no_bars)
+        with torch.no_grad():
+            for batch in batches:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    outputs = model(**batch)
+                labels = batch["shift_labels"]
+                counted = labels.ne(-100)
+                correct = (outputs.logits.argmax(-1).eq(labels) & counted).sum()
+                tokens = counted.sum()
+                totals = torch.stack([wide(outputs.loss) * tokens, wide(correct), wide(tokens)]) + totals
+        loss_sum, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
+        loss = loss_sum / tokens
+        if not math.isfinite(loss):
+            raise self._not_finite("validation loss", loss)
+        metrics = {
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_accuracy": correct / tokens,
+            "epoch_loss": self.report.train_loss,
+            "epoch_seconds": self.report.seconds,
+        }
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """All weights or an error: the Trainer's own way passes over those that the file names otherwise."""
+        load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A checkpoint of finite weights; one that cannot be written whole is taken away again."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._not_finite("weights", math.nan)
+        self.report.pause()
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise OSError(f"cannot write {checkpoint}: {first_line(error)}; free some disk space and rerun") from error
+        self.report.resume()
+
+    def _not_finite(self, what: str, value: float) -> RuntimeError:
+        step = self.state.global_step + 1
+        kept = self.args.output_dir if self.state.best_global_step else "not yet written"
+        return RuntimeError(
+            f"{what} became {value} at or before step {step}: try a learning_rate below {self.args.learning_rate} "
+            f"(last good checkpoint and best weights: {kept})"
+        )
+
+
+def training_arguments(options: TrainOptions, seed: int, checkpoints: Path) -> TrainingArguments:
+    """The Trainer's arguments for `options`; `checkpoints` is its folder."""
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        activation_checkpointing=options.gradient_checkpointing,
+        optim="adamw_torch_fused",
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        # Below 1 it is a share of the steps, from 1 on a number of steps.
+        warmup_steps=min(options.warmup_ratio, math.nextafter(1, 0)),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        fp16=options.precision == "float16",
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        # The best checkpoint and the last one: `metric_for_best_model` keeps the best from being rotated out.
+        save_total_limit=2,
+        metric_for_best_model="eval_perplexity",
+        greater_is_better=False,
+        logging_strategy="steps" if options.tensorboard else "no",
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch [B, S]. `shift_labels` tells transformers' loss that the labels are already the next tokens."""
+    labels = torch.stack([sample["labels"] for sample in samples])
+    return {
+        "input_ids": torch.stack([sample["input_ids"] for sample in samples]),
+        "labels": labels,
+        "shift_labels": labels,
+    }
+
+
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """`value` in the dtype of long sums: float64, which Apple's GPUs lack."""
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers prints errors alone, and no bar for each file that it saves."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
