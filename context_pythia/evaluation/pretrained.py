@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 import context_pythia.model  # noqa: F401  registers the model with the Auto classes
 from context_pythia.data.corpora import is_hub_name, require_on_hub
@@ -29,6 +30,7 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         require_on_hub("model", name)
     else:
         raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
+    logging.disable_progress_bar()
     try:
         AutoConfig.from_pretrained(name)
         model, state = AutoModelForCausalLM.from_pretrained(
