@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        advice = "; run the same command again to go on from the last checkpoint" if command.resumable else ""
+        advice = "; run the same command again to go on where it stopped" if command.resumable else ""
         print(f"\n{PROGRAM}: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -271,7 +271,7 @@ def test_our_own_mistakes_keep_their_traceback(run_failing):
 
 def test_an_interrupt_says_how_to_go_on(run_failing, capsys):
     assert run_failing(KeyboardInterrupt(), name="compare") == 130
-    line = "context-pythia: interrupted; run the same command again to go on from the last checkpoint"
+    line = "context-pythia: interrupted; run the same command again to go on where it stopped"
     assert capsys.readouterr().err.split("\n") == ["", line, ""]
     assert run_failing(KeyboardInterrupt(), "runs/x") == 130
     assert "again" not in capsys.readouterr().err

@@ -27,7 +27,10 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
                 f"{name} holds no config.json: give the folder of one model, such as RUN/models/NAME"
             )
     elif is_hub_name(name):
-        require_on_hub("model", name)
+        try:
+            AutoConfig.from_pretrained(name, local_files_only=True)
+        except OSError:
+            require_on_hub("model", name)
     else:
         raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
     logging.disable_progress_bar()
@@ -36,6 +39,8 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         model, state = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+    except ConnectionError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RuntimeError(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error

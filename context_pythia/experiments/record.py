@@ -28,6 +28,11 @@ from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_d
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
+MODEL_KEYS = {
+    "name", "context_source", "context_dim", "context_sharing", "parameters", "trainable_parameters", "best_val_ppl",
+    "best_epoch", "val_accuracy", "history", "stop_reason", "seconds_per_epoch", "phase1", "cache", "error",
+}  # fmt: skip
+
 
 def slug(name: str) -> str:
     """The folder's name for a model's name: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
@@ -51,20 +56,19 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot make the run folder {folder} ({error.strerror}): choose another with --out"
+            ) from error
         if (folder / "recipe.yaml").exists():
             recipe = _merged(load_recipe(str(folder / "recipe.yaml")), recipe, folder)
         self.recipe = recipe
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
         if (folder / "metrics.json").exists():
-            try:
-                self.metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
-            except ValueError as error:
-                raise RuntimeError(f"{folder / 'metrics.json'} is damaged ({error}): remove it to run again") from None
+            self.metrics = read_metrics(folder / "metrics.json")
         self.metrics["recipe"] = recipe_to_dict(recipe)
-        partial = folder / ".recipe.yaml.tmp"
-        save_recipe(recipe, partial)
-        os.replace(partial, folder / "recipe.yaml")
 
     def phase1_folder(self, name: str) -> Path:
         return self.folder / "phase1" / slug(name)
@@ -90,12 +94,16 @@ class Run:
         self.write()
 
     def write(self) -> None:
+        """Write the recipe and the metrics. Opening a run writes nothing, so a refused command leaves no trace."""
+        partial = self.folder / ".recipe.yaml.tmp"
+        save_recipe(self.recipe, partial)
+        os.replace(partial, self.folder / "recipe.yaml")
         write_json(self.folder / "metrics.json", self.metrics)
 
     def write_provenance(self, device: torch.device) -> None:
         """Record where and with what the run was made; a run that goes on keeps the date of its first start."""
         path = self.folder / "provenance.json"
-        held = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        held = read_record(path) if path.exists() else {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(
             path,
@@ -141,6 +149,36 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a run's JSON file; FileNotFoundError or ValueError, in one line, if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a run folder that `context-pythia compare` has written")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(content, dict):
+        raise _damaged(path, "it holds no object")
+    return content
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
+    metrics = read_record(path)
+    for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
+        if not isinstance(metrics.get(key), kind):
+            raise _damaged(path, f"it has no {key!r}")
+    for number, model in enumerate(metrics["models"], start=1):
+        missing = sorted(MODEL_KEYS - set(model)) if isinstance(model, dict) else ["name"]
+        if missing:
+            raise _damaged(path, f"model {number} has no {missing[0]!r}")
+    return metrics
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}): restore it, or remove it and run `context-pythia compare` again")
 
 
 def _device_name(device: torch.device) -> str:

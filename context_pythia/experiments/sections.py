@@ -297,7 +297,8 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return _DASH if value is None else f"{100 * value:.1f} %"
+    # Rounded first and added to zero, so that a loss of nothing is not "-0.0 %".
+    return _DASH if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
 
 
 def _perplexity(value: float | None) -> str:

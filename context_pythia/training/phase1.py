@@ -287,6 +287,8 @@ class OacdRun:
 
 
 def _iterate(run: OacdRun, progress: bool) -> None:
+    if run.finished:
+        return
     saved = time.monotonic()
     total = run.options.max_iterations * run.batches
     layout = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -311,7 +313,8 @@ def _iterate(run: OacdRun, progress: bool) -> None:
             if interrupt.is_set():
                 run.save_checkpoint()
                 raise KeyboardInterrupt
-            if time.monotonic() - saved >= run.options.checkpoint_seconds and not run.finished:
+            # The last one covers the held-out scan that follows.
+            if run.finished or time.monotonic() - saved >= run.options.checkpoint_seconds:
                 run.save_checkpoint()
                 saved = time.monotonic()
 

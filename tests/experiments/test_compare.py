@@ -131,3 +131,25 @@ def test_phase1_refuses_a_model_without_context_block(tmp_path):
     with pytest.raises(ValueError, match="Pythia has no ContextBlock"):
         run_phase1(recipe, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_command_leaves_the_folder_free(tmp_path):
+    wrong = tiny_recipe(tmp_path, data={"data": str(tmp_path / "missing.txt")})
+    with pytest.raises(FileNotFoundError, match="missing.txt"):
+        train(wrong, tmp_path / "run", progress=False)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the run folder .* choose another with --out") as caught:
+        train(tiny_recipe(tmp_path), tmp_path / "file" / "run", progress=False)
+    assert not isinstance(caught.value, FileNotFoundError | NotADirectoryError)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"models": [{"name": "Pythia"}], "data": {}, "recipe": {}}'])
+def test_damaged_metrics_are_named(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match="metrics.json is damaged"):
+        train(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
