@@ -131,6 +131,11 @@ class ModelOptions(Options):
     phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)")
     freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2")
 
+    @property
+    def folder(self) -> str:
+        """The name of the model's folder: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
+        return re.sub(r"\W+", "-", self.name.casefold()).strip("-")
+
 
 @dataclass
 class Recipe(Options):
@@ -165,7 +170,7 @@ class Recipe(Options):
             raise ValueError("models: is empty, name at least one model")
         folders: dict[str, str] = {}
         for model in self.models:
-            folder = re.sub(r"\W+", "-", model.name.casefold()).strip("-")
+            folder = model.folder
             if not folder or "," in model.name:
                 raise ValueError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
             if folder in folders:

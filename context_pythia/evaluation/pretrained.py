@@ -35,7 +35,6 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
     logging.disable_progress_bar()
     try:
-        AutoConfig.from_pretrained(name)
         model, state = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )

@@ -21,7 +21,7 @@ from context_pythia.experiments.build import (
     describe_parameters,
     embedding_rows,
 )
-from context_pythia.experiments.record import Run
+from context_pythia.experiments.record import Run, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
@@ -46,7 +46,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
             run.add(_train_and_measure(options, run, data, progress))
         except (RuntimeError, FloatingPointError, MemoryError) as error:
             failures.append(f"{options.name}: {error}")
-            run.add(_entry(options, error=str(error).splitlines()[0]))
+            run.add(model_entry(options, error=str(error).splitlines()[0]))
         gc.collect()
     written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
     print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
@@ -62,7 +62,7 @@ def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
             print(f"{options.name}: finished before, kept")
             continue
         run.add(_train_and_measure(options, run, data, progress))
-        print(f"wrote {run.model_folder(options.name)}")
+        print(f"wrote {run.model_folder(options)}")
 
 
 def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
@@ -79,7 +79,7 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
     run, data = _open(recipe, out, progress)
     for options in recipe.models:
         _phase1(_build(options, run, data), options, run, data, progress)
-        print(f"wrote {run.phase1_folder(options.name)}")
+        print(f"wrote {run.phase1_folder(options)}")
 
 
 def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
@@ -102,7 +102,7 @@ def _build(options: ModelOptions, run: Run, data: PackedData) -> Any:
 
 
 def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progress: bool) -> Phase1Result:
-    folder = run.phase1_folder(options.name)
+    folder = run.phase1_folder(options)
     result = train_context_block(model, data, run.recipe.phase1, seed=run.recipe.seed, folder=folder, progress=progress)
     print(
         f"{options.name}: phase 1: {result.convergence_rate:.1%} of the contexts converged "
@@ -124,32 +124,9 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
         data,
         run.recipe.train,
         seed=run.recipe.seed,
-        folder=run.model_folder(options.name),
+        folder=run.model_folder(options),
         name=options.name,
         progress=progress,
     )
     cache = describe_cache(model, run.recipe.data.sequence_length)
-    return _entry(options, **parameters, **asdict(result), phase1=phase1, cache=cache)
-
-
-def _entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
-    """A model's entry in metrics.json; what is not given is null."""
-    source = options.context_source
-    return {
-        "name": options.name,
-        "context_source": source,
-        "context_dim": None if source is None else options.context_dim,
-        "context_sharing": options.context_sharing if source == "layer" else None,
-        "parameters": None,
-        "trainable_parameters": None,
-        "best_val_ppl": None,
-        "best_epoch": None,
-        "val_accuracy": None,
-        "history": [],
-        "stop_reason": None,
-        "seconds_per_epoch": None,
-        "phase1": None,
-        "cache": None,
-        "error": None,
-        **figures,
-    }
+    return model_entry(options, **parameters, **asdict(result), phase1=phase1, cache=cache)

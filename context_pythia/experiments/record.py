@@ -28,15 +28,28 @@ from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_d
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
-MODEL_KEYS = {
-    "name", "context_source", "context_dim", "context_sharing", "parameters", "trainable_parameters", "best_val_ppl",
-    "best_epoch", "val_accuracy", "history", "stop_reason", "seconds_per_epoch", "phase1", "cache", "error",
-}  # fmt: skip
 
-
-def slug(name: str) -> str:
-    """The folder's name for a model's name: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
-    return re.sub(r"\W+", "-", name.casefold()).strip("-")
+def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
+    """A model's entry in metrics.json. Readers rely on every key; what is not given is null."""
+    source = options.context_source
+    return {
+        "name": options.name,
+        "context_source": source,
+        "context_dim": None if source is None else options.context_dim,
+        "context_sharing": options.context_sharing if source == "layer" else None,
+        "parameters": None,
+        "trainable_parameters": None,
+        "best_val_ppl": None,
+        "best_epoch": None,
+        "val_accuracy": None,
+        "history": [],
+        "stop_reason": None,
+        "seconds_per_epoch": None,
+        "phase1": None,
+        "cache": None,
+        "error": None,
+        **figures,
+    }
 
 
 class Run:
@@ -70,11 +83,11 @@ class Run:
             self.metrics = read_metrics(folder / "metrics.json")
         self.metrics["recipe"] = recipe_to_dict(recipe)
 
-    def phase1_folder(self, name: str) -> Path:
-        return self.folder / "phase1" / slug(name)
+    def phase1_folder(self, model: ModelOptions) -> Path:
+        return self.folder / "phase1" / model.folder
 
-    def model_folder(self, name: str) -> Path:
-        return self.folder / "models" / slug(name)
+    def model_folder(self, model: ModelOptions) -> Path:
+        return self.folder / "models" / model.folder
 
     def finished(self, name: str) -> bool:
         return any(entry["name"] == name and entry["error"] is None for entry in self.metrics["models"])
@@ -94,7 +107,7 @@ class Run:
         self.write()
 
     def write(self) -> None:
-        """Write the recipe and the metrics. Opening a run writes nothing, so a refused command leaves no trace."""
+        """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing."""
         partial = self.folder / ".recipe.yaml.tmp"
         save_recipe(self.recipe, partial)
         os.replace(partial, self.folder / "recipe.yaml")
@@ -166,12 +179,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
-    metrics = read_record(path)
+    metrics, keys = read_record(path), set(model_entry(ModelOptions()))
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise _damaged(path, f"it has no {key!r}")
     for number, model in enumerate(metrics["models"], start=1):
-        missing = sorted(MODEL_KEYS - set(model)) if isinstance(model, dict) else ["name"]
+        missing = sorted(keys - set(model)) if isinstance(model, dict) else ["name"]
         if missing:
             raise _damaged(path, f"model {number} has no {missing[0]!r}")
     return metrics
