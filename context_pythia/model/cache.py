@@ -143,7 +143,7 @@ def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:
 def cached_numbers_per_token(config: GPTNeoXConfig) -> int:
     """Numbers that the model caches for one token of one sequence, all layers together (formula)."""
     if isinstance(config, ContextPythiaConfig) and config.context_source != "input":
-        return config.layer_types.count("context") * config.cached_width
+        return sum(config.cached_width(i) for i, kind in enumerate(config.layer_types) if kind == "context")
     return 2 * config.hidden_size * config.num_hidden_layers
 
 

@@ -22,6 +22,16 @@ class ContextPythiaConfig(GPTNeoXConfig):
         Number of consecutive layers that attend to the context which the first of them made (`"layer"`).
     num_rotary_keys (`int`, *optional*, defaults to 1):
         Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
+    rotary_pairs (`list[list[int]]`, *optional*):
+        For each layer and rotary frequency, the pairs of numbers that are cached at this frequency in place of whole
+        rotary keys; every head reads them through a complex-linear map of its own (`"layer"`).
+    reuse_rotary_keys (`bool`, *optional*, defaults to `False`):
+        Whether keys and values are rebuilt from the rotary keys, turned back, too, and not from the latent alone
+        (`"layer"`).
+    layer_context_dims (`list[int]`, *optional*):
+        Width of each layer's context where layers differ; `context_dim` is then their mean (`"layer"`).
+    context_bias (`bool`, *optional*):
+        Whether the projections to the context and to the values have a bias; `attention_bias` if absent.
     """
 
     model_type = "context_pythia"
@@ -36,6 +46,10 @@ class ContextPythiaConfig(GPTNeoXConfig):
     context_block_layers: int = 1
     context_sharing: int = 1
     num_rotary_keys: int = 1
+    rotary_pairs: list[list[int]] | None = None
+    reuse_rotary_keys: bool = False
+    layer_context_dims: list[int] | None = None
+    context_bias: bool | None = None
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -56,11 +70,36 @@ class ContextPythiaConfig(GPTNeoXConfig):
             raise ValueError(
                 f"num_rotary_keys {self.num_rotary_keys}: must be 1 or num_attention_heads = {self.num_attention_heads}"
             )
-        if self.context_source == "layer" and self.latent_dim < 1:
-            raise ValueError(
-                f"context_dim {self.context_dim}: leaves no latent beside {self.num_rotary_keys} rotary keys of "
-                f"{self.rotary_dim} dims; it must be at least {self.num_rotary_keys * self.rotary_dim + 1}"
-            )
+        self._validate_layers()
+
+    def _validate_layers(self) -> None:
+        """What the layers' contexts hold, where each layer makes its own."""
+        if self.context_source != "layer":
+            if self.rotary_pairs or self.layer_context_dims or self.reuse_rotary_keys:
+                raise ValueError(
+                    f"context_source {self.context_source!r}: rotary_pairs, layer_context_dims and reuse_rotary_keys "
+                    "are for 'layer'"
+                )
+            return
+        layers, frequencies = self.num_hidden_layers, self.rotary_dim // 2
+        if self.layer_context_dims is not None and len(self.layer_context_dims) != layers:
+            raise ValueError(f"layer_context_dims {self.layer_context_dims}: must name {layers} layers")
+        if self.rotary_pairs is not None:
+            fits = all(len(row) == frequencies and min(row) >= 0 for row in self.rotary_pairs)
+            if len(self.rotary_pairs) != layers or not fits or not all(map(any, self.rotary_pairs)):
+                raise ValueError(
+                    f"rotary_pairs: must have {layers} rows of {frequencies} counts, and a pair at least in each row"
+                )
+        if self.context_sharing > 1 and (self.rotary_pairs or self.layer_context_dims):
+            raise ValueError(f"context_sharing {self.context_sharing}: must be 1 where the layers' contexts differ")
+        for layer_idx in range(layers):
+            rotary = self.rotary_width(layer_idx)
+            least = rotary + (0 if self.reuse_rotary_keys else 1)
+            if self.cached_width(layer_idx) < least:
+                raise ValueError(
+                    f"context_dim {self.cached_width(layer_idx)} of layer {layer_idx}: leaves no latent beside the "
+                    f"{rotary} dims of its rotary keys; it must be at least {least}"
+                )
 
     def validate_layer_type(self):
         # The host admits the names of its own layer types alone; ours are derived below and need no check.
@@ -72,16 +111,22 @@ class ContextPythiaConfig(GPTNeoXConfig):
         partial_rotary_factor = (self.rope_parameters or {}).get("partial_rotary_factor", 0.25)
         return int(self.hidden_size // self.num_attention_heads * partial_rotary_factor)
 
-    @property
-    def cached_width(self) -> int:
-        """Numbers in the one tensor that is cached for a token and context: rotary keys, then latent."""
-        return self.context_dim + (self.rotary_dim if self.context_source == "shared" else 0)
+    def rotary_width(self, layer_idx: int = 0) -> int:
+        """Numbers of a cached context that RoPE turns."""
+        if self.rotary_pairs is not None:
+            return 2 * sum(self.rotary_pairs[layer_idx])
+        return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
 
-    @property
-    def latent_dim(self) -> int:
-        """Width of the part of a cached context that is not a rotary key."""
-        keys = self.num_rotary_keys if self.context_source == "layer" else 1
-        return self.cached_width - keys * self.rotary_dim
+    def cached_width(self, layer_idx: int = 0) -> int:
+        """Numbers in the one tensor that is cached for a token and context: rotary keys, then latent."""
+        if self.context_source == "shared":
+            return self.rotary_dim + self.context_dim
+        return self.context_dim if self.layer_context_dims is None else self.layer_context_dims[layer_idx]
+
+    def content_dim(self, layer_idx: int = 0) -> int:
+        """Width of the part of a cached context that keys and values are rebuilt from."""
+        width = self.cached_width(layer_idx)
+        return width if self.reuse_rotary_keys else width - self.rotary_width(layer_idx)
 
     def context_layer(self, layer_idx: int) -> int:
         """Index of the layer whose context layer `layer_idx` attends to."""

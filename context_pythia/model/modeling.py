@@ -19,7 +19,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ContextAttention, cache_context, turn_rotary_keys
+from .attention import ContextAttention, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
 from .cache import keep_context, previous_context
 from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
@@ -38,6 +38,9 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             # OACD does not converge from Xavier or from weights as small as the rest of the model's.
             init.normal_(module.weight, mean=0.0, std=0.1)
             init.normal_(module.bias, mean=0.0, std=0.01)
+        elif isinstance(module, RotaryUp):
+            # The pairs of a frequency together are as large as one key.
+            init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)
 
 
 class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
@@ -97,6 +100,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        turn_back = None
+        if self.config.reuse_rotary_keys:
+            turn_back = self._turn_back(inputs_embeds, position_ids, position_embeddings, past_key_values)
 
         # Layers hand their contexts on in a UserDict: FSDP rebuilds a plain dict among the arguments, and what a layer
         # wrote into it would be lost.
@@ -123,11 +129,33 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 contexts=contexts,
+                turn_back=turn_back,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
         )
+
+    def _turn_back(
+        self,
+        states: torch.Tensor,
+        position_ids: torch.Tensor,
+        position_embeddings: PositionEmbeddings,
+        cache: Cache | None,
+    ) -> PositionEmbeddings:
+        """What undoes the turning of each key that the layers will attend to, cached ones included.
+
+        Cached tokens stand at consecutive positions, so the last new token's tells them all.
+        """
+        if cache is not None:
+            last = cache.get_seq_length() + states.shape[1] - 1
+            length, _ = cache.get_mask_sizes(states.shape[1], 0)
+            positions = torch.arange(length, device=states.device) + (position_ids[:, -1:] - last)
+            position_embeddings = self.rotary_emb(states, position_ids=positions)
+        cos, sin = position_embeddings
+        # Some kinds of RoPE also scale what they turn.
+        scaling = self.rotary_emb.attention_scaling**2
+        return cos / scaling, -sin / scaling
 
 
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):
