@@ -18,8 +18,10 @@ RANKS = {
     "evaluation": 3,
     "conversion": 4,
     "experiments": 5,
-    "cli": 6,
-    "__main__": 7,
+    "flags": 6,
+    "commands": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 MODEL_RANKS = {"configuration": 0, "context": 1, "attention": 1, "cache": 1, "modeling": 2, "__init__": 3}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from context_pythia import cli
-from context_pythia.recipe import load_recipe, recipe_to_dict
+from context_pythia.flags import OVERRIDE
+from context_pythia.recipe import DataOptions, load_recipe, recipe_to_dict
 
 calls: list[dict] = []
 
@@ -161,7 +162,7 @@ def test_every_option_of_a_recipe_has_a_flag():
             expected |= {f"{section}.{name}" for name in values}
         if section == "models":
             expected |= {f"model.{name}" for name in values[0] if name != "name"}
-    assert {name.removeprefix(cli.OVERRIDE) for name in names if name.startswith(cli.OVERRIDE)} == expected
+    assert {name.removeprefix(OVERRIDE) for name in names if name.startswith(OVERRIDE)} == expected
 
 
 def test_generate_hands_its_flags_over(run):
@@ -192,6 +193,28 @@ def test_info_takes_a_model_or_a_recipe_with_overrides(run):
     assert asked["model"] is None and asked["recipe"] == load_recipe("report", {"model.context_dim": 300})
 
 
+def test_eval_takes_models_data_and_the_first_models_tokenizer(run):
+    assert run("eval", "a", "b") == {
+        "models": ["a", "b"],
+        "data": DataOptions(tokenizer="a"),
+        "dtype": "float32",
+        "batch_size": 16,
+        "cached_tokens": 4096,
+        "caches": [],
+        "tasks": [],
+        "tasks_path": None,
+        "limit": None,
+        "out": None,
+        "lang": "en",
+        "progress": True,
+    }
+    flags = ["--samples=40", "--tokenizer=t.json", "--cache=int8", "--cache=none", "--cache=int4", "--cache=int8"]
+    asked = run("eval", "a", *flags, "--tasks", "x, y", "--tasks-path", "mine", "--limit=5", "--quiet")
+    assert asked["data"] == DataOptions(tokenizer="t.json", samples=40)
+    assert asked["caches"] == ["int8", "int4"] and asked["tasks"] == ["x", "y"]
+    assert (asked["tasks_path"], asked["limit"], asked["progress"]) == (Path("mine"), 5, False)
+
+
 def test_report_hands_its_folder_over(run):
     assert run("report", "runs/quick", "--lang", "ja") == {"run": Path("runs/quick"), "lang": "ja"}
 
@@ -204,6 +227,7 @@ def test_report_hands_its_folder_over(run):
         (["compare", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
         (["train", "--model", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
         (["info"], "info: give either --recipe RECIPE or a MODEL"),
+        (["eval", "m", "--samples", "1"], "data.samples 1: must be >= 2"),
         (["info", "m", "--recipe", "quick"], "info: give either --recipe RECIPE or a MODEL"),
         (["info", "m", "--epochs", "2"], "info: options of a recipe were given without --recipe"),
     ],
@@ -226,6 +250,8 @@ def test_wrong_values_are_one_line_and_exit_2(run, capsys, argv, message):
         (["generate", "m", "--prompt", "a", "--temperature", "-1"], "argument --temperature: -1: must be 0 (greedy)"),
         (["generate", "m", "--prompt", "a", "--top-k", "0"], "argument --top-k: 0: must be at least 1"),
         (["generate", "m", "--prompt", "a", "--num-beams", "x"], "argument --num-beams: 'x' is not a whole number"),
+        (["eval"], "the following arguments are required: MODEL"),
+        (["eval", "m", "--cache", "int2"], "argument --cache: invalid choice: 'int2'"),
         (["compere"], "argument COMMAND: invalid choice: 'compere'"),
         ([], "the following arguments are required: COMMAND"),
     ],

@@ -1,9 +1,25 @@
-"""The cache that `generate()` really fills, measured."""
+"""What a model holds in memory, measured: the cache that `generate()` really fills, the weights, and the peak.
+
+Peak memory on a CPU is the process's, which never falls by itself: what one run freed the C library may keep, and a
+high-water mark hides all that stays below it. `peak_during` first returns freed memory to the system (malloc_trim),
+then sets the kernel's mark for this process back (/proc/self/clear_refs), so each run has a mark of its own.
+"""
+
+import ctypes
+import gc
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from context_pythia.model.cache import CacheMeasurement, measure_cache
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -37,3 +53,63 @@ def measure_generated_cache(model: PreTrainedModel, length: int, batch_size: int
     if measured.length != length:
         raise RuntimeError(f"generate() cached {measured.length} tokens, {length} were asked for")
     return measured
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, shared ones counted once."""
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+
+
+def peak_during(run: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """Run something; its result, and by how many bytes memory rose at most above what was held before.
+
+    On CUDA it is what torch allocated, on a CPU what the process had resident; None where the system does not say
+    (it takes Linux).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        result = run()
+        return result, torch.cuda.max_memory_allocated(device) - held
+    release_memory(device)
+    before = process_memory("VmRSS") if _reset_mark() else None
+    result = run()
+    peak = process_memory("VmHWM")
+    return result, None if before is None or peak is None else max(0, peak - before)
+
+
+def process_memory(figure: str) -> int | None:
+    """Bytes of the process's resident memory: `VmRSS`, now, or `VmHWM`, the most so far; None off Linux.
+
+    The kernel counts `VmHWM` for the program's own memory; getrusage's ru_maxrss would begin with the parent's.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(rf"{figure}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, to the GPU's other users or (glibc) to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+def _reset_mark() -> bool:
+    """Set `VmHWM` back to `VmRSS`; whether the system let us."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

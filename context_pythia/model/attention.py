@@ -22,7 +22,6 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 
 from .configuration import ContextPythiaConfig
 
-
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -78,9 +77,7 @@ class ContextAttention(GPTNeoXAttention):
             self.num_rotary_keys = 1
             self.rotary_up = RotaryUp(self.num_heads, config.rotary_pairs[layer_idx])
         if self.rotary_ndims < self.head_size:
-            self.key_up = nn.Linear(
-                self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False
-            )
+            self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
 
     def forward(

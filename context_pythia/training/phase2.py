@@ -9,14 +9,13 @@ A folder in training holds `checkpoints/`; a finished one holds the best model i
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +52,13 @@ EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 class TrainResult:
     """What phase 2 reached. `stop_reason` is `"early stop"` or `"all epochs"`; seconds are those of training alone.
 
-    A row of `history` has epoch, train_loss (mean over the epoch's steps), val_ppl, val_accuracy, seconds and best.
+    A row of `history` has epoch, step, train_loss (mean over the epoch's steps), val_ppl, val_accuracy, seconds and
+    best. A run by steps begins with a row of step 0, without a train_loss, and may end within an epoch: then `epoch` is
+    not whole.
     """
 
     best_val_ppl: float
-    best_epoch: int
+    best_epoch: float
     val_accuracy: float
     history: list[dict[str, Any]]
     seconds_per_epoch: float
@@ -73,6 +74,9 @@ def train_language_model(
     folder: Path,
     name: str,
     progress: bool = True,
+    steps: int | None = None,
+    make_trainer: Callable[..., LanguageModelTrainer] = LanguageModelTrainer,
+    identity: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Trains `model` and leaves its best weights in it and, with the tokenizer, in `folder`.
 
@@ -83,6 +87,10 @@ def train_language_model(
         model: a causal language model of transformers; parameters without `requires_grad` stay as they are.
         name: the model's name on the console.
         progress: show a progress bar on stderr where that is a terminal.
+        steps: optimizer steps in place of `options.epochs`; evaluated before them (the first weights may be the best),
+            at each epoch's end and after the last.
+        make_trainer: what trains, called as `LanguageModelTrainer` is.
+        identity: what decides the weights besides the other arguments, as plain values of JSON.
 
     Raises:
         ValueError: options that cannot be, or a folder that holds another run.
@@ -91,7 +99,7 @@ def train_language_model(
     """
     check_options(options, data)
     folder = Path(folder)
-    settings = run_settings(model, data, options, seed)
+    settings = run_settings(model, data, options, seed) | {"steps": steps} | (identity or {})
     with quiet_transformers():
         if (folder / RESULT_FILE).exists():
             finished = read_json(folder / RESULT_FILE)
@@ -99,7 +107,11 @@ def train_language_model(
             load_weights(model, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return TrainResult(**finished)
-        log = train_or_go_on(model, data, options, seed, folder, name, settings, progress)
+        resume_from, log = open_checkpoints(folder, settings, options)
+        if log is None:
+            log = run_trainer(
+                model, data, options, seed, folder, name, resume_from, progress, steps=steps, make_trainer=make_trainer
+            )
         load_weights(model, folder / "checkpoints" / f"checkpoint-{log['best_global_step']}")
         result = make_result(epoch_rows(log["log_history"]), options)
         if int(os.environ.get("RANK", 0)) == 0:
@@ -110,17 +122,10 @@ def train_language_model(
     return result
 
 
-def train_or_go_on(
-    model: PreTrainedModel,
-    data: PackedData,
-    options: TrainOptions,
-    seed: int,
-    folder: Path,
-    name: str,
-    settings: dict[str, Any],
-    progress: bool,
-) -> dict[str, Any]:
-    """Trains to the end, from the last sound checkpoint where there is one; returns the Trainer's last state."""
+def open_checkpoints(
+    folder: Path, settings: dict[str, Any], options: TrainOptions
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The last sound checkpoint, if there is one, and the Trainer's last state if training is at its end."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     if (checkpoints / SETTINGS_FILE).exists():
@@ -131,9 +136,10 @@ def train_or_go_on(
     if resume_from:
         state = read_json(resume_from / STATE_FILE)
         # Interrupted between its last checkpoint and its end: the Trainer would not know of an early stop.
-        if stop_reason(epoch_rows(state["log_history"]), options) is not None:
-            return state
-    return run_trainer(model, data, options, seed, folder, name, resume_from, progress)
+        at_end = state["global_step"] >= state["max_steps"]
+        if stop_reason(epoch_rows(state["log_history"]), options, at_end) is not None:
+            return resume_from, state
+    return resume_from, None
 
 
 def run_trainer(
@@ -145,9 +151,14 @@ def run_trainer(
     name: str,
     resume_from: Path | None,
     progress: bool,
+    *,
+    steps: int | None,
+    make_trainer: Callable[..., LanguageModelTrainer],
 ) -> dict[str, Any]:
     """Runs the Trainer to its end and returns its last state."""
-    arguments = training_arguments(options, seed, folder / "checkpoints")
+    arguments = training_arguments(options, seed, folder / "checkpoints", steps)
+    # A checkpoint has the first evaluation in its log.
+    arguments.eval_on_start = steps is not None and resume_from is None
     if arguments.device.type == "cpu":
         keep_freed_memory()
     report = EpochReport(name, options, progress)
@@ -155,7 +166,7 @@ def run_trainer(
     if options.tensorboard:
         callbacks.append(TensorBoardCallback(summary_writer(folder / "tensorboard")))
     use_cache = model.config.use_cache
-    trainer = LanguageModelTrainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
+    trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
     try:
         with checkpoint_on_interrupt(report):
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -189,7 +200,7 @@ class EpochReport(TrainerCallback, ExportableState):
         self.steps = 0
         self.seconds = 0.0
         self.started: float | None = None
-        self.train_loss = math.nan
+        self.train_loss: float | None = None
         self.interrupted = False
 
     def state(self) -> dict[str, Any]:
@@ -246,13 +257,14 @@ class EpochReport(TrainerCallback, ExportableState):
         history = epoch_rows(state.log_history)
         if state.is_world_process_zero:
             row = history[-1]
-            line = (
-                f"Epoch {row['epoch']:2d}/{self.options.epochs}: train_loss={row['train_loss']:.4f}, "
-                f"val_ppl={row['val_ppl']:.2f}, val_acc={row['val_accuracy']:.4f}, {row['seconds']:.1f} s"
-            )
+            by_steps = f"Step {row['step']}/{state.max_steps}"
+            line = by_steps if args.max_steps > 0 else f"Epoch {row['epoch']:2d}/{self.options.epochs}"
+            line += ": " if row["train_loss"] is None else f": train_loss={row['train_loss']:.4f}, "
+            line += f"val_ppl={row['val_ppl']:.2f}, val_acc={row['val_accuracy']:.4f}, {row['seconds']:.1f} s"
             tqdm.write(line + " *" * row["best"], file=sys.stdout)
             sys.stdout.flush()
-        control.should_training_stop = stop_reason(history, self.options) is not None
+        at_end = state.global_step >= state.max_steps
+        control.should_training_stop = stop_reason(history, self.options, at_end) is not None
 
     def on_save(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -262,9 +274,10 @@ class EpochReport(TrainerCallback, ExportableState):
 def check_options(options: TrainOptions, data: PackedData) -> None:
     """Raises ValueError, in one line, for what the options alone cannot tell to be wrong."""
     if options.warmup_ratio and options.schedule == "constant":
-        raise ValueError(f"train.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
+        section = options.section
+        raise ValueError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
     if options.precision == "float16" and not torch.cuda.is_available():
-        raise ValueError("train.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
+        raise ValueError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
             raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
@@ -280,8 +293,8 @@ def summary_writer(folder: Path):
 
 
 def at_epoch_end(state) -> bool:
-    """Whether a whole number of epochs is done."""
-    return state.global_step % (state.max_steps // state.num_train_epochs) == 0
+    """Whether a whole number of epochs is done, or all steps."""
+    return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
 def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -289,10 +302,11 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for entry in log_history:
         if "eval_perplexity" in entry:
-            perplexity = entry["eval_perplexity"]
+            perplexity, epoch = entry["eval_perplexity"], entry["epoch"]
             rows.append(
                 {
-                    "epoch": round(entry["epoch"]),
+                    "epoch": round(epoch) if epoch == round(epoch) else epoch,
+                    "step": entry["step"],
                     "train_loss": entry["epoch_loss"],
                     "val_ppl": perplexity,
                     "val_accuracy": entry["eval_accuracy"],
@@ -303,12 +317,12 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def stop_reason(history: list[dict[str, Any]], options: TrainOptions) -> str | None:
-    """Why training ends after the last row of `history`; None where it goes on."""
+def stop_reason(history: list[dict[str, Any]], options: TrainOptions, at_end: bool) -> str | None:
+    """Why training ends after the last row of `history`, `at_end` of its steps or not; None where it goes on."""
     since_best = next((since for since, row in enumerate(reversed(history)) if row["best"]), 0)
     if since_best >= options.patience:
         return EARLY_STOP
-    return ALL_EPOCHS if len(history) >= options.epochs else None
+    return ALL_EPOCHS if at_end else None
 
 
 def make_result(history: list[dict[str, Any]], options: TrainOptions) -> TrainResult:
@@ -318,12 +332,17 @@ def make_result(history: list[dict[str, Any]], options: TrainOptions) -> TrainRe
         best_epoch=best["epoch"],
         val_accuracy=best["val_accuracy"],
         history=history,
-        seconds_per_epoch=sum(row["seconds"] for row in history) / len(history),
-        stop_reason=stop_reason(history, options) or ALL_EPOCHS,
+        seconds_per_epoch=sum(row["seconds"] for row in history) / history[-1]["epoch"],
+        stop_reason=stop_reason(history, options, at_end=True) or ALL_EPOCHS,
     )
 
 
 def describe_end(result: TrainResult, options: TrainOptions) -> str:
+    first, last = result.history[0], result.history[-1]
+    if first["step"] == 0:
+        line = f"All {last['step']} steps done: val_ppl={first['val_ppl']:.2f} before, {last['val_ppl']:.2f} now"
+        step = max(row["step"] for row in result.history if row["best"])
+        return line if last["best"] else f"{line}; validation got no better, so the weights of step {step} are kept"
     best = f"best val_ppl={result.best_val_ppl:.2f} in epoch {result.best_epoch}"
     if result.stop_reason == EARLY_STOP:
         return f"Early stop after epoch {len(result.history)} (patience {options.patience}): {best}"

@@ -92,6 +92,17 @@ class LanguageModelTrainer(Trainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
+        """As the Trainer's; before the first step (`eval_on_start`) the first weights become the best checkpoint."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.state.global_step == 0:
+            self._determine_best_metric(metrics, trial)
+            # The Trainer takes a best step of 0 for none, and would rotate its checkpoint out.
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir, "checkpoint-0"))
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+        return metrics
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """All weights or an error: the Trainer's own way passes over those that the file names otherwise."""
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -111,18 +122,21 @@ class LanguageModelTrainer(Trainer):
 
     def _not_finite(self, what: str, value: float) -> RuntimeError:
         step = self.state.global_step + 1
-        kept = self.args.output_dir if self.state.best_global_step else "not yet written"
+        kept = self.args.output_dir if self.state.best_global_step is not None else "not yet written"
         return RuntimeError(
             f"{what} became {value} at or before step {step}: try a learning_rate below {self.args.learning_rate} "
             f"(last good checkpoint and best weights: {kept})"
         )
 
 
-def training_arguments(options: TrainOptions, seed: int, checkpoints: Path) -> TrainingArguments:
-    """The Trainer's arguments for `options`; `checkpoints` is its folder."""
+def training_arguments(
+    options: TrainOptions, seed: int, checkpoints: Path, steps: int | None = None
+) -> TrainingArguments:
+    """The Trainer's arguments for `options`, or for so many `steps` in place of epochs; `checkpoints` is its folder."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=options.epochs,
+        max_steps=-1 if steps is None else steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,

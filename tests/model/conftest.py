@@ -24,7 +24,9 @@ SOURCES = {
     "layer": dict(context_source="layer", context_dim=23),
     "layer, a rotary key a head": dict(context_source="layer", context_dim=30, num_rotary_keys=4),
     "layer, shared by 2": dict(context_source="layer", context_dim=23, context_sharing=2),
-    "layer, rotary keys reused": dict(context_source="layer", context_dim=30, num_rotary_keys=4, reuse_rotary_keys=True),
+    "layer, rotary keys reused": dict(
+        context_source="layer", context_dim=30, num_rotary_keys=4, reuse_rotary_keys=True
+    ),
     "layer, rotary pairs": dict(
         context_source="layer",
         context_dim=24,

@@ -53,7 +53,14 @@ def attention_arguments(model, queries: int, length: int):
     attention = model.gpt_neox.layers[-1].attention
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(3, 4, queries, 16, generator=generator, requires_grad=True)
-    context = torch.randn(3, 1, length, model.gpt_neox.layers[-1].attention.rotary_width + model.gpt_neox.layers[-1].attention.content_dim, generator=generator, requires_grad=True)
+    context = torch.randn(
+        3,
+        1,
+        length,
+        model.gpt_neox.layers[-1].attention.rotary_width + model.gpt_neox.layers[-1].attention.content_dim,
+        generator=generator,
+        requires_grad=True,
+    )
     mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries).expand(3, 1, -1, -1).clone()
     mask[0, :, :, :2] = False
     return attention, query, context, mask

@@ -208,6 +208,18 @@ def test_early_stop_keeps_the_best(tmp_path, monkeypatch, patience, perplexities
         assert torch.equal(weight, saved.get_parameter(name)), name
 
 
+def test_a_run_by_steps_ends_within_an_epoch_and_never_early(tmp_path, monkeypatch):
+    stub_perplexities(monkeypatch, [7.0, 9.0, 8.0, 6.0])
+    model = make_model()
+    result = train(tmp_path, replace(OPTIONS, epochs=1, patience=9, checkpoint_steps=2), model=model, steps=12)
+    assert [(row["step"], row["epoch"]) for row in result.history] == [(0, 0), (5, 1), (10, 2), (12, 2.4)]
+    assert [row["best"] for row in result.history] == [True, False, False, True]
+    assert result.history[0]["train_loss"] is None and result.best_epoch == 2.4
+    assert result.seconds_per_epoch == pytest.approx(sum(row["seconds"] for row in result.history) / 2.4)
+    with pytest.raises(ValueError, match="steps 12, not 13"):
+        train(tmp_path, replace(OPTIONS, epochs=1, patience=9), model=model, steps=13)
+
+
 def test_at_most_two_checkpoints_are_kept_and_the_best_is_one(tmp_path, monkeypatch):
     stub_perplexities(monkeypatch, [8.0, 9.0, 9.1, 9.2])
     fail_at(monkeypatch, 7, interrupt)

@@ -1,0 +1,298 @@
+"""Keys and values of one layer from fewer numbers: linear algebra on weights, moments and ranks, nothing else.
+
+A layer's keys and values are `y = W h + b` of its normalised input h. The context keeps rotary pairs r and a latent z,
+both linear in h, and y is rebuilt affinely from them (`model/attention.py`). Below full rank the factors minimise
+
+    E (y - y')^T G (y - y'),
+
+G being the gradients' second moment (`conversion/calibrate.py`): the quadratic model of the loss with inputs and
+gradients taken as independent (K-FAC, arXiv 1503.05671). All in float64.
+
+Shapes: D hidden size, H heads, d rotary dims of a head, F = d / 2 frequencies, P pairs, R = 2 P, L latent, C content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+# Directions in which inputs or gradients hardly vary have no say, but must not make a whitening infinite.
+RIDGE = 1e-9
+
+
+@dataclass
+class KeysAndValues:
+    """A layer's weights, in float64.
+
+    Attributes:
+        weight: of the keys (not yet turned), then the values, each head by head, `[2 D, D]`.
+        bias: likewise, `[2 D]`; zero where the layer has none.
+        num_heads: H.
+        rotary_dim: d.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    num_heads: int
+    rotary_dim: int
+
+    @cached_property
+    def rotary_rows(self) -> torch.Tensor:
+        """Rows of the rotary dims, `[F, H, 2]`: frequency, head, real and imaginary part."""
+        width = self.weight.shape[1]
+        heads = torch.arange(self.num_heads) * (width // self.num_heads)
+        frequencies = torch.arange(self.rotary_dim // 2)
+        real = frequencies[:, None] + heads[None, :]
+        return torch.stack([real, real + self.rotary_dim // 2], dim=-1)
+
+    @cached_property
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the rotary dims as complex numbers, `[F, H, D]` and `[F, H]`."""
+        real, imaginary = self.rotary_rows.unbind(-1)
+        return (
+            torch.complex(self.weight[real], self.weight[imaginary]),
+            torch.complex(self.bias[real], self.bias[imaginary]),
+        )
+
+    @cached_property
+    def content_rows(self) -> torch.Tensor:
+        """All other rows: keys' dims that are not rotary, then values."""
+        rest = torch.ones(self.weight.shape[0], dtype=torch.bool)
+        rest[self.rotary_rows.flatten()] = False
+        return rest.nonzero()[:, 0]
+
+
+@dataclass
+class Factors:
+    """A layer's context and the way back from it, as `ContextAttention` holds them.
+
+    Attributes:
+        pairs: rotary pairs at each of the F frequencies.
+        context_weight, context_bias: `[R + L, D]`, `[R + L]`.
+        rotary_up: `[H, P, 2]`.
+        key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L: the rotary keys are reused.
+        error: E (y - y')^T G (y - y') / 2 of the inputs' moments. With the gradients' G it stands for nats a token, but
+            leaves out that the errors of a text's tokens add up: it ranks factorizations and does not foretell losses.
+        spectrum: what each direction of the input that the pairs do not read adds to the error if the latent leaves it
+            out, `[D - R]`, descending; the latent has the first L. Empty where nothing is left out.
+    """
+
+    pairs: list[int]
+    context_weight: torch.Tensor
+    context_bias: torch.Tensor
+    rotary_up: torch.Tensor
+    key_up: torch.Tensor
+    value_up: torch.Tensor
+    value_bias: torch.Tensor
+    error: float
+    spectrum: torch.Tensor
+
+
+class LayerFactorizer:
+    """All factorizations of one layer under one weighting.
+
+    The rotary pairs of a frequency are the leading components of a complex PCA over the heads' keys: RoPE turns all of
+    them by one angle, so a complex combination of turned keys is the turned combination (RoRoPE, arXiv 2502.07864).
+    The latent is the reduced-rank regression of all else on what the pairs leave of the input.
+
+    Args:
+        mean, covariance: of the inputs, `[D]` and `[D, D]`.
+        metric: G, `[2 D, 2 D]`, ordered as the layer's weight.
+    """
+
+    def __init__(self, layer: KeysAndValues, mean: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor):
+        self.layer, self.mean = layer, mean
+        self.root = symmetric_root(covariance)  # h - mean = root @ (whitened input)
+        rows = layer.content_rows
+        content = layer.weight[rows] @ self.root
+        self.gram = content.T @ metric[rows][:, rows] @ content
+        self._find_components(covariance, metric)
+
+    def _find_components(self, covariance: torch.Tensor, metric: torch.Tensor) -> None:
+        """At each frequency the heads' components, in order of what they are worth: errors, ways in, ways back."""
+        weight, bias = self.layer.rotary
+        mean = weight @ self.mean.to(weight.dtype) + bias
+        reads = weight @ covariance.to(weight.dtype) @ weight.mH + mean[:, :, None] * mean[:, None].conj()
+        real, imaginary = self.layer.rotary_rows.unbind(-1)
+
+        def block(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return metric[a[:, :, None], b[:, None, :]]
+
+        # The part of the real metric that turns with the keys; RoPE averages out the rest.
+        turning = torch.complex(
+            (block(real, real) + block(imaginary, imaginary)) / 2,
+            (block(imaginary, real) - block(real, imaginary)) / 2,
+        )
+        self.worth = torch.zeros(reads.shape[:2], dtype=torch.float64)
+        self.inward, self.upward = torch.zeros_like(reads), torch.zeros_like(reads)
+        for f in range(reads.shape[0]):
+            root = symmetric_root(turning[f])
+            values, vectors = torch.linalg.eigh(root @ reads[f] @ root)
+            self.worth[f], vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+            self.inward[f] = vectors.mH @ root  # [component, H]
+            self.upward[f] = torch.linalg.solve(root, vectors)  # [H, component]
+
+    def pair_counts(self, total: int) -> list[int]:
+        """The counts a frequency that keep the `total` components of most worth."""
+        order = self.worth.flatten().argsort(descending=True)[:total]
+        return torch.bincount(order // self.worth.shape[1], minlength=self.worth.shape[0]).tolist()
+
+    def _rotary(self, pairs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the pairs, `[R, D]` and `[R]`, real parts first."""
+        weight, bias = self.layer.rotary
+        ways = [self.inward[f, :count] for f, count in enumerate(pairs)]
+        weight = torch.cat([way @ weight[f] for f, way in enumerate(ways)])
+        bias = torch.cat([way @ bias[f] for f, way in enumerate(ways)])
+        return torch.cat([weight.real, weight.imag]), torch.cat([bias.real, bias.imag])
+
+    def _free(self, rotary_weight: torch.Tensor) -> torch.Tensor:
+        """Orthonormal directions of the whitened input that the pairs do not see, `[D, D - R]`."""
+        reads = (rotary_weight @ self.root).T
+        return torch.linalg.svd(reads, full_matrices=True)[0][:, reads.shape[1] :]
+
+    def errors(self, pairs: list[int]) -> torch.Tensor:
+        """Error with latents of 0, 1, … D - R dims beside the pairs, `[D - R + 1]`."""
+        free = self._free(self._rotary(pairs)[0])
+        return self._errors(pairs, torch.linalg.eigvalsh(free.T @ self.gram @ free).clamp(min=0))
+
+    def _errors(self, pairs: list[int], values: torch.Tensor) -> torch.Tensor:
+        tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
+        lost = sum(self.worth[f, count:].sum() for f, count in enumerate(pairs))
+        return (tail + lost) / 2
+
+    def frontier(self, grid: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best split of each width into pairs and latent.
+
+        Args:
+            grid: numbers of pairs that are tried.
+
+        Returns:
+            least error at widths 0, 1, … D, `[D + 1]` (infinite where there is no room), and the pairs that reach it.
+        """
+        width, most = self.layer.weight.shape[1], self.worth.numel()
+        least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
+        choice = torch.zeros(width + 1, dtype=torch.int64)
+        for total in sorted({max(1, most * step // grid) for step in range(1, grid + 1)}):
+            errors = self.errors(self.pair_counts(total))
+            widths = torch.arange(2 * total, width + 1)
+            better = errors < least[widths]
+            least[widths[better]], choice[widths[better]] = errors[better], total
+        return least, choice
+
+    def factors(self, pairs: list[int], latent_dim: int) -> Factors:
+        """The best factors with these pairs and a latent of this width, at most D - R."""
+        layer = self.layer
+        rotary_weight, rotary_bias = self._rotary(pairs)
+        free = self._free(rotary_weight)
+        values, vectors = torch.linalg.eigh(free.T @ self.gram @ free)
+        values = values.clamp(min=0)
+        directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
+        latent_weight = torch.linalg.solve(self.root, directions).T
+        # The latent is orthogonal to the pairs, so each is regressed on by itself.
+        content = layer.weight[layer.content_rows] @ self.root
+        up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), content @ directions], dim=1)
+        return rebuilt(
+            layer,
+            self.mean,
+            pairs,
+            torch.cat([rotary_weight, latent_weight]),
+            torch.cat([rotary_bias, -latent_weight @ self.mean]),
+            torch.cat([self.upward[f, :, :count] for f, count in enumerate(pairs)], dim=1),
+            up,
+            float(self._errors(pairs, values)[latent_dim]),
+            values.flip(0) / 2,
+        )
+
+
+def exact_factors(layer: KeysAndValues) -> Factors:
+    """A context of D numbers that loses nothing: all rotary keys, and an orthonormal basis of what they do not read.
+
+    The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
+    """
+    heads, width = layer.num_heads, layer.weight.shape[1]
+    rows = layer.rotary_rows.flatten(0, 1)  # [P, 2]
+    rotary = torch.cat([layer.weight[rows[:, 0]], layer.weight[rows[:, 1]]])
+    rest = torch.linalg.svd(rotary, full_matrices=True)[2][len(rotary) :]
+    context_weight = torch.cat([rotary, rest])
+    context_bias = torch.cat([layer.bias[rows[:, 0]], layer.bias[rows[:, 1]], layer.bias.new_zeros(len(rest))])
+    frequencies = layer.rotary_dim // 2
+    up = layer.weight[layer.content_rows] @ torch.linalg.pinv(context_weight)
+    return rebuilt(
+        layer,
+        layer.weight.new_zeros(width),
+        [heads] * frequencies,
+        context_weight,
+        context_bias,
+        torch.eye(heads, dtype=torch.complex128).repeat(1, frequencies),
+        up,
+        0.0,
+        layer.weight.new_zeros(0),
+    )
+
+
+def rebuilt(
+    layer: KeysAndValues,
+    mean: torch.Tensor,
+    pairs: list[int],
+    context_weight: torch.Tensor,
+    context_bias: torch.Tensor,
+    rotary_up: torch.Tensor,
+    up: torch.Tensor,
+    error: float,
+    spectrum: torch.Tensor,
+) -> Factors:
+    """Factors whose rebuilt values are right in the mean; `up` maps the context to the content's rows."""
+    keys = layer.weight.shape[1] - layer.num_heads * layer.rotary_dim
+    expected = layer.weight[layer.content_rows] @ mean + layer.bias[layer.content_rows]
+    offset = expected - up @ (context_weight @ mean + context_bias)
+    return Factors(
+        pairs=pairs,
+        context_weight=context_weight,
+        context_bias=context_bias,
+        rotary_up=torch.view_as_real(rotary_up.contiguous()),
+        key_up=up[:keys],
+        value_up=up[keys:],
+        value_bias=offset[keys:],
+        error=error,
+        spectrum=spectrum,
+    )
+
+
+def allocate(frontiers: list[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
+    """Widths of the layers that sum up to `total` with the least error: by marginal error along each convex hull.
+
+    Args:
+        frontiers: each layer's least error at widths 0, 1, … D (`LayerFactorizer.frontier`).
+        total: a multiple of `multiple`.
+        multiple: widths are multiples of it.
+    """
+    segments, widths = [], []
+    for layer, errors in enumerate(frontiers):
+        hull: list[int] = []
+        for width in range(0, len(errors), multiple):
+            if not errors[width].isfinite():
+                continue
+            while len(hull) > 1 and _slope(errors, hull[-1], width) <= _slope(errors, hull[-2], hull[-1]):
+                hull.pop()
+            hull.append(width)
+        widths.append(hull[0])
+        segments += [(_slope(errors, a, b), layer, b - a) for a, b in zip(hull, hull[1:], strict=False)]
+    left = total - sum(widths)
+    for _, layer, width in sorted(segments):
+        taken = min(width, left)
+        widths[layer] += taken
+        left -= taken
+    return widths
+
+
+def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
+    return float(errors[stop] - errors[start]) / (stop - start)
+
+
+def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric positive root of a positive semidefinite matrix, its smallest eigenvalues raised to a ridge."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=float(values[-1]) * RIDGE)
+    return (vectors * values.sqrt()) @ vectors.mH

@@ -1,0 +1,262 @@
+"""Healing: a converted model is trained for some steps to match its original, on phase 2's machinery.
+
+The loss of a token is `(1 - ce_weight) KL(original || student) + ce_weight CE(text || student)` over the logits at
+temperature 1. The original only gives targets: it runs without gradients and enters no checkpoint.
+
+The same function with a plain GPT-NeoX as student, and no teacher or a copy of it, is the control of healing: the
+original, trained equally long.
+
+Shapes: n tokens of a chunk, N of a batch, D hidden size, V rows of the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from context_pythia.conversion.options import HealOptions
+from context_pythia.recipe import TrainOptions
+from context_pythia.training.phase2 import train_language_model
+from context_pythia.training.trainer import LanguageModelTrainer
+
+if TYPE_CHECKING:
+    from context_pythia.data.packing import PackedData
+
+CHUNK_LOGITS = 2**25  # logits of one model held at once: 128 MiB in fp32, with a few temporaries of that size
+
+
+@dataclass
+class HealResult:
+    """What healing reached; `asdict` of it is JSON.
+
+    Attributes:
+        steps: optimizer steps done.
+        kept_step: the step whose weights were kept: the last, or that of the lowest perplexity if validation got worse
+            after it (0: the weights from before).
+        val_ppl_before: validation perplexity of the student as it came.
+        val_ppl: validation perplexity of the kept weights.
+        val_accuracy: top-1 accuracy of the kept weights, 0 to 1.
+        seconds: time in training steps, evaluations and interruptions not counted.
+        history: an evaluation a row, as `TrainResult.history`; train_loss is that of healing.
+    """
+
+    steps: int
+    kept_step: int
+    val_ppl_before: float
+    val_ppl: float
+    val_accuracy: float
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+@dataclass
+class HealTraining(TrainOptions):
+    """`TrainOptions` whose errors name the options of healing."""
+
+    section: ClassVar[str] = "heal"
+
+
+def heal(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    data: PackedData,
+    options: HealOptions,
+    *,
+    seed: int,
+    folder: Path,
+    progress: bool = True,
+) -> HealResult:
+    """Trains `student` towards `teacher` and leaves the healed weights in it and, with the tokenizer, in `folder`.
+
+    Which parameters are trained is `options.parameters`. "attention": all in `gpt_neox.layers.*.attention`, but for
+    `dense`. The query is among them because conversion changed it too (it absorbs the maps of the rotary keys), and
+    because a plain GPT-NeoX keeps it in one matrix with keys and values, so that the control trains the same.
+
+    Checkpoints, resumption and ctrl-C are those of `train_language_model`; a finished folder is loaded and returned at
+    once. To go on, give the student as it was at the first call, unhealed.
+
+    Args:
+        student: a causal GPT-NeoX or Context-Pythia; its dtype may differ from the teacher's.
+        teacher: the original, which moves to the device of training; None trains by cross-entropy alone, whatever
+            `options.ce_weight` is.
+        data: `train` heals, `validation` gives perplexities before, at each epoch's end and after the last step.
+        seed: of the samples' order and dropout.
+
+    Raises:
+        ValueError: no steps, models with unlike vocabularies, options that cannot be, or a folder with another run.
+        RuntimeError: a loss that is not finite, or only damaged checkpoints.
+        OSError: a folder that cannot be written.
+    """
+    if options.steps == 0:
+        raise ValueError("heal.steps 0: nothing to heal, give at least 1")
+    if teacher is student:
+        raise ValueError("the teacher is the student itself: give a copy, or None for cross-entropy alone")
+    ce_weight = 1.0 if teacher is None else options.ce_weight
+    identity = {"parameters": options.parameters, "ce_weight": ce_weight, "student_crc32": fingerprint(student)}
+    make_trainer: Callable[..., LanguageModelTrainer] = LanguageModelTrainer
+    if teacher is not None and ce_weight < 1:
+        rows, wanted = (model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+        if rows != wanted:
+            raise ValueError(f"the student has {rows} logits and the teacher {wanted}: give models of one vocabulary")
+        identity["teacher_crc32"] = fingerprint(teacher)
+        make_trainer = functools.partial(DistillationTrainer, teacher=teacher, ce_weight=ce_weight)
+    with trained_alone(student, options.parameters):
+        result = train_language_model(
+            student,
+            data,
+            training_options(options),
+            seed=seed,
+            folder=folder,
+            name="Healing",
+            progress=progress,
+            steps=options.steps,
+            make_trainer=make_trainer,
+            identity=identity,
+        )
+    kept = [row for row in result.history if row["best"]][-1]
+    return HealResult(
+        steps=options.steps,
+        kept_step=kept["step"],
+        val_ppl_before=result.history[0]["val_ppl"],
+        val_ppl=kept["val_ppl"],
+        val_accuracy=kept["val_accuracy"],
+        seconds=sum(row["seconds"] for row in result.history),
+        history=result.history,
+    )
+
+
+class DistillationTrainer(LanguageModelTrainer):
+    """Phase 2's Trainer with the loss of healing; it validates as in phase 2, without the teacher."""
+
+    def __init__(self, *arguments: Any, teacher: PreTrainedModel, ce_weight: float, **named: Any):
+        super().__init__(*arguments, **named)
+        self.teacher = teacher.to(self.args.device).eval()
+        self.ce_weight = ce_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean loss over the tokens of a step (of all its batches), a scalar."""
+        assert num_items_in_batch is not None, "the Trainer counts the tokens where the model takes loss arguments"
+        input_ids, labels = inputs["input_ids"], inputs["shift_labels"].flatten()
+        # Bfloat16's autocast is entered before; float16's is accelerate's own, which ends with the model's forward.
+        with self.accelerator.autocast():
+            outputs = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            with torch.no_grad(), self.teacher_precision():
+                expected = self.teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            head = self.accelerator.unwrap_model(model).get_output_embeddings()
+            loss = distillation_loss(
+                outputs.hidden_states[-1].flatten(0, 1),
+                head,
+                expected.flatten(0, 1),
+                self.teach,
+                labels,
+                self.ce_weight,
+                chunk=max(1, CHUNK_LOGITS // head.weight.shape[0]),
+            )
+        loss = loss / torch.as_tensor(num_items_in_batch).max()
+        if self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
+            # The tokens are those of all processes, whose gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def teach(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits `[n, V]`."""
+        with self.teacher_precision():
+            return self.teacher.get_output_embeddings()(hidden)
+
+    def teacher_precision(self) -> contextlib.AbstractContextManager:
+        """A teacher in float32 follows the student's autocast; another runs as it is: autocast would mix dtypes."""
+        if self.teacher.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.args.device.type, enabled=False)
+
+
+def distillation_loss(
+    hidden: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    teacher_hidden: torch.Tensor,
+    teacher_head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    ce_weight: float,
+    chunk: int,
+) -> torch.Tensor:
+    """The sum of `token_losses` over N tokens, chunk by chunk, so that no more than a chunk's logits are ever held.
+
+    Args:
+        hidden: last hidden states of the student, `[N, D]`.
+        head: gives their logits, `[n, D] -> [n, V]`.
+        teacher_hidden, teacher_head: the same of the teacher.
+        labels: next tokens `[N]`, -100 for none.
+        ce_weight: see `token_losses`.
+        chunk: n at most.
+    """
+
+    def chunk_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            expected = teacher_head(teacher_hidden)
+        return token_losses(head(hidden), expected, labels, ce_weight).sum()
+
+    chunks = list(zip(hidden.split(chunk), teacher_hidden.split(chunk), labels.split(chunk), strict=True))
+    if len(chunks) == 1:
+        return chunk_loss(*chunks[0])
+    return torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in chunks]).sum()
+
+
+def token_losses(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, ce_weight: float
+) -> torch.Tensor:
+    """`(1 - ce_weight) KL(teacher || student) + ce_weight CE` of each token in nats, `[n, V]` twice and `[n] -> [n]`.
+
+    Where a label is -100 it is 0.
+    """
+    logits, teacher_logits = logits.float(), teacher_logits.float()
+    log_sum, teacher_log_sum = logits.logsumexp(-1), teacher_logits.logsumexp(-1)
+    # From the logits, not their log-softmax: the gradient softmax(logits) - p is then exactly 0 where the models agree.
+    # Adam would make steps of full size out of rounding errors.
+    p = (teacher_logits - teacher_log_sum.unsqueeze(-1)).exp()
+    divergence = (p * (teacher_logits - logits)).sum(-1) + log_sum - teacher_log_sum
+    cross_entropy = log_sum - logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss = (1 - ce_weight) * divergence + ce_weight * cross_entropy
+    return loss.where(labels != -100, 0.0)
+
+
+def is_healed(name: str, parameters: str) -> bool:
+    """Whether healing trains the parameter `name`, by `HealOptions.parameters`."""
+    return parameters == "all" or (".attention." in name and ".attention.dense." not in name)
+
+
+@contextlib.contextmanager
+def trained_alone(model: PreTrainedModel, parameters: str) -> Iterator[None]:
+    """Within it only the parameters to be healed require gradients."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_healed(name, parameters))
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+def training_options(options: HealOptions) -> TrainOptions:
+    """What both kinds of options name alike; validation stops healing never, it only chooses the weights."""
+    names = {f.name for f in fields(options)} & {f.name for f in fields(TrainOptions)}
+    return HealTraining(**{name: getattr(options, name) for name in names}, patience=sys.maxsize)
+
+
+def fingerprint(model: PreTrainedModel) -> int:
+    """CRC-32 of all weights, by which a folder knows the models that it was begun with."""
+    crc = 0
+    for name, parameter in model.named_parameters():
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return crc

@@ -1,0 +1,204 @@
+"""Perplexity and accuracy over packed samples: in one parallel pass, and token by token through the cache.
+
+Both passes score the same targets, so their perplexities must agree; where they do not, decoding is wrong. Logits are
+held for one batch at a time, those of a reference model, for the divergence from it, beside them.
+
+Shapes: B samples of a batch, S tokens a sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from context_pythia.model.cache import CacheMeasurement, measure_cache
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model predicts the tokens of some samples.
+
+    Attributes:
+        perplexity: exp of the mean loss.
+        accuracy: share of tokens that were the likeliest.
+        tokens: tokens that were predicted.
+        losses: each sample's loss, its tokens' sum, in nats.
+        kl: mean of KL(reference || model) in nats a token; None without a reference, or with one of another vocabulary.
+        agreement: share of tokens at which the reference's likeliest token is the model's; None without a reference.
+    """
+
+    perplexity: float
+    accuracy: float
+    tokens: int
+    losses: tuple[float, ...]
+    kl: float | None
+    agreement: float | None
+
+    def perplexity_of_first(self, samples: int) -> float:
+        """Perplexity of the first `samples` samples, at least 1."""
+        return _perplexity(math.fsum(self.losses[:samples]) * len(self.losses) / (self.tokens * samples))
+
+
+@dataclass(frozen=True)
+class CachedScore(Score):
+    """A score through the cache; `measurement` is of the cache that the first batch, of `sequences` samples, filled."""
+
+    measurement: CacheMeasurement
+    sequences: int
+
+
+class _Tally:
+    """Sums over the tokens seen so far."""
+
+    def __init__(self, samples: int):
+        self.losses = torch.zeros(samples, dtype=torch.float64)
+        self.tokens = self.correct = self.agreeing = 0
+        self.divergence: float | None = None
+        self.has_reference = False
+
+    def add(self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> None:
+        """Count the tokens of samples `first` and following: logits and reference `[B, T, V]`, labels `[B, T]`."""
+        log_probabilities = logits.float().log_softmax(-1)
+        losses = -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        self.losses[first : first + len(labels)] += losses.cpu().double().sum(1)
+        self.tokens += labels.numel()
+        predicted = logits.argmax(-1)
+        self.correct += int((predicted == labels).sum())
+        if reference is None:
+            return
+        self.has_reference = True
+        self.agreeing += int((predicted == reference.argmax(-1)).sum())
+        if reference.shape == logits.shape:
+            wanted = reference.float().log_softmax(-1)
+            divergence = (wanted.exp() * (wanted - log_probabilities)).sum(-1)
+            self.divergence = (self.divergence or 0.0) + float(divergence.cpu().double().sum())
+
+    def figures(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The fields of `Score`; RuntimeError if the loss is not a number."""
+        loss = float(self.losses.sum()) / self.tokens
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the validation loss is {loss}: the model's weights are damaged, or {model.dtype} is too narrow for it"
+            )
+        return {
+            "perplexity": _perplexity(loss),
+            "accuracy": self.correct / self.tokens,
+            "tokens": self.tokens,
+            "losses": tuple(self.losses.tolist()),
+            "kl": None if self.divergence is None else self.divergence / self.tokens,
+            "agreement": self.agreeing / self.tokens if self.has_reference else None,
+        }
+
+
+@torch.no_grad()
+def score(
+    model: PreTrainedModel,
+    dataset: Dataset[dict[str, Tensor]],
+    batch_size: int = 16,
+    reference: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> Score:
+    """Score all samples in one parallel pass, without a cache.
+
+    Args:
+        dataset: samples with `input_ids` `[S]` and `labels` `[S]`, the target of each input token.
+        reference: model to compare the predictions with; it runs beside `model`, batch by batch.
+
+    Raises:
+        ValueError: the samples are longer than the model's positions.
+        RuntimeError: the loss is not a number.
+    """
+    tally = _Tally(_length(dataset))
+    for first, ids, labels in _batches(model, dataset, batch_size, "scoring", progress):
+        logits = model(input_ids=ids, use_cache=False).logits
+        wanted = None if reference is None else _reference_logits(reference, ids)
+        # In fp32 there is one sample at a time: a long one of a large vocabulary takes a gigabyte.
+        for i in range(len(ids)):
+            row = slice(i, i + 1)
+            tally.add(first + i, logits[row], labels[row], None if wanted is None else wanted[row])
+    return Score(**tally.figures(model))
+
+
+@torch.no_grad()
+def score_cached(
+    model: PreTrainedModel,
+    dataset: Dataset[dict[str, Tensor]],
+    tokens: int,
+    make_cache: Callable[[], Cache] | None = None,
+    measure: Callable[[Any], CacheMeasurement] = measure_cache,
+    batch_size: int = 16,
+    reference: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> CachedScore:
+    """Score the first samples token by token: each step hands the model one true token and the cache of those before.
+
+    Args:
+        tokens: how many tokens to score at least, in whole samples; all samples if they hold fewer.
+        make_cache: an empty cache; by default the model's own, `DynamicCache(config=model.config)`.
+        measure: counts a filled cache's bytes.
+        reference: as in `score`; its own pass is parallel.
+
+    Raises:
+        as `score`.
+    """
+    length = dataset[0]["input_ids"].shape[-1]
+    samples = min(_length(dataset), -(-tokens // length))
+    tally, measurement, sequences = _Tally(samples), None, 0
+    wanted: Tensor | None = None
+    chosen = Subset(dataset, range(samples))
+    for first, ids, labels in _batches(model, chosen, batch_size, "token by token", progress):
+        cache = DynamicCache(config=model.config) if make_cache is None else make_cache()
+        if reference is not None:
+            wanted = _reference_logits(reference, ids)
+        for t in range(length):
+            step = slice(t, t + 1)
+            logits = model(input_ids=ids[:, step], past_key_values=cache, use_cache=True).logits
+            tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step])
+        if measurement is None:
+            measurement, sequences = measure(cache), len(ids)
+    assert measurement is not None
+    return CachedScore(**tally.figures(model), measurement=measurement, sequences=sequences)
+
+
+def equal_to_digits(first: float, second: float, digits: int = 4) -> bool:
+    """Whether two positive numbers differ by at most half a unit of the last of so many significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(max(first, second))) + 1 - digits)
+    return abs(first - second) <= unit / 2
+
+
+def _batches(
+    model: PreTrainedModel, dataset: Dataset[dict[str, Tensor]], batch_size: int, what: str, progress: bool
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Index of each batch's first sample, its inputs and its labels `[B, S]` on the model's device."""
+    length, positions = dataset[0]["input_ids"].shape[-1], model.config.max_position_embeddings
+    if length > positions:
+        raise ValueError(f"sequence_length {length}: is more than the model's {positions} positions")
+    model.eval()
+    first = 0
+    for batch in tqdm(DataLoader(dataset, batch_size), desc=what, leave=False, disable=not progress):
+        ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+        yield first, ids, labels
+        first += len(ids)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _reference_logits(reference: PreTrainedModel, ids: Tensor) -> Tensor:
+    """`[B, S, V]` on the device of `ids`."""
+    return reference.eval()(input_ids=ids.to(reference.device), use_cache=False).logits.to(ids.device)
+
+
+def _length(dataset: Dataset[dict[str, Tensor]]) -> int:
+    assert isinstance(dataset, Sized)
+    return len(dataset)

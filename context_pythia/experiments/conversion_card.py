@@ -1,0 +1,103 @@
+"""The papers of a converted model: its card, and a picture of what each layer keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SPECTRUM = "spectrum.png"
+
+
+def write_card(folder: Path, record: dict[str, Any]) -> None:
+    """README.md of the model's folder, as Hugging Face shows it, from the conversion's record."""
+    cache, settings = record["cache"], record["settings"]
+    reduction = 1 - cache["numbers_per_token"] / record["numbers_per_token_original"]
+    name = (
+        folder.name if record["context_dim"] is None else f"{Path(record['original']).name}, {reduction:.1%} less cache"
+    )
+    load = "import context_pythia  # registers the model\n"
+    if settings["ship_code"]:
+        load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
+    option = ", trust_remote_code=True" if settings["ship_code"] else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {record['original']}"] if not Path(record["original"]).exists() else []),
+        "tags: [context-pythia, kv-cache]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        *_what(record, reduction),
+        "",
+        "```python",
+        f"{load}from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("."{option})',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "```",
+        "",
+        f"| | numbers a token | bytes of {cache['length']} tokens, {cache['dtype']} |",
+        "| --- | ---: | ---: |",
+        f"| by formula | {cache['numbers_per_token']:,} | {cache['bytes_formula']:,} |",
+        f"| measured on the cache that `generate()` filled | | {cache['bytes_measured']:,} |",
+        f"| original, by formula | {record['numbers_per_token_original']:,} | |",
+        "",
+        *_layers(record),
+        "The settings, and what each layer keeps, are in `conversion.json`.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _what(record: dict[str, Any], reduction: float) -> list[str]:
+    options, data = record["settings"]["convert"], record["settings"]["data"]
+    if record["context_dim"] is None:
+        text = f"The model of {record['original']}, not converted: the control of a healing."
+    elif not record["layers"] or not record["layers"][0]["spectrum"]:
+        text = "Converted exactly: its predictions are the original's, up to rounding. No text was used."
+    else:
+        text = (
+            f"Converted without training; calibrated on {options['calibration_tokens']:,} tokens of {data['data']} "
+            f"(weighting: {options['weighting']})."
+        )
+    if healing := record.get("healing"):
+        text += (
+            f" Then healed for {healing['steps']} steps (parameters: {record['settings']['heal']['parameters']}): "
+            f"validation perplexity {healing['val_ppl_before']:.2f} before, {healing['val_ppl']:.2f} after."
+        )
+    return [text, "", f"A layer caches one context a token in place of keys and values: {reduction:.1%} less."]
+
+
+def _layers(record: dict[str, Any]) -> list[str]:
+    if not record.get("layers"):
+        return []
+    rows = [
+        f"| {i} | {layer['width']} | {2 * sum(layer['rotary_pairs'])} | {' '.join(map(str, layer['rotary_pairs']))} | "
+        f"{layer['latent']} |"
+        for i, layer in enumerate(record["layers"])
+    ]
+    head = ["| layer | width | rotary | pairs by frequency | latent |", "| --- | ---: | ---: | --- | ---: |"]
+    return [*head, *rows, ""]
+
+
+def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
+    """The picture: what each direction of a layer's input is worth, and how many the latent keeps."""
+    if not any(layer["spectrum"] for layer in record["layers"]):
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, layer in enumerate(record["layers"]):
+        spectrum = layer["spectrum"]
+        (line,) = axes.plot(range(1, len(spectrum) + 1), spectrum, lw=1.2, label=f"layer {number}")
+        if 0 < layer["latent"] <= len(spectrum):
+            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=line.get_color())
+    positive = [value for layer in record["layers"] for value in layer["spectrum"] if value > 0]
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(positive) * 1e-9)
+    axes.set_xlabel("direction of the input beside the rotary keys (dot: the last that is kept)")
+    axes.set_ylabel("error where it is left out")
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(folder / SPECTRUM, dpi=150)

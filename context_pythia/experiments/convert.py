@@ -1,0 +1,320 @@
+"""`context-pythia convert`: a trained GPT-NeoX model with a smaller cache.
+
+At half the cache the conversion is exact and needs no text. Below, one pass over calibration text says what the layers
+read and what their errors cost, and the widths are shared out among layers, rotary keys and latents by it. Work in
+progress lies in `.OUT.partial` beside the output, which appears whole at the end; the same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+from context_pythia.conversion.calibrate import LayerStatistics, collect
+from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
+from context_pythia.conversion.heal import heal
+from context_pythia.conversion.options import ConvertOptions, HealOptions
+from context_pythia.conversion.transplant import check_convertible, context_config, keys_and_values, transplant
+from context_pythia.data.packing import PackedData, PackedDataset, load_data
+from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.evaluation.memory import process_memory
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.experiments.build import describe_cache, describe_parameters
+from context_pythia.experiments.conversion_card import write_card, write_spectrum
+from context_pythia.experiments.record import read_record, write_json
+from context_pythia.model import ContextPythiaForCausalLM
+from context_pythia.model.cache import cached_numbers_per_token
+from context_pythia.recipe import DataOptions
+from context_pythia.training.checkpoints import first_line, publish
+
+RECORD = "conversion.json"
+WIDTH_MULTIPLE = 8  # widths that memory and vector units like
+STATISTICS_BYTES = 40  # of a layer, times D^2
+
+
+def convert(
+    model: str,
+    out: Path,
+    options: ConvertOptions,
+    data: DataOptions,
+    healing: HealOptions,
+    ship_code: bool = False,
+    control: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the converted model, its tokenizer, card and record to `out`, and return the record.
+
+    Args:
+        model: folder or Hub name of a GPT-NeoX model.
+        data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
+        ship_code: add our modelling code, so that `trust_remote_code=True` loads the model without this package.
+        control: convert nothing and only heal, for comparison with converted models that were healed equally long.
+
+    Raises:
+        ValueError: a model, width or text that cannot be used, or an `out` that holds something else.
+        RuntimeError: a damaged checkpoint.
+        OSError: the output cannot be written.
+    """
+    if control and not healing.steps:
+        raise ValueError("convert: --control heals the original itself, so give --heal-steps")
+    settings = {"model": model, "control": control, "ship_code": ship_code, "convert": asdict(options)}
+    settings |= {"data": asdict(data), "heal": asdict(healing)}
+    if held := _finished(out, settings):
+        print(f"{out} holds this conversion already")
+        return held
+    partial = out.with_name(f".{out.name}.partial")
+    with _whole_writes(partial):
+        _open_partial(partial, settings)
+        record = _convert(model, partial, options, data, healing, ship_code, control, progress)
+        made = partial / ("healed" if healing.steps else "converted")
+        record |= {"settings": settings}
+        write_card(made, record)
+        write_json(made / RECORD, record)
+        os.replace(made, out)
+        shutil.rmtree(partial)
+    print(_summary(record, out))
+    return record
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in `out` if it holds this very conversion; None if there is nothing there."""
+    if not out.exists():
+        return None
+    if (out / RECORD).is_file():
+        held = read_record(out / RECORD)
+        if held.get("settings") == settings:
+            return held
+    raise ValueError(f"--out {out}: exists and holds something else; choose another folder")
+
+
+def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of work in progress, or check that it is of the same conversion."""
+    partial.mkdir(parents=True, exist_ok=True)
+    if (partial / "settings.json").is_file():
+        if read_record(partial / "settings.json") != settings:
+            raise ValueError(f"{partial} holds an unfinished conversion with other settings: finish it or delete it")
+    else:
+        write_json(partial / "settings.json", settings)
+
+
+@contextlib.contextmanager
+def _whole_writes(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"cannot write to {partial}: {first_line(error)}; free some disk space and rerun") from error
+
+
+def _convert(
+    model: str,
+    partial: Path,
+    options: ConvertOptions,
+    data: DataOptions,
+    healing: HealOptions,
+    ship_code: bool,
+    control: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The record of the conversion; its model lies in `partial`, healed or as converted."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    converted = partial / "converted"
+    packed: PackedData | None = None
+    if (converted / RECORD).is_file():
+        record = read_record(converted / RECORD)
+        print(f"goes on with the converted model in {converted}")
+        student: PreTrainedModel = load_pretrained(str(converted), getattr(torch, options.dtype))
+    else:
+        started = time.perf_counter()
+        original = _load_original(model, options.dtype)
+        config = original.config
+        width = config.hidden_size if control else _checked_width(options, original)
+        if width < config.hidden_size:
+            packed = load_data(data, progress)
+        record = {
+            "original": model,
+            "context_dim": None if control else width,
+            "numbers_per_token_original": cached_numbers_per_token(config),
+            **describe_parameters(original),
+        }
+        student = original
+        if not control:
+            student, details = _compressed(original, width, options, packed, partial, progress)
+            record |= details
+        record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
+        record["cache"] = describe_cache(student, min(128, config.max_position_embeddings))
+        converted.mkdir(exist_ok=True)
+        if ship_code and isinstance(student, ContextPythiaForCausalLM):
+            ContextPythiaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+            type(student.config).register_for_auto_class()
+        publish(student, tokenizer, converted)
+        if record.get("layers"):
+            write_spectrum(converted, record)
+        write_json(converted / RECORD, record)
+    if healing.steps:
+        packed = packed or load_data(data, progress)
+        teacher = _load_original(model, options.dtype)
+        healed = partial / "healed"
+        result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
+        record["healing"] = asdict(result)
+        for path in converted.iterdir():
+            if not (healed / path.name).exists():
+                shutil.copy2(path, healed / path.name)
+    return record
+
+
+def _load_original(model: str, dtype: str) -> GPTNeoXForCausalLM:
+    """The model to convert; ValueError for other families, RuntimeError for a damaged checkpoint."""
+    if Path(model).is_dir() and (Path(model) / "config.json").is_file():
+        check_convertible(AutoConfig.from_pretrained(model), model)
+    original = load_pretrained(model, getattr(torch, dtype))
+    check_convertible(original.config, model)
+    for name, tensor in original.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise RuntimeError(
+                f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again"
+            )
+    return original
+
+
+def _checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
+    """The mean width of a layer's context; ValueError for one that the model cannot have."""
+    config, attention = original.config, original.gpt_neox.layers[0].attention
+    hidden, rotary = config.hidden_size, attention.rotary_ndims
+    width = options.width(hidden)
+    if width > hidden:
+        raise ValueError(
+            f"context_dim {width}: {hidden} numbers, the model's width, are exact already; give at most that"
+        )
+    if rotary == attention.head_size and width < hidden:
+        raise ValueError(
+            f"context_dim {width}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
+            f"keys alone, {hidden} numbers a layer (kv_reduction 0.5), and no smaller one is made"
+        )
+    if width < rotary + 1:
+        raise ValueError(
+            f"context_dim {width}: leaves no room for one rotary key of {rotary} dims and a latent; give at least "
+            f"{rotary + 1}"
+        )
+    return width
+
+
+def _compressed(
+    original: GPTNeoXForCausalLM,
+    width: int,
+    options: ConvertOptions,
+    packed: PackedData | None,
+    partial: Path,
+    progress: bool,
+) -> tuple[ContextPythiaForCausalLM, dict[str, Any]]:
+    """The converted model, and what the record says of its layers; `original` is used up."""
+    layers = range(original.config.num_hidden_layers)
+    make: Callable[[int], Factors]
+    if packed is None:
+        widths = [width for _ in layers]
+        pairs = [[original.config.num_attention_heads] * (keys_and_values(original, 0).rotary_dim // 2) for _ in layers]
+
+        def make(layer: int) -> Factors:
+            return exact_factors(keys_and_values(original, layer))
+
+    else:
+        statistics = _statistics(original, options, packed.train, partial, progress)
+
+        def factorizer(layer: int) -> LayerFactorizer:
+            return LayerStatistics.load(statistics[layer]).factorizer(
+                keys_and_values(original, layer), options.weighting
+            )
+
+        frontiers, counts = [], []
+        for layer in layers:
+            prepared = factorizer(layer)
+            errors, chosen = prepared.frontier()
+            frontiers.append(errors)
+            counts.append([prepared.pair_counts(int(total)) for total in chosen])
+        multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
+        widths = [width] * len(layers) if options.uniform else allocate(frontiers, width * len(layers), multiple)
+        pairs = [counts[layer][widths[layer]] for layer in layers]
+
+        def make(layer: int) -> Factors:
+            return factorizer(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
+
+    described: list[dict[str, Any]] = []
+
+    def factors() -> Iterator[Factors]:
+        for layer in layers:
+            made = make(layer)
+            described.append(
+                {
+                    "width": widths[layer],
+                    "rotary_pairs": made.pairs,
+                    "latent": widths[layer] - 2 * sum(made.pairs),
+                    "error": made.error,
+                    "spectrum": made.spectrum.tolist(),
+                }
+            )
+            yield made
+
+    model = transplant(original, factors(), context_config(original.config, width, pairs, widths))
+    return model, {"layers": described}
+
+
+def _statistics(
+    original: GPTNeoXForCausalLM, options: ConvertOptions, train: PackedDataset, partial: Path, progress: bool
+) -> list[Path]:
+    """A file of statistics for each layer; those that an interrupted run left are taken over."""
+    hidden = original.config.hidden_size
+    needed = 2 * hidden
+    if options.calibration_tokens < needed:
+        raise ValueError(
+            f"calibration_tokens {options.calibration_tokens}: a width of {hidden} takes at least {needed} tokens"
+        )
+    if train.num_tokens < options.calibration_tokens:
+        raise ValueError(
+            f"calibration_tokens {options.calibration_tokens}: the training split has {train.num_tokens} tokens; give "
+            f"more text or samples, or calibrate on fewer tokens (at least {needed})"
+        )
+    text = PackedDataset(train.tokens[: -(-options.calibration_tokens // train.sequence_length)])
+    files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]
+    missing = [layer for layer, file in enumerate(files) if not file.exists()]
+    at_once = max(1, int(options.statistics_gb * 2**30 / (STATISTICS_BYTES * hidden**2)))
+    if torch.cuda.is_available():
+        original.to("cuda")
+    for start in range(0, len(missing), at_once):
+        held = collect(
+            original,
+            text,
+            missing[start : start + at_once],
+            batch_size=options.batch_size,
+            seed=options.seed,
+            progress=progress,
+        )
+        for layer, layer_statistics in held.items():
+            layer_statistics.save(files[layer])
+    original.to("cpu")
+    return files
+
+
+def _summary(record: dict[str, Any], out: Path) -> str:
+    cache = record["cache"]
+    reduction = 1 - cache["numbers_per_token"] / record["numbers_per_token_original"]
+    lines = [
+        f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "
+        f"({-reduction:+.1%}), measured at {cache['length']} tokens: {cache['bytes_measured'] / 1024:,.1f} KB",
+        f"{record['seconds']:.0f} s"
+        + (f", {record['peak_bytes'] / 2**20:,.0f} MiB at most" if record["peak_bytes"] else ""),
+    ]
+    if healing := record.get("healing"):
+        lines.append(
+            f"healing: validation perplexity {healing['val_ppl_before']:.2f} -> {healing['val_ppl']:.2f} "
+            f"(weights of step {healing['kept_step']} of {healing['steps']})"
+        )
+    return "\n".join([*lines, f"wrote {out}"])

@@ -1,0 +1,238 @@
+"""What `context-pythia eval` says: a table for the console, and the report of an evaluation's folder.
+
+The report reads metrics.json and provenance.json of the folder and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from context_pythia.experiments.document import (
+    Block,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    to_html,
+    to_markdown,
+)
+from context_pythia.experiments.figures import Series, frontier
+from context_pythia.experiments.record import read_record
+from context_pythia.experiments.translations import TRANSLATIONS
+
+PICTURE = "frontier.png"
+_DASH = "–"
+_COLUMNS = (
+    "model",
+    "ppl",
+    "change",
+    "accuracy",
+    "cached_ppl",
+    "cached_change",
+    "cache",
+    "reduction",
+    "kl",
+    "agreement",
+)
+
+
+def label(row: dict[str, Any]) -> str:
+    """The name of a row: the model's, with the quantised cache if it has one."""
+    return f"{row['name']} + {row['quantised']}" if row["quantised"] else row["name"]
+
+
+def console_table(metrics: dict[str, Any]) -> str:
+    """The figures as an aligned table, and below it what they rest on."""
+    text, rows = TRANSLATIONS["en"], metrics["models"]
+    lines = _aligned([[text[f"eval_{column}"] for column in _COLUMNS], *(_cells(row) for row in rows)])
+    notes = (text["eval_note"].format(**_setup(metrics)), _agreement(metrics, text))
+    lines += ["", *(textwrap.fill(note, max(80, len(lines[0]))) for note in notes)]
+    lines += [f"{label(row)}: {row['error']}" for row in rows if row["error"]]
+    if found := _tasks(metrics):
+        lines += ["", *_aligned(found)]
+    return "\n".join(lines)
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    """Lines of a table, the first of them the head: names stand left, figures right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = []
+    for name, *figures in cells:
+        lines.append(
+            "  ".join([name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))])
+        )
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def write_evaluation(folder: Path, lang: str = "en") -> list[Path]:
+    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the picture into `folder`.
+
+    Raises:
+        FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
+    """
+    metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
+    files = {PICTURE: _picture(metrics["models"])}
+    blocks = list(_blocks(metrics, provenance, TRANSLATIONS[lang]))
+    suffix = "" if lang == "en" else f".{lang}"
+    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
+    files[f"report{suffix}.html"] = to_html(blocks, lang, files).encode()
+    for name, content in files.items():
+        partial = folder / f".{name}.tmp"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+    return [folder / name for name in files]
+
+
+def _blocks(metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
+    rows, setup = metrics["models"], _setup(metrics)
+    yield Heading(text["eval_title"], level=1)
+    yield Paragraph(_headline(rows, text), "lead")
+    yield Table([text[f"eval_{column}"] for column in _COLUMNS], [_cells(row) for row in rows])
+    yield Paragraph(text["eval_note"].format(**setup))
+    disagreeing = any(row["cached"] and row["cached"]["agrees"] is False for row in rows)
+    yield Paragraph(_agreement(metrics, text), "alert" if disagreeing else "plain")
+    residual = next((row["cache"]["residual_length"] for row in rows if row["quantised"] and row["cache"]), None)
+    if residual is not None:
+        yield Paragraph(text["eval_quantised"].format(residual=residual))
+    for row in rows:
+        if row["error"]:
+            yield Paragraph(text["failure"].format(name=label(row), error=row["error"]), "alert")
+    for note in metrics["notes"]:
+        yield Paragraph(note, "note")
+    yield Picture(PICTURE, text["eval_caption"].format(**setup))
+    if found := _tasks(metrics):
+        yield Heading(text["eval_tasks"])
+        yield Table(found[0], found[1:])
+    yield Heading(text["cache"])
+    yield Table([text[key] for key in ("model", "bytes_measured", "bytes_formula", "slack")], _cache_rows(rows))
+    yield Heading(text["settings"])
+    data = metrics["data"]
+    facts = {
+        "data_source": str(data["source"]),
+        "samples": f"{data['samples_train']:,} / {data['samples_validation']:,}",
+        "tokenizer": str(data["tokenizer"]),
+        "vocabulary": f"{data['vocab_size']:,}",
+        "precision": metrics["settings"]["dtype"],
+        "batch": str(metrics["settings"]["batch_size"]),
+        "fingerprint": str(data["fingerprint"]),
+        "device": str(provenance.get("device")),
+        "platform": str(provenance.get("platform")),
+        "threads": str(provenance.get("threads")),
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
+        "commit": str(provenance.get("commit") or _DASH),
+        "created": str(provenance.get("created")),
+        "command": str(provenance.get("command")),
+    }
+    yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
+
+
+def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
+    """The smaller cache that costs least perplexity, by the token-by-token pass, which every row has."""
+    first = rows[0]
+    smaller = [row for row in rows if row["cached"] and row["cache"]["reduction_measured"] > 0]
+    if not smaller:
+        return text["eval_none_smaller"].format(first=label(first), ppl=_number(first["perplexity"]))
+    best = min(smaller, key=lambda row: row["cached"]["perplexity"])
+    return text["eval_best"].format(
+        first=label(first),
+        name=label(best),
+        reduction=_percent(best["cache"]["reduction_measured"]),
+        kb=_kilobytes(best["cache"]),
+        first_kb=_kilobytes(first["cache"]),
+        ppl=_number(best["cached"]["perplexity"]),
+        first_ppl=_number(first["cached"]["perplexity"]),
+        change=_change(best["cached"]["change"]),
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    cached, cache = row["cached"] or {}, row["cache"]
+    return [
+        label(row),
+        _number(row["perplexity"]),
+        _change(row["change"]),
+        _percent(row["accuracy"]),
+        _number(cached.get("perplexity")),
+        _change(cached.get("change")),
+        _kilobytes(cache),
+        _percent(None if cache is None else cache["reduction_measured"]),
+        _DASH if row["kl"] is None else f"{abs(row['kl']):.3g}",
+        _percent(row["agreement"]),
+    ]
+
+
+def _cache_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    held = [(label(row), row["cache"]) for row in rows if row["cache"]]
+    keys = ("bytes_measured", "bytes_formula", "bytes_slack")
+    return [[name, *(_DASH if cache[key] is None else f"{cache[key]:,.0f}" for key in keys)] for name, cache in held]
+
+
+def _setup(metrics: dict[str, Any]) -> dict[str, str]:
+    first = metrics["models"][0]
+    return {
+        "first": label(first),
+        "tokens": f"{first['tokens']:,}",
+        "cached_tokens": f"{first['cached']['tokens']:,}",
+        "length": f"{first['cache']['length']:,}",
+        "dtype": first["cache"]["dtype"],
+    }
+
+
+def _agreement(metrics: dict[str, Any], text: dict[str, str]) -> str:
+    """Whether the two passes found the same perplexity of the same tokens, and where not, by how much they differ."""
+    setup = _setup(metrics)
+    wrong = [row for row in metrics["models"] if row["cached"] and row["cached"]["agrees"] is False]
+    if not wrong:
+        return text["eval_agree"].format(**setup)
+    pairs = [(row["cached"]["parallel_perplexity"], row["cached"]["perplexity"]) for row in wrong]
+    found = [f"{label(row)} {a:.6g} / {b:.6g}" for row, (a, b) in zip(wrong, pairs, strict=True)]
+    return text["eval_disagree"].format(**setup, found=", ".join(found))
+
+
+def _tasks(metrics: dict[str, Any]) -> list[list[str]]:
+    """Head and rows of the tasks' table: a line a model, task and figure."""
+    lines = [
+        [label(row), task, name, f"{value:.4f}"]
+        for row in metrics["models"]
+        for task, figures in (row["tasks"] or {}).items()
+        for name, value in figures.items()
+        if not name.endswith("_stderr")
+    ]
+    return [["model", "task", "metric", "value"], *lines] if lines else []
+
+
+def _picture(rows: list[dict[str, Any]]) -> bytes:
+    return frontier(
+        [
+            Series(
+                name=label(row),
+                baseline=row is rows[0],
+                perplexity=(),
+                train_loss=(),
+                best=(0, row["cached"]["perplexity"]),
+                cache_bytes=row["cache"]["bytes_measured"],
+            )
+            for row in rows
+            if row["cached"]
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return _DASH if value is None else f"{value:,.2f}" if value >= 1000 else f"{value:.5g}"
+
+
+def _percent(value: float | None) -> str:
+    return _DASH if value is None else f"{round(100 * value, 2) + 0.0:.2f} %"
+
+
+def _change(value: float | None) -> str:
+    return _DASH if value is None else f"{round(100 * value, 2) + 0.0:+.2f} %"
+
+
+def _kilobytes(cache: dict[str, Any] | None) -> str:
+    return _DASH if cache is None else f"{cache['bytes_measured'] / 1024:,.1f} KB"

@@ -1,0 +1,68 @@
+"""Flags made from option dataclasses, and the argparse types of the others."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from context_pythia.options import Options, options_of
+
+OVERRIDE = "override "  # starts the argparse destination of a flag that was made from an option
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+
+    return parse
+
+
+def temperature(text: str) -> float:
+    """An argparse type: a finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 (greedy) or more")
+    return value
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An argparse type: different whole numbers from 1 on, separated by commas."""
+    values = tuple(at_least(1)(word.strip()) for word in text.split(","))
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"{text}: names a number twice")
+    return values
+
+
+def add_flags(group: argparse._ArgumentGroup, owner: type[Options], path: str, prefix: str = "", **other: str) -> None:
+    """A flag for each option of `owner`; `other` gives some of them another help."""
+    for option in options_of(owner):
+        if option.name == "name":
+            continue
+        settings: dict[str, Any] = {
+            "dest": OVERRIDE + path + option.name,
+            "default": argparse.SUPPRESS,
+            "help": other.get(option.name, option.help).replace("%", "%%"),
+        }
+        if option.kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif option.choices:
+            settings["choices"] = option.choices
+        else:
+            settings |= {"type": option.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[option.kind]}
+        group.add_argument(f"--{prefix}{option.name}".replace("_", "-"), **settings)
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    return {dest.removeprefix(OVERRIDE): value for dest, value in vars(args).items() if dest.startswith(OVERRIDE)}

@@ -1,0 +1,396 @@
+"""Tests for healing: its loss against a plain twin, what it trains, its steps, resumption, and its controls."""
+
+import copy
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from context_pythia.conversion import heal as module
+from context_pythia.conversion.heal import distillation_loss, heal, token_losses
+from context_pythia.conversion.options import HealOptions
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.recipe import TrainOptions
+from context_pythia.training.phase2 import train_language_model
+from tests.training.test_phase2 import (
+    VOCABULARY,
+    cheap_runs,  # noqa: F401 (a fixture of the module)
+    fail_at,
+    interrupt,
+    make_data,
+    stub_perplexities,
+)
+
+OPTIONS = HealOptions(steps=7, batch_size=4, learning_rate=3e-3)  # 5 steps an epoch
+
+
+def make_teacher(seed=0, **settings):
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": VOCABULARY + 24,  # rows beyond the tokenizer's
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**config | settings)).eval()
+
+
+def make_student(teacher, seed=1):
+    """The teacher with random factors in place of its keys and values."""
+    torch.manual_seed(seed)
+    config = ContextPythiaConfig(**{**teacher.config.to_dict(), "context_source": "layer", "context_dim": 24})
+    student = ContextPythiaForCausalLM(config)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student.eval()
+
+
+def run(folder, student, teacher, options=OPTIONS, *, data=None, seed=5):
+    return heal(student, teacher, data or make_data(), options, seed=seed, folder=folder, progress=False)
+
+
+def without_seconds(result):
+    return asdict(result) | {
+        "seconds": None,
+        "history": [{key: value for key, value in row.items() if key != "seconds"} for row in result.history],
+    }
+
+
+def assert_same_weights(model, other):
+    for (name, weight), expected in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, expected), name
+
+
+def plain_loss(logits, teacher_logits, labels, ce_weight):
+    """The mean over the labelled tokens, from torch's own divergence and cross-entropy, in float64."""
+    kept = labels != -100
+    log_q, log_p = logits.double()[kept].log_softmax(-1), teacher_logits.double()[kept].log_softmax(-1)
+    divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return (1 - ce_weight) * divergence + ce_weight * F.cross_entropy(logits.double()[kept], labels[kept])
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [4, 5, 11, 100])
+def test_the_chunked_loss_equals_its_plain_twin(chunk, ce_weight):
+    torch.manual_seed(0)
+    tokens, width, rows = 11, 8, 50
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    head, teacher_head = torch.nn.Linear(width, rows), torch.nn.Linear(width, rows)
+    teacher_hidden = torch.randn(tokens, width)
+    labels = torch.randint(0, rows, (tokens,)).index_fill(0, torch.tensor([2, 7]), -100)
+    inputs = [hidden, *head.parameters()]
+
+    plain = plain_loss(head(hidden), teacher_head(teacher_hidden), labels, ce_weight)
+    chunked = distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, ce_weight, chunk) / 9
+    torch.testing.assert_close(chunked.double(), plain, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(chunked, inputs), torch.autograd.grad(plain, inputs)
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_hold_no_logits_for_the_backward_pass():
+    hidden, head = torch.randn(64, 8, requires_grad=True), torch.nn.Linear(8, 500)
+    held = []
+
+    def pack(tensor):
+        held.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        distillation_loss(hidden, head, hidden.detach(), head, torch.zeros(64, dtype=torch.long), 0.5, 16)
+    assert max(held) < 16 * 500
+
+
+def test_equal_logits_have_no_divergence_and_no_gradient_at_all():
+    torch.manual_seed(0)
+    logits = (10 * torch.randn(30, 200)).requires_grad_()
+    losses = token_losses(logits, logits.detach().clone(), torch.zeros(30, dtype=torch.long), 0.0)
+    assert not losses.any()
+    losses.sum().backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_student_that_is_its_teacher_stays_so_to_the_bit(tmp_path, tied):
+    teacher = make_teacher(tie_word_embeddings=tied)
+    student = copy.deepcopy(teacher)
+    result = run(tmp_path, student, teacher, replace(OPTIONS, parameters="all"))
+    assert_same_weights(student, teacher)
+    assert [row["train_loss"] for row in result.history] == [None, 0.0, 0.0]
+    assert result.val_ppl == result.val_ppl_before
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtypes", "precision", "tolerance"),
+    [
+        ({}, (torch.float32, torch.float32), "float32", 1e-5),
+        ({"tie_word_embeddings": True}, (torch.float32, torch.float32), "float32", 1e-5),
+        ({"attention_bias": False, "use_parallel_residual": False}, (torch.float32, torch.float32), "float32", 1e-5),
+        ({}, (torch.float32, torch.bfloat16), "float32", 1e-5),
+        ({}, (torch.bfloat16, torch.float32), "float32", 1e-5),
+        ({}, (torch.float32, torch.float32), "bfloat16", 0.02),
+        ({}, (torch.float32, torch.bfloat16), "bfloat16", 0.02),
+        ({}, (torch.float32, torch.float16), "bfloat16", 0.02),
+    ],
+)
+def test_the_loss_of_a_step_is_the_plain_one(tmp_path, settings, dtypes, precision, tolerance):
+    teacher = make_teacher(**settings)
+    student, teacher = make_student(teacher).to(dtypes[0]), teacher.to(dtypes[1])
+    data = make_data(train=4, validation=2)
+    with torch.no_grad():
+        logits, expected = (model(data.train.tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    loss = plain_loss(logits, expected, data.train.tokens[:, 1:].flatten(), 0.25)
+    options = replace(OPTIONS, steps=1, ce_weight=0.25, precision=precision)
+    result = run(tmp_path, student, teacher, options, data=data)
+    assert result.history[1]["train_loss"] == pytest.approx(loss.item(), rel=tolerance)
+    assert (student.dtype, teacher.dtype) == dtypes
+
+
+def test_gradient_accumulation_equals_the_larger_batch(tmp_path):
+    teacher = make_teacher()
+    results = []
+    for folder, settings in (("whole", {"batch_size": 6}), ("parts", {"batch_size": 2, "gradient_accumulation": 3})):
+        options = replace(OPTIONS, steps=3, ce_weight=0.5, **settings)
+        results.append(run(tmp_path / folder, make_student(teacher), teacher, options))
+    assert results[1].history[1]["train_loss"] == pytest.approx(results[0].history[1]["train_loss"], rel=1e-5)
+    assert results[1].val_ppl == pytest.approx(results[0].val_ppl, rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_result(tmp_path):
+    teacher = make_teacher()
+    plain = run(tmp_path / "plain", make_student(teacher), teacher)
+    recomputed = run(
+        tmp_path / "recomputed", make_student(teacher), teacher, replace(OPTIONS, gradient_checkpointing=True)
+    )
+    assert recomputed.val_ppl == pytest.approx(plain.val_ppl, rel=1e-5)
+
+
+def divergence(student, teacher, samples):
+    with torch.no_grad():
+        logits, expected = (model(samples.tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    return plain_loss(logits, expected, samples.tokens[:, 1:].flatten(), 0.0).item()
+
+
+def test_healing_draws_the_student_to_its_teacher(tmp_path):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    data = make_data()
+    train_language_model(
+        teacher, data, TrainOptions(epochs=4, learning_rate=3e-3), seed=0, folder=tmp_path / "teacher", name="teacher"
+    )
+    # The teacher's body, so that its attention is all that the student has to find.
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    before = divergence(student, teacher, data.validation)
+    result = run(tmp_path / "healed", student, teacher, replace(OPTIONS, steps=30, learning_rate=1e-2), data=data)
+    losses = [row["train_loss"] for row in result.history[1:]]
+    assert losses[-1] < 0.5 * losses[0]
+    assert divergence(student, teacher, data.validation) < 0.5 * before
+    assert result.val_ppl < result.val_ppl_before
+    assert (result.steps, result.kept_step) == (30, 30)
+    assert 0 < result.seconds == sum(row["seconds"] for row in result.history)
+
+
+def test_only_the_attention_s_factors_move(tmp_path):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    student.lm_head.requires_grad_(False)
+    first = copy.deepcopy(student)
+    options = replace(OPTIONS, steps=3, ce_weight=0.5, weight_decay=0.5)
+    result = run(tmp_path, student, teacher, options)
+    assert result.kept_step == 3
+    moved = {
+        name.partition("attention.")[2]
+        for (name, weight), old in zip(student.named_parameters(), first.parameters(), strict=True)
+        if not torch.equal(weight, old)
+    }
+    assert moved == {f"{part}.weight" for part in ("query", "context", "key_up", "value_up")} | {
+        f"{part}.bias" for part in ("query", "context", "value_up")
+    }
+    required = {name: weight.requires_grad for name, weight in student.named_parameters()}
+    assert [name for name, required in required.items() if not required] == ["lm_head.weight"]
+
+
+def test_all_parameters_move_where_asked(tmp_path):
+    teacher = make_teacher()
+    student = make_student(teacher)
+    first = copy.deepcopy(student)
+    assert run(tmp_path, student, teacher, replace(OPTIONS, parameters="all")).kept_step > 0
+    for (name, weight), old in zip(student.named_parameters(), first.parameters(), strict=True):
+        assert not torch.equal(weight, old), name
+
+
+def test_the_teacher_stays_as_it_is_and_enters_no_checkpoint(tmp_path, monkeypatch):
+    teacher = make_teacher()
+    student, first = make_student(teacher), copy.deepcopy(teacher)
+    teacher.train()
+    graphs = []
+    for part in (teacher.gpt_neox, teacher.lm_head):
+        part.register_forward_hook(lambda *call: graphs.append(torch.is_grad_enabled()))
+    with monkeypatch.context() as patch:
+        fail_at(patch, 6, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, student, teacher)
+    assert_same_weights(teacher, first)
+    assert not teacher.training and len(graphs) == 2 * 6 and not any(graphs)
+    with safe_open(tmp_path / "checkpoints" / "checkpoint-5" / "model.safetensors", framework="pt") as weights:
+        assert set(weights.keys()) == set(student.state_dict())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    teacher = make_teacher()
+    student = make_dropping(teacher)
+    return run(tmp_path_factory.mktemp("whole"), student, teacher), student
+
+
+def make_dropping(teacher):
+    """A student with dropout: a resumed run that lost its random state would end elsewhere."""
+    student = make_student(teacher)
+    for part in student.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.1
+    return student
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 5, 6])
+def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted, step):
+    """5 steps an epoch: after the first evaluation, amid the first epoch, at its end, amid the second."""
+    teacher = make_teacher()
+    with monkeypatch.context() as patch:
+        fail_at(patch, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, make_dropping(teacher), teacher, replace(OPTIONS, checkpoint_steps=2))
+    student = make_dropping(teacher)
+    assert without_seconds(run(tmp_path, student, teacher)) == without_seconds(uninterrupted[0])
+    assert_same_weights(student, uninterrupted[1])
+
+
+def test_it_validates_before_at_epochs_and_after_the_last_step(uninterrupted):
+    result, _ = uninterrupted
+    assert [(row["step"], row["epoch"]) for row in result.history] == [(0, 0), (5, 1), (7, 1.4)]
+    assert result.val_ppl_before == result.history[0]["val_ppl"]
+    assert result.val_ppl == min(row["val_ppl"] for row in result.history)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "kept"), [([9.0, 8.0, 7.0], 7), ([9.0, 7.0, 8.0], 5), ([9.0, 9.5, 9.6], 0), ([9.0, 9.0, 9.0], 0)]
+)
+def test_the_last_weights_are_kept_unless_validation_got_worse(tmp_path, monkeypatch, capsys, perplexities, kept):
+    weights = stub_perplexities(monkeypatch, perplexities)
+    teacher = make_teacher()
+    student = make_student(teacher)
+    result = run(tmp_path, student, teacher, replace(OPTIONS, checkpoint_steps=1))
+    assert (result.kept_step, result.val_ppl, result.val_ppl_before) == (kept, min(perplexities), 9.0)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, weight in student.named_parameters():
+        assert torch.equal(weight, weights[[0, 5, 7].index(kept)][name]), name
+        assert torch.equal(weight, saved.get_parameter(name)), name
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Step 0/7: val_ppl=9.00, val_acc=")
+    assert lines[2].startswith("Step 7/7: train_loss=")
+    end = f"All 7 steps done: val_ppl=9.00 before, {perplexities[-1]:.2f} now"
+    worse = "" if kept == 7 else f"; validation got no better, so the weights of step {kept} are kept"
+    assert lines[3:] == [end + worse]
+
+
+def test_cross_entropy_alone_is_phase_2(tmp_path):
+    """The control of healing: the original trained equally long."""
+    models = [make_teacher(), make_teacher(), make_teacher()]
+    settings = {"batch_size": 4, "learning_rate": 1e-4, "weight_decay": 0.0}
+    phase2 = train_language_model(
+        models[0],
+        make_data(),
+        TrainOptions(epochs=2, schedule="constant", **settings),
+        seed=5,
+        folder=tmp_path / "phase2",
+        name="phase 2",
+    )
+    options = HealOptions(steps=10, parameters="all", schedule="constant", warmup_ratio=0.0, **settings)
+    alone = run(tmp_path / "alone", models[1], None, options)
+    run(tmp_path / "weighted", models[2], make_teacher(seed=3), replace(options, ce_weight=1.0))
+    assert [row["train_loss"] for row in alone.history[1:]] == [row["train_loss"] for row in phase2.history]
+    assert alone.val_ppl == phase2.best_val_ppl < alone.val_ppl_before
+    assert_same_weights(models[1], models[0])
+    assert_same_weights(models[2], models[0])
+
+
+def test_the_control_trains_the_same_part(tmp_path):
+    student, teacher = make_teacher(), make_teacher()
+    assert run(tmp_path, student, teacher, replace(OPTIONS, ce_weight=0.5)).kept_step > 0
+    moved = {
+        name.partition("attention.")[2]
+        for (name, weight), old in zip(student.named_parameters(), teacher.parameters(), strict=True)
+        if not torch.equal(weight, old)
+    }
+    assert moved == {"query_key_value.weight", "query_key_value.bias"}
+
+
+def test_a_finished_folder_is_loaded_at_once(tmp_path, monkeypatch):
+    teacher = make_teacher()
+    student, again = make_student(teacher), make_student(teacher)
+    result = run(tmp_path, student, teacher)
+    fail_at(monkeypatch, 0, lambda trainer: pytest.fail("healed again"))
+    assert run(tmp_path, again, teacher) == result
+    assert_same_weights(again, student)
+    assert "NaN" not in (tmp_path / "train.json").read_text()
+    assert json.loads((tmp_path / "train.json").read_text())["history"] == result.history
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    teacher = make_teacher()
+    run(tmp_path, make_student(teacher), teacher, replace(OPTIONS, steps=1))
+    for options, message in [
+        (replace(OPTIONS, steps=2), "steps 1, not 2"),
+        (replace(OPTIONS, steps=1, ce_weight=0.5), "ce_weight 0.0, not 0.5"),
+        (replace(OPTIONS, steps=1, parameters="all"), "trainable_parameters|parameters attention, not all"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, make_student(teacher), teacher, options)
+    with pytest.raises(ValueError, match="student_crc32"):
+        run(tmp_path, make_student(teacher, seed=2), teacher, replace(OPTIONS, steps=1))
+    with pytest.raises(ValueError, match="teacher_crc32"):
+        run(tmp_path, make_student(teacher), make_teacher(seed=2), replace(OPTIONS, steps=1))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_first_weights(tmp_path):
+    teacher = make_teacher()
+    torch.nn.init.constant_(teacher.gpt_neox.final_layer_norm.weight, math.inf)
+    with pytest.raises(RuntimeError, match="training loss became nan at or before step 1: .*checkpoints"):
+        run(tmp_path, make_student(make_teacher()), teacher)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-0"]
+
+
+def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    teacher = make_teacher()
+    student = make_student(teacher)
+    for options, other, message in [
+        (replace(OPTIONS, steps=0), teacher, "heal.steps 0: nothing to heal"),
+        (OPTIONS, student, "the teacher is the student itself"),
+        (OPTIONS, make_teacher(vocab_size=VOCABULARY), "the student has 224 logits and the teacher 200"),
+        (replace(OPTIONS, precision="float16"), teacher, "heal.precision float16: needs a CUDA GPU"),
+        (replace(OPTIONS, schedule="constant"), teacher, "heal.warmup_ratio 0.05: needs the schedule"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, student, other, options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_batches_of_a_large_vocabulary_are_chunked(tmp_path, monkeypatch):
+    teacher = make_teacher()
+    options = replace(OPTIONS, steps=2, ce_weight=0.5)
+    whole = run(tmp_path / "whole", make_student(teacher), teacher, options)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 7 * (VOCABULARY + 24))
+    parts = run(tmp_path / "parts", make_student(teacher), teacher, options)
+    assert parts.val_ppl == pytest.approx(whole.val_ppl, rel=1e-5)
+    assert parts.history[1]["train_loss"] == pytest.approx(whole.history[1]["train_loss"], rel=1e-6)

@@ -1,0 +1,93 @@
+"""Quantised caches: what they hold, what it costs, and that nothing else becomes quantised by them."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import HQQQuantizedLayer
+
+from context_pythia.evaluation import quantised
+from context_pythia.evaluation.perplexity import score_cached
+from context_pythia.evaluation.quantised import (
+    QuantisedContextLayer,
+    measure_quantised,
+    quantised_cache,
+    residual_length,
+)
+from context_pythia.model.cache import ContextLayer
+from tests.evaluation.conftest import build
+
+pytest.importorskip("hqq")
+
+
+@pytest.mark.parametrize("width", [5, 64, 67, 130])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
+def test_contexts_of_any_width_come_back(width, bits, error):
+    layer = QuantisedContextLayer(nbits=bits, axis_key=1, axis_value=1, residual_length=1)
+    contexts = torch.randn(1, 1, 9, width, generator=torch.Generator().manual_seed(0))
+    for t in range(9):
+        new = contexts[:, :, t : t + 1]
+        keys, values = layer.update(new, new[..., :0])
+    assert keys.shape == contexts.shape and values.shape == (1, 1, 9, 0)
+    assert torch.equal(keys[:, :, -1], contexts[:, :, -1])
+    lost = (keys - contexts)[:, :, :-1].norm() / contexts[:, :, :-1].norm()
+    assert error / 50 < lost < error
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("int8", 68), ("int4", 34)])
+def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind, numbers):
+    config = build("layer", hidden_size=64, context_dim=67).config
+    cache = quantised_cache(config, kind, length=33)
+    for layer in range(config.num_hidden_layers):
+        for _ in range(36):
+            cache.update(torch.randn(3, 1, 1, 67), torch.randn(3, 1, 1, 0), layer)
+    # 67 numbers are two groups of 34; of the 36 tokens one waits, since they are quantised two by two.
+    measured = measure_quantised(cache)
+    assert measured.length == 36
+    assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
+
+
+@pytest.mark.parametrize("source", ["pythia", "input", "layer"])
+def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
+    model = build(source, hidden_size=128, context_dim=80)
+    own = score_cached(model, dataset, 1000, progress=False)
+    found = [
+        score_cached(
+            model,
+            dataset,
+            1000,
+            lambda kind=kind: quantised_cache(model.config, kind, 17),
+            measure_quantised,
+            reference=model,
+            progress=False,
+        )
+        for kind in ("int8", "int4")
+    ]
+    assert 1e-7 < found[0].kl < 0.02 < found[1].kl
+    assert own.measurement.filled > 2 * found[0].measurement.filled > 2 * found[1].measurement.filled
+
+
+def test_gpt_neox_gets_the_stock_layers_and_other_caches_stay_as_they_are():
+    stock = quantised_cache(build("pythia").config, "int4", 64)
+    assert [type(layer) for layer in stock.layers] == [HQQQuantizedLayer] * 2
+    config = build("layer", context_sharing=2).config
+    assert [type(layer).__name__ for layer in quantised_cache(config, "int8", 64).layers] == [
+        "QuantisedContextLayer",
+        type(DynamicCache(config=config).layers[1]).__name__,
+    ]
+    assert type(DynamicCache(config=config).layers[0]) is ContextLayer
+
+
+def test_few_tokens_are_left_unquantised():
+    assert (residual_length(1), residual_length(128), residual_length(2048)) == (1, 7, 127)
+    assert max((length - 1) % residual_length(length) for length in range(1, 3000)) <= 15
+
+
+def test_a_recurrence_that_reads_its_cache_is_refused():
+    with pytest.raises(ValueError, match="'shared' has no quantised cache"):
+        quantised_cache(build("shared").config, "int8", 64)
+
+
+def test_a_missing_backend_is_named_with_the_mend(monkeypatch):
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs HQQ: pip install 'context-pythia\[quantised\]'"):
+        quantised_cache(build("pythia").config, "int8", 64)
