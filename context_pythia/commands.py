@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from context_pythia.conversion.options import ConvertOptions, HealOptions
-from context_pythia.experiments.bench_options import CACHES as BENCH_CACHES
-from context_pythia.experiments.bench_options import SIZES, BenchOptions, parse_sources
+from context_pythia.experiments.bench.options import CACHES as BENCH_CACHES
+from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_sources
 from context_pythia.flags import add_flags, at_least, numbers, overrides, temperature
 from context_pythia.recipe import (
     PRECISIONS,
@@ -360,7 +360,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "(MODEL ... | --recipe RECIPE | --size SIZE | --train) [options]",
         "speed and memory of prefill, decoding or training beside GPT-NeoX",
-        "context_pythia.experiments.bench:bench",
+        "context_pythia.experiments.bench.sweep:bench",
         _bench_options,
         _bench_keywords,
         (

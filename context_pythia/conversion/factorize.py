@@ -210,6 +210,9 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     """A context of D numbers that loses nothing: all rotary keys, and an orthonormal basis of what they do not read.
 
     The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
+
+    Raises:
+        RuntimeError: rotary keys that depend on each other, so that the rest has no room.
     """
     heads, width = layer.num_heads, layer.weight.shape[1]
     rows = layer.rotary_rows.flatten(0, 1)  # [P, 2]
@@ -218,7 +221,12 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     context_weight = torch.cat([rotary, rest])
     context_bias = torch.cat([layer.bias[rows[:, 0]], layer.bias[rows[:, 1]], layer.bias.new_zeros(len(rest))])
     frequencies = layer.rotary_dim // 2
-    up = layer.weight[layer.content_rows] @ torch.linalg.pinv(context_weight)
+    content = layer.weight[layer.content_rows]
+    up = content @ torch.linalg.pinv(context_weight)
+    if float((content - up @ context_weight).norm()) > 1e-6 * float(content.norm()):
+        raise RuntimeError(
+            f"a layer's rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
+        )
     return rebuilt(
         layer,
         layer.weight.new_zeros(width),
@@ -292,7 +300,11 @@ def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric positive root of a positive semidefinite matrix, its smallest eigenvalues raised to a ridge."""
+    """The symmetric positive root of a positive semidefinite matrix, its smallest eigenvalues raised to a ridge.
+
+    The zero matrix has the identity: where nothing matters, as in heads that were pruned away, all directions are alike.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    values = values.clamp(min=float(values[-1]) * RIDGE)
+    largest = float(values[-1])
+    values = values.clamp(min=largest * RIDGE if largest > 0 else 1.0)
     return (vectors * values.sqrt()) @ vectors.mH

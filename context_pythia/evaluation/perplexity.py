@@ -34,6 +34,7 @@ class Score:
         losses: each sample's loss, its tokens' sum, in nats.
         kl: mean of KL(reference || model) in nats a token; None without a reference, or with one of another vocabulary.
         agreement: share of tokens at which the reference's likeliest token is the model's; None without a reference.
+        difference: largest difference between a logit and the reference's; None where `kl` is.
     """
 
     perplexity: float
@@ -42,6 +43,7 @@ class Score:
     losses: tuple[float, ...]
     kl: float | None
     agreement: float | None
+    difference: float | None
 
     def perplexity_of_first(self, samples: int) -> float:
         """Perplexity of the first `samples` samples, at least 1."""
@@ -63,6 +65,7 @@ class _Tally:
         self.losses = torch.zeros(samples, dtype=torch.float64)
         self.tokens = self.correct = self.agreeing = 0
         self.divergence: float | None = None
+        self.difference: float | None = None
         self.has_reference = False
 
     def add(self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> None:
@@ -80,6 +83,7 @@ class _Tally:
         if reference.shape == logits.shape:
             wanted = reference.float().log_softmax(-1)
             divergence = (wanted.exp() * (wanted - log_probabilities)).sum(-1)
+            self.difference = max(self.difference or 0.0, float((logits.float() - reference.float()).abs().max()))
             self.divergence = (self.divergence or 0.0) + float(divergence.cpu().double().sum())
 
     def figures(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -96,6 +100,7 @@ class _Tally:
             "losses": tuple(self.losses.tolist()),
             "kl": None if self.divergence is None else self.divergence / self.tokens,
             "agreement": self.agreeing / self.tokens if self.has_reference else None,
+            "difference": self.difference,
         }
 
 

@@ -8,19 +8,15 @@ most two models are in memory at a time. `evaluate_model` does the same for a mo
 from __future__ import annotations
 
 import gc
-import platform
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GPTNeoXConfig, PreTrainedModel
 
-import context_pythia
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.evaluation.harness import require_tasks, run_tasks
@@ -33,7 +29,7 @@ from context_pythia.evaluation.quantised import (
     residual_length,
 )
 from context_pythia.experiments.evaluation_report import console_table, label, write_evaluation
-from context_pythia.experiments.record import VERSIONS_OF, _commit, _device_name, write_json
+from context_pythia.experiments.record import provenance, write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.recipe import DataOptions
 
@@ -106,7 +102,7 @@ def evaluate(
         gc.collect()
     print(console_table(metrics))
     if out is not None:
-        write_json(out / "provenance.json", _provenance(device, packed))
+        write_json(out / "provenance.json", provenance(device) | {"data_fingerprint": packed.summary["fingerprint"]})
         written = [file for language in {"en": 0, lang: 0} for file in write_evaluation(out, language)]
         print("\n".join(["", *(f"wrote {file}" for file in dict.fromkeys(written))]))
     return metrics
@@ -142,6 +138,7 @@ def evaluate_model(
         "tokens": whole.tokens,
         "kl": whole.kl,
         "agreement": whole.agreement,
+        "logit_difference": whole.difference,
     }
     row["cached"] |= {
         "parallel_perplexity": parallel,
@@ -157,7 +154,11 @@ def evaluate_model(
         except (ValueError, RuntimeError) as error:
             rows.append(_row(model, name, kind, None) | {"error": str(error).splitlines()[0]})
             continue
-        row = _row(model, name, kind, through) | {"kl": through.kl, "agreement": through.agreement}
+        row = _row(model, name, kind, through) | {
+            "kl": through.kl,
+            "agreement": through.agreement,
+            "logit_difference": through.difference,
+        }
         row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(length)}
         rows.append(row)
     return rows
@@ -210,6 +211,7 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
         "tokens": None,
         "kl": None,
         "agreement": None,
+        "logit_difference": None,
         "change": None,
         "cached": cached,
         "cache": cache,
@@ -264,20 +266,3 @@ def _summary(row: dict[str, Any]) -> str:
         return f"{label(row)}: {row['error']}"
     perplexity = row["perplexity"] or row["cached"]["perplexity"]
     return f"{label(row)}: perplexity {perplexity:.4f}, {row['cache']['bytes_measured'] / 1024:,.1f} KB a sequence"
-
-
-def _provenance(device: torch.device, data: PackedData) -> dict[str, Any]:
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "context_pythia": context_pythia.__version__,
-            **{name: version(name) for name in VERSIONS_OF},
-        },
-        "device": _device_name(device),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data_fingerprint": data.summary["fingerprint"],
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }

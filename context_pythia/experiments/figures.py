@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
 _BASELINE_COLOUR = "#3c4350"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is logarithmic
 
@@ -65,11 +65,11 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
     """PNG of validation perplexity and training loss by epoch, and of phase 1's convergence where a model had it."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    with _style():
+    with drawing_style():
         rows = 3 if any(one.convergence for one in series) else 2
         shown = [one for one in series if one.perplexity or one.train_loss or one.convergence]
-        legend_columns = max(1, min(3, 66 // (7 + max(len(_short(one.name)) for one in shown))))
-        figure = _figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
+        legend_columns = max(1, min(3, 66 // (7 + max(len(short(one.name)) for one in shown))))
+        figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
         axes = figure.subplots(rows, 1)
         colours = _colours(series)
         for one, colour in zip(series, colours, strict=True):
@@ -79,7 +79,7 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
             _curve(axes[1], one.train_loss, colour)
             if rows == 3 and one.convergence:
                 axes[2].plot(*zip(*one.convergence, strict=True), color=colour)
-        _scale(axes[0], "y", [y for one in series for _, y in one.perplexity])
+        scale(axes[0], "y", [y for one in series for _, y in one.perplexity])
         axes[0].set_title("Validation perplexity (star: best epoch)")
         axes[1].set_title("Training loss")
         for ax in axes[:2]:
@@ -94,20 +94,20 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
         for ax in axes:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         handles = [_handle(colour) for one, colour in zip(series, colours, strict=True) if one in shown]
-        names = [_short(one.name) for one in shown]
+        names = [short(one.name) for one in shown]
         figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def frontier(series: Sequence[Series]) -> bytes:
     """PNG of best perplexity against measured cache bytes; models without both are left out."""
-    with _style():
-        return _png(draw_frontier(series))
+    with drawing_style():
+        return png(draw_frontier(series))
 
 
 def draw_frontier(series: Sequence[Series]) -> Figure:
     """The figure of `frontier`: a labelled point a model, and the line of those that no other model beats."""
-    figure = _figure(height=4.9)
+    figure = new_figure(height=4.9)
     ax = figure.subplots()
     points = [
         (one, colour, one.cache_bytes / 1024, one.best[1])
@@ -121,19 +121,19 @@ def draw_frontier(series: Sequence[Series]) -> Figure:
     ax.plot(*zip(*unbeaten, strict=True), color="#b5bcc8", linestyle="--", linewidth=1.2, zorder=1)
     for one, colour, size, perplexity in points:
         ax.plot(size, perplexity, marker="D" if one.baseline else "o", markersize=9, color=colour, zorder=3)
-    _scale(ax, "x", [point[2] for point in points], base=2)
-    _scale(ax, "y", [point[3] for point in points])
+    scale(ax, "x", [point[2] for point in points], base=2)
+    scale(ax, "y", [point[3] for point in points])
     ax.margins(0.18)
     ax.set_xlabel("measured KV cache (KB)")
     ax.set_ylabel("best validation perplexity")
     ax.set_title("Perplexity against cache (lower left is better)")
     figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
-    _label(ax, [(_short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
+    _label(ax, [(short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
     return figure
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def drawing_style() -> Iterator[None]:
     import matplotlib
     from matplotlib.font_manager import get_font_names
 
@@ -154,7 +154,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,7 +163,7 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -172,10 +172,10 @@ def _png(figure: Figure) -> bytes:
 def _colours(series: Sequence[Series]) -> list[str]:
     """A colour a model, the same in both pictures."""
     contexts = [one.name for one in series if not one.baseline]
-    return [_BASELINE_COLOUR if one.baseline else _COLOURS[contexts.index(one.name) % len(_COLOURS)] for one in series]
+    return [_BASELINE_COLOUR if one.baseline else COLOURS[contexts.index(one.name) % len(COLOURS)] for one in series]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name if len(name) <= 32 else name[:31] + "…"
 
 
@@ -190,7 +190,7 @@ def _handle(colour: str) -> Line2D:
     return Line2D([], [], color=colour, marker="o", markersize=5, linewidth=1.8)
 
 
-def _scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int = 10) -> None:
+def scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int = 10) -> None:
     """Makes an axis logarithmic where its values span more than `_LOG_FROM`; its numbers are plain either way."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 

@@ -120,23 +120,31 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(
             path,
-            {
-                "versions": {
-                    "python": platform.python_version(),
-                    "context_pythia": context_pythia.__version__,
-                    **{name: version(name) for name in VERSIONS_OF},
-                },
-                "device": _device_name(device),
-                "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
-                "commit": _commit(),
+            provenance(device)
+            | {
                 "created": held.get("created", now),
                 "updated": now,
                 "seed": self.recipe.seed,
                 "data_fingerprint": self.metrics["data"].get("fingerprint"),
-                "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             },
         )
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where, when and with what figures were made on `device`."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "context_pythia": context_pythia.__version__,
+            **{name: version(name) for name in VERSIONS_OF},
+        },
+        "device": _device_name(device),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:

@@ -109,7 +109,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "command": "Command",
         "eval_title": "Models side by side",
         "eval_best": "Of the caches smaller than that of {first}, {name} costs least: {kb} a sequence in place of "
-        "{first_kb} ({reduction} less, measured) at perplexity {ppl} against {first_ppl}, {change}, token by token.",
+        "{first_kb} ({reduction} less, measured) at perplexity {ppl} against {first_ppl}, {change}.",
         "eval_none_smaller": "No cache here is smaller than that of {first}, whose perplexity is {ppl}.",
         "eval_model": "model",
         "eval_ppl": "PPL",
@@ -121,6 +121,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_reduction": "reduction",
         "eval_kl": "KL",
         "eval_agreement": "same top-1",
+        "eval_difference": "largest logit difference",
         "eval_note": "PPL and accuracy: one parallel pass over all {tokens} validation tokens. PPL by token: token by "
         "token through the cache, over the first {cached_tokens} of them. KV cache: bytes of one sequence of {length} "
         "tokens in {dtype}, measured in the cache which that pass filled; 1 KB = 1,024 bytes. Change, reduction, KL "
@@ -133,8 +134,9 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_quantised": "Quantised caches: transformers' HQQ backend, groups of at most 64 numbers of one token, "
         "residual length {residual} (so many tokens wait unquantised until they are quantised together). Their "
         "bytes are all that they hold: packed integers, scales, zero points and tokens not yet quantised.",
-        "eval_caption": "Perplexity, token by token over {cached_tokens} tokens, against the measured cache of one "
-        "sequence of {length} tokens; the dashed line joins what nothing else beats in both.",
+        "eval_caption": "Perplexity of all tokens (of a quantised cache: that of {first}, times the change found token "
+        "by token over {cached_tokens} tokens) against the measured cache of one sequence of {length} tokens; the "
+        "dashed line joins what nothing else beats in both.",
         "eval_tasks": "Tasks of lm-evaluation-harness",
     },
     "ja": {
@@ -244,7 +246,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "command": "コマンド",
         "eval_title": "モデルの比較評価",
         "eval_best": "{first} よりキャッシュが小さいもののうち、パープレキシティの損失が最も小さいのは {name} でした。"
-        "1 系列あたりの実測値は {first_kb} から {kb} へ {reduction} 削減され、トークンごとの評価でのパープレキシティは "
+        "1 系列あたりの実測値は {first_kb} から {kb} へ {reduction} 削減され、パープレキシティは "
         "{ppl}（{first} は {first_ppl}、差は {change}）です。",
         "eval_none_smaller": "{first}（パープレキシティ {ppl}）よりキャッシュが小さいものはありません。",
         "eval_model": "モデル",
@@ -257,6 +259,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_reduction": "削減率",
         "eval_kl": "KL",
         "eval_agreement": "top-1 一致率",
+        "eval_difference": "ロジットの最大差",
         "eval_note": "PPL と正解率は、検証データ全 {tokens} トークンを並列に一度で評価した値です。PPL（逐次）は、"
         "そのうち先頭の {cached_tokens} トークンを、キャッシュを通して 1 トークンずつ評価した値です。KV キャッシュは、"
         "この逐次評価で実際に埋まったキャッシュの実測値で、{length} トークン・{dtype} の 1 系列あたりのバイト数です"
@@ -269,8 +272,9 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_quantised": "量子化キャッシュには transformers の HQQ バックエンドを用い、1 トークン内の最大 64 個の"
         "数値を 1 グループとしました。residual length は {residual} で、"
         "この数のトークンがたまるまで量子化せずに保持します。バイト数は、パックされた整数、スケール、ゼロ点、未量子化のトークンをすべて含む実測値です。",
-        "eval_caption": "{cached_tokens} トークンの逐次評価によるパープレキシティと、{length} トークンの 1 系列あたりの"
-        "キャッシュの実測値。破線は、両方の指標で同時に上回るものがほかにない点を結んだ線です。",
+        "eval_caption": "全トークンのパープレキシティ（量子化キャッシュは、{cached_tokens} トークンの逐次評価での差を "
+        "{first} の値に掛けたもの）と、{length} トークンの 1 系列あたりのキャッシュの実測値。"
+        "破線は、両方の指標で同時に上回るものがほかにない点を結んだ線です。",
         "eval_tasks": "lm-evaluation-harness のタスク",
     },
 }

@@ -9,14 +9,14 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM, cli
-from context_pythia.experiments import bench as module
-from context_pythia.experiments import bench_models
-from context_pythia.experiments.bench import bench
-from context_pythia.experiments.bench_models import is_peer, share_parameters, sized_models, subjects
-from context_pythia.experiments.bench_options import SIZES, BenchOptions, Source, parse_sources
-from context_pythia.experiments.bench_report import write_bench
-from context_pythia.experiments.bench_tables import cell_table, crossover, paired_ratio, step_figures
-from context_pythia.experiments.bench_translations import BENCH_TRANSLATIONS
+from context_pythia.experiments.bench import models as bench_models
+from context_pythia.experiments.bench import sweep as module
+from context_pythia.experiments.bench.models import is_peer, share_parameters, sized_models, subjects
+from context_pythia.experiments.bench.options import SIZES, BenchOptions, Source, parse_sources
+from context_pythia.experiments.bench.report import write_bench
+from context_pythia.experiments.bench.sweep import bench
+from context_pythia.experiments.bench.tables import cell_table, crossover, paired_ratio, step_figures
+from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
 from context_pythia.model.cache import cache_bytes
 from context_pythia.recipe import ArchitectureOptions
 

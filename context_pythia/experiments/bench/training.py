@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import process_memory, release_memory
-from context_pythia.experiments.bench_options import BenchOptions
-from context_pythia.experiments.bench_tables import train_table
+from context_pythia.experiments.bench.options import BenchOptions
+from context_pythia.experiments.bench.tables import train_table
 from context_pythia.experiments.build import build_model, expected_rows
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase2 import check_options

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from context_pythia.experiments.bench_figures import decode_times, memory_bars, part_bars
-from context_pythia.experiments.bench_tables import (
+from context_pythia.experiments.bench.figures import decode_times, memory_bars, part_bars
+from context_pythia.experiments.bench.tables import (
     cell_figures,
     crossings,
     crossover_figures,
@@ -25,7 +25,7 @@ from context_pythia.experiments.bench_tables import (
     rates,
     step_figures,
 )
-from context_pythia.experiments.bench_translations import BENCH_TRANSLATIONS
+from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
 from context_pythia.experiments.document import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from context_pythia.experiments.record import read_record
 

@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.evaluation.quantised import require_quantiser
 from context_pythia.evaluation.speed import Subject
-from context_pythia.experiments.bench_options import SIZES, Source
+from context_pythia.experiments.bench.options import SIZES, Source
 from context_pythia.experiments.build import build_model, expected_rows
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import Recipe

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from context_pythia.experiments.bench_translations import BENCH_TRANSLATIONS
+from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
 from context_pythia.experiments.document import Table
 from context_pythia.training.timing import PARTS
 

@@ -1,18 +1,14 @@
 """`context-pythia bench`: how fast models prefill and decode beside GPT-NeoX, and what they hold in memory.
 
 metrics.json holds every single time of every run, and is written after each finished cell (a batch size and a length),
-so that what was measured survives an interruption. `bench --train` is in `bench_train.py`.
+so that what was measured survives an interruption. `bench --train` is in `training.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import platform
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +16,20 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import context_pythia
 from context_pythia.evaluation.memory import weight_bytes
 from context_pythia.evaluation.speed import FAILURES, Subject, measure_cell, measure_conversation, turns
-from context_pythia.experiments.bench_models import (
+from context_pythia.experiments.bench.models import (
     is_peer,
     recipe_models,
     saved_models,
     sized_models,
     subjects,
 )
-from context_pythia.experiments.bench_options import CONVERSATION, BenchOptions, Source, default_sources
-from context_pythia.experiments.bench_report import write_bench
-from context_pythia.experiments.bench_tables import cell_table, memory_table
-from context_pythia.experiments.bench_train import train_metrics
-from context_pythia.experiments.record import VERSIONS_OF, _commit, _device_name, write_json
+from context_pythia.experiments.bench.options import CONVERSATION, BenchOptions, Source, default_sources
+from context_pythia.experiments.bench.report import write_bench
+from context_pythia.experiments.bench.tables import cell_table, memory_table
+from context_pythia.experiments.bench.training import train_metrics
+from context_pythia.experiments.record import provenance, write_json
 from context_pythia.recipe import Recipe
 from context_pythia.training.trainer import quiet_transformers
 
@@ -70,7 +65,7 @@ def bench(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _threads(options.threads), quiet_transformers():
         metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": _settings(options, device)}
-        provenance = _provenance(device)
+        made = provenance(device)
         try:
             if train:
                 assert recipe is not None
@@ -83,7 +78,7 @@ def bench(
         finally:
             # An interrupted run too has its report, of the cells that it finished.
             if out is not None and (out / "metrics.json").exists():
-                write_json(out / "provenance.json", provenance)
+                write_json(out / "provenance.json", made)
                 written = [path for language in {"en": 0, lang: 0} for path in write_bench(out, language)]
                 print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]), flush=True)
     return metrics
@@ -208,19 +203,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _provenance(device: torch.device) -> dict[str, Any]:
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "context_pythia": context_pythia.__version__,
-            **{name: version(name) for name in VERSIONS_OF},
-        },
-        "device": _device_name(device),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }

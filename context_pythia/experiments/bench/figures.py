@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from context_pythia.experiments.figures import _COLOURS, _figure, _png, _scale, _short, _style
+from context_pythia.experiments.figures import COLOURS, drawing_style, new_figure, png, scale, short
 
 _PEER_COLOURS = ("#3c4350", "#7d8696", "#b5bcc8")
 _PART_COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#b8860b", "#b5bcc8")
@@ -28,9 +28,9 @@ def decode_times(
     """
     names = [name for name in next(iter(curves.values())) if any(by_name[name] for by_name in curves.values())]
     colours = _colours(names, peers)
-    columns = max(1, min(3, 66 // (7 + max(len(_short(name)) for name in names))))
-    with _style():
-        figure = _figure(height=0.25 * math.ceil(len(names) / columns) + 3.2 * len(curves))
+    columns = max(1, min(3, 66 // (7 + max(len(short(name)) for name in names))))
+    with drawing_style():
+        figure = new_figure(height=0.25 * math.ceil(len(names) / columns) + 3.2 * len(curves))
         axes = figure.subplots(len(curves), 1, squeeze=False)[:, 0]
         for ax, (batch, by_name) in zip(axes, curves.items(), strict=True):
             for name in names:
@@ -47,14 +47,14 @@ def decode_times(
                         color=colours[name], fontsize=10,
                     )  # fmt: skip
             drawn = [point for points in by_name.values() for point in points]
-            _scale(ax, "x", [length for length, _ in drawn], base=2)
-            _scale(ax, "y", [1000 * seconds for _, seconds in drawn])
+            scale(ax, "x", [length for length, _ in drawn], base=2)
+            scale(ax, "y", [1000 * seconds for _, seconds in drawn])
             ax.set_title(f"Batch {batch} (star: faster than every GPT-NeoX from here)")
             ax.set_xlabel("tokens in the cache")
             ax.set_ylabel("generate(), ms/token")
         handles = [_handle(colours[name], name in peers) for name in names]
-        figure.legend(handles, list(map(_short, names)), loc="outside upper left", ncols=columns, frameon=False)
-        return _png(figure)
+        figure.legend(handles, list(map(short, names)), loc="outside upper left", ncols=columns, frameon=False)
+        return png(figure)
 
 
 def memory_bars(models: Mapping[str, Mapping[str, float]]) -> bytes:
@@ -68,10 +68,10 @@ def part_bars(models: Mapping[str, Mapping[str, float]]) -> bytes:
 
 
 def _bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) -> bytes:
-    with _style():
-        figure = _figure(height=1.5 + 0.45 * len(models))
+    with drawing_style():
+        figure = new_figure(height=1.5 + 0.45 * len(models))
         ax = figure.subplots()
-        names = [_short(name) for name in models]
+        names = [short(name) for name in models]
         starts = [0.0] * len(models)
         for kind, colour in zip(next(iter(models.values())), _PART_COLOURS, strict=False):
             widths = [kinds[kind] for kinds in models.values()]
@@ -83,7 +83,7 @@ def _bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) -> b
         ax.set_xlabel(unit)
         ax.set_title(title)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def _between(points: Points, x: float) -> float:
@@ -97,7 +97,7 @@ def _between(points: Points, x: float) -> float:
 def _colours(names: Sequence[str], peers: set[str]) -> dict[str, str]:
     greys, others = [name for name in names if name in peers], [name for name in names if name not in peers]
     colours = {name: _PEER_COLOURS[i % len(_PEER_COLOURS)] for i, name in enumerate(greys)}
-    return colours | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
+    return colours | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
 
 
 def _handle(colour: str, peer: bool):

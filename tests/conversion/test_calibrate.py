@@ -1,0 +1,158 @@
+"""Moments of a calibration against plain hooks and autograd, and what a pass over the text must leave alone."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect, observed
+from context_pythia.data.packing import PackedDataset
+from context_pythia.experiments import convert as command
+from tests.model.conftest import SIZE, randomise
+
+HIDDEN, HEADS, LAYERS = SIZE["hidden_size"], SIZE["num_attention_heads"], SIZE["num_hidden_layers"]
+
+
+@pytest.fixture
+def model():
+    return randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)), std=0.1)
+
+
+@pytest.fixture
+def text() -> PackedDataset:
+    """7 samples of 12 tokens: the last batch of 3 or of 5 is a small one."""
+    return PackedDataset(np.random.default_rng(0).integers(2, 97, (7, 13), dtype=np.uint16))
+
+
+def gather(model, text, layers=range(LAYERS), batch_size=3, seed=0):
+    return collect(model, text, layers, batch_size=batch_size, seed=seed, progress=False)
+
+
+def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerStatistics:
+    """A token at a time, from torch.autograd.grad of the loss of labels drawn as `collect` draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    attention = model.gpt_neox.layers[layer].attention
+    held = LayerStatistics.zeros(HIDDEN)
+    for start in range(0, len(text), batch_size):
+        ids = torch.stack([text[i]["input_ids"] for i in range(start, min(start + batch_size, len(text)))])
+        seen = {}
+
+        def keep(module, inputs, output, seen=seen):
+            seen["input"], seen["output"] = inputs[0], output
+
+        handle = attention.query_key_value.register_forward_hook(keep)
+        logits = model(ids).logits
+        handle.remove()
+        labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=generator)[:, 0]
+        losses = -logits.log_softmax(-1).flatten(0, 1)[torch.arange(len(labels)), labels]
+        (gradient,) = torch.autograd.grad(losses.sum(), seen["output"])
+        for states, by_head in zip(seen["input"].flatten(0, 1), gradient.flatten(0, 1), strict=True):
+            _, keys, values = by_head.double().view(HEADS, 3, -1).unbind(1)
+            both, states = torch.cat([keys.flatten(), values.flatten()]), states.detach().double()
+            held.tokens += 1
+            held.input_sum += states
+            held.input_moment += torch.outer(states, states)
+            held.gradient_moment += torch.outer(both, both)
+    return held
+
+
+def assert_same(got: LayerStatistics, expected: LayerStatistics, rtol: float) -> None:
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=rtol, atol=rtol * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("batch_size", [3, 7])
+def test_moments_are_those_of_plain_hooks_and_autograd(batch_size, model, text):
+    found = gather(model, text, batch_size=batch_size, seed=5)
+    for layer, held in found.items():
+        assert held.tokens == text.num_tokens == 84
+        assert held.gradient_moment.norm() > 0
+        assert_same(held, plain_moments(model, text, layer, batch_size, seed=5), rtol=1e-4)
+
+
+def test_layers_in_one_pass_or_in_groups_are_equal_to_the_bit(model, text):
+    together = gather(model, text)
+    for group in ([1], [2, 0]):
+        for layer, held in gather(model, text, group).items():
+            for name, value in vars(together[layer]).items():
+                assert torch.equal(getattr(held, name), value), name
+
+
+def test_the_inputs_moments_depend_on_neither_the_seed_nor_the_batches(model, text):
+    first, other = gather(model, text)[1], gather(model, text, batch_size=5, seed=1)[1]
+    torch.testing.assert_close(other.input_moment, first.input_moment, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(other.gradient_moment, first.gradient_moment, rtol=1e-2)
+
+
+def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):
+    model.lm_head.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    gather(model, text, [0])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert not model.gpt_neox.layers[0].attention.query_key_value._forward_hooks
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_an_interrupted_pass_leaves_no_hooks_and_no_frozen_weights(model):
+    with pytest.raises(KeyboardInterrupt), observed(model, {1: LayerStatistics.zeros(HIDDEN)}):
+        raise KeyboardInterrupt
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.gpt_neox.layers[1].attention.query_key_value._forward_hooks
+    assert not model.get_input_embeddings()._forward_hooks
+
+
+def test_a_bfloat16_model_gives_finite_moments_near_the_exact_ones(model, text):
+    exact = gather(model, text)[0]
+    rounded = gather(model.bfloat16(), text)[0]
+    assert rounded.input_moment.dtype == torch.float64
+    assert float((rounded.input_moment - exact.input_moment).norm() / exact.input_moment.norm()) < 0.02
+
+
+def test_inputs_that_are_not_finite_are_an_error_naming_the_layer(model, text):
+    with torch.no_grad():
+        model.gpt_neox.layers[0].mlp.dense_4h_to_h.bias[3] = torch.inf
+    with pytest.raises(RuntimeError, match=r"layer 1 has inputs or gradients that are not finite|layer 0 has"):
+        gather(model, text)
+
+
+def test_statistics_are_saved_and_loaded_to_the_bit(model, text, tmp_path):
+    held = gather(model, text, [2])[2]
+    held.save(tmp_path / "statistics-002.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics-002.safetensors"]
+    loaded = LayerStatistics.load(tmp_path / "statistics-002.safetensors")
+    for name, value in vars(held).items():
+        assert torch.equal(getattr(loaded, name), value), name
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other tensors", "gone"])
+def test_a_damaged_file_is_one_line_that_says_what_to_do(damage, tmp_path):
+    path = tmp_path / "statistics-000.safetensors"
+    LayerStatistics.zeros(8).save(path)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif damage == "other tensors":
+        from safetensors.torch import save_file
+
+        save_file({"tokens": torch.zeros(1)}, path)
+    else:
+        path.unlink()
+    with pytest.raises(RuntimeError, match="delete it to calibrate again") as error:
+        LayerStatistics.load(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_weightings_are_means_over_the_tokens(model, text):
+    held = gather(model, text, [1])[1]
+    mean, covariance, metric = WEIGHTINGS["gradients"](held)
+    torch.testing.assert_close(mean, held.input_sum / 84)
+    torch.testing.assert_close(covariance + torch.outer(mean, mean), held.input_moment / 84)
+    torch.testing.assert_close(metric, held.gradient_moment / 84)
+    assert torch.equal(WEIGHTINGS["inputs"](held)[2], torch.eye(2 * HIDDEN, dtype=torch.float64))
+    plain = WEIGHTINGS["none"](held)
+    assert not plain[0].any() and torch.equal(plain[1], torch.eye(HIDDEN, dtype=torch.float64))
+
+
+def test_the_bytes_that_a_conversion_plans_for_are_those_of_a_layers_statistics():
+    held = sum(value.nbytes for value in vars(LayerStatistics.zeros(HIDDEN)).values())
+    assert held == pytest.approx(command.STATISTICS_BYTES * HIDDEN**2, rel=0.01)

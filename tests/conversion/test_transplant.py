@@ -1,0 +1,233 @@
+"""Converted models against their originals: every kind of GPT-NeoX, prefill and decoding, and what is refused.
+
+Random weights with std 0.2, so that a wrong formula shows. In float64 the rest of the difference is that of RoPE's
+angles, which transformers makes in float32.
+"""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
+
+from context_pythia.conversion.factorize import exact_factors
+from context_pythia.conversion.transplant import (
+    check_convertible,
+    context_config,
+    keys_and_values,
+    split_projection,
+    transplant,
+)
+from context_pythia.evaluation.memory import measure_generated_cache
+from tests.model.conftest import SIZE, randomise
+
+TURNED = {"rope_theta": 10000.0}
+KINDS = {
+    "pythia": {},
+    "no parallel residual": {"use_parallel_residual": False},
+    "no biases": {"attention_bias": False},
+    "no biases, no parallel residual": {"attention_bias": False, "use_parallel_residual": False},
+    "all rotary": {"rope_parameters": TURNED | {"rope_type": "default", "partial_rotary_factor": 1.0}},
+    "all rotary, no biases": {
+        "rope_parameters": TURNED | {"rope_type": "default", "partial_rotary_factor": 1.0},
+        "attention_bias": False,
+    },
+    "tied": {"tie_word_embeddings": True},
+    "linear RoPE": {
+        "rope_parameters": TURNED | {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}
+    },
+    "yarn RoPE": {
+        "rope_parameters": TURNED
+        | {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "partial_rotary_factor": 0.25,
+            "original_max_position_embeddings": 32,
+        }
+    },
+}  # fmt: skip
+
+
+def make_original(**changes) -> GPTNeoXForCausalLM:
+    model = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE | changes)))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def exact(original: GPTNeoXForCausalLM):
+    """The exact conversion; the original is used up."""
+    config, layers = original.config, range(original.config.num_hidden_layers)
+    frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
+    pairs = [[config.num_attention_heads] * frequencies for _ in layers]
+    made = context_config(config, config.hidden_size, pairs, [config.hidden_size for _ in layers])
+    return transplant(original, (exact_factors(keys_and_values(original, layer)) for layer in layers), made)
+
+
+@pytest.fixture(params=KINDS)
+def original(request):
+    return make_original(**KINDS[request.param])
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, ids, **keywords):
+    return model(ids, **keywords).logits
+
+
+@torch.no_grad()
+def stepwise(model, ids):
+    """A prefill of 5 tokens, 3 at once, then one at a time."""
+    outputs = model(ids[:, :5], use_cache=True)
+    found = [outputs.logits]
+    for chunk in [ids[:, 5:8], *ids[:, 8:].split(1, dim=1)]:
+        outputs = model(chunk, past_key_values=outputs.past_key_values, use_cache=True)
+        found.append(outputs.logits)
+    return torch.cat(found, dim=1)
+
+
+def test_logits_are_the_originals_in_parallel_and_through_the_cache(original, ids):
+    expected = logits(original, ids)
+    double = exact(copy.deepcopy(original).double())
+    converted = exact(original)
+    assert expected.abs().max() > 3
+    for got in (logits(converted, ids), stepwise(converted, ids)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(logits(double, ids).float(), expected, rtol=0, atol=5e-5)
+
+
+def test_a_whole_context_of_2048_tokens():
+    ids = torch.randint(2, 97, (1, 2048), generator=torch.Generator().manual_seed(2))
+    original = make_original(max_position_embeddings=2048)
+    expected = logits(original, ids)
+    converted = exact(original)
+    torch.testing.assert_close(logits(converted, ids), expected, rtol=0, atol=1e-3)
+    with torch.no_grad():
+        cache = converted(ids[:, :2040], use_cache=True).past_key_values
+        got = [converted(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(2040, 2048)]
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 2040:], rtol=0, atol=1e-3)
+
+
+def test_padding_on_the_left_changes_nothing(original, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[1, :3] = 0, 0
+    ids = ids * mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = logits(original, ids, attention_mask=mask, position_ids=positions)
+    found = original.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    converted = exact(original)
+    got = logits(converted, ids, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(got[mask == 1], expected[mask == 1], rtol=0, atol=2e-4)
+    assert torch.equal(converted.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False), found)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_texts_are_the_originals(beams, original, ids):
+    settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": beams, "attention_mask": torch.ones_like(ids)}
+    expected = original.generate(ids, **settings)
+    assert torch.equal(exact(original).generate(ids, **settings), expected)
+
+
+def test_the_measured_cache_is_exactly_half(original):
+    before = measure_generated_cache(original, 64, batch_size=2)
+    after = measure_generated_cache(exact(original), 64, batch_size=2)
+    assert after.filled * 2 == before.filled
+
+
+def test_every_parameter_is_there_and_no_other_is_changed(original):
+    held = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    fused = sum(tensor.numel() for name, tensor in held.items() if "query_key_value" in name)
+    converted = exact(original)
+    assert not any(tensor.is_meta for tensor in [*converted.parameters(), *converted.buffers()])
+    state = converted.state_dict()
+    kept = {name for name in held if "query_key_value" not in name}
+    assert kept == {name for name in state if not any(part in name for part in (
+        ".query.", ".context.", ".rotary_up.", ".key_up.", ".value_up."))}  # fmt: skip
+    for name in kept:
+        assert torch.equal(state[name], held[name]), name
+    tied = converted.config.tie_word_embeddings
+    assert (converted.lm_head.weight is converted.gpt_neox.embed_in.weight) == tied
+    assert fused > 0
+
+
+def test_parts_of_the_projection_are_those_that_the_original_computes(original):
+    attention, heads = original.gpt_neox.layers[1].attention, original.config.num_attention_heads
+    states = torch.randn(5, SIZE["hidden_size"], generator=torch.Generator().manual_seed(0))
+    weight, bias = split_projection(original, 1)
+    expected = attention.query_key_value(states).view(5, heads, 3, -1)
+    for part in range(3):
+        got = states @ weight[part].T + (0 if bias is None else bias[part])
+        torch.testing.assert_close(got, expected[:, :, part].flatten(1))
+
+
+def test_the_originals_projections_are_let_go_layer_by_layer():
+    original = make_original()
+    held = [weakref.ref(layer.attention.query_key_value.weight) for layer in original.gpt_neox.layers]
+    alive = []
+
+    def factors():
+        for layer in range(SIZE["num_hidden_layers"]):
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in held))
+            yield exact_factors(keys_and_values(original, layer))
+
+    width = SIZE["hidden_size"]
+    config = context_config(original.config, width, [[4, 4]] * 3, [width] * 3)
+    converted = transplant(original, factors(), config)
+    gc.collect()
+    assert alive == [3, 2, 1] and not any(ref() is not None for ref in held)
+    sizes = {tensor.untyped_storage().nbytes() - tensor.nbytes for tensor in converted.state_dict().values()}
+    assert sizes == {0}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_stays_so(dtype, ids):
+    original = make_original()
+    expected = logits(original, ids)
+    converted = exact(original.to(dtype))
+    assert {tensor.dtype for tensor in converted.parameters()} == {dtype}
+    got = logits(converted, ids).float()
+    rounding = 0.1 if dtype == torch.bfloat16 else 0.02
+    assert float((got - expected).norm() / expected.norm()) < rounding
+
+
+def test_widths_of_layers_are_written_down_only_where_they_differ():
+    original = make_original()
+    pairs = [[4, 4]] * 3
+    assert context_config(original.config, 64, pairs, [64, 64, 64]).layer_context_dims is None
+    config = context_config(original.config, 40, pairs, [32, 48, 40])
+    assert config.layer_context_dims == [32, 48, 40] and config.context_dim == 40
+    assert config.model_type == "context_pythia" and config.num_hidden_layers == 3
+
+
+def test_a_weight_without_a_place_is_an_error(original):
+    original.gpt_neox.layers[0].register_parameter("stray", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match="stray"):
+        exact(original)
+
+
+def test_too_few_factors_are_an_error():
+    original = make_original()
+    config = context_config(original.config, 64, [[4, 4]] * 3, [64] * 3)
+    with pytest.raises(RuntimeError, match=r"layers\.2\.attention\.context\.weight"):
+        transplant(original, [exact_factors(keys_and_values(original, layer)) for layer in (0, 1)], config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_whose_angles_change_with_the_length_is_refused(kind):
+    config = GPTNeoXConfig(**SIZE)
+    config.rope_parameters = TURNED | {"rope_type": kind, "factor": 2.0, "partial_rotary_factor": 0.25}
+    with pytest.raises(ValueError, match=f"NAME has RoPE of the type '{kind}'"):
+        check_convertible(config, "NAME")
+
+
+def test_other_families_are_refused_by_name():
+    with pytest.raises(ValueError, match="NAME is a llama model: only GPT-NeoX checkpoints") as error:
+        check_convertible(LlamaConfig(), "NAME")
+    assert "\n" not in str(error.value)
