@@ -265,8 +265,10 @@ def _convert_keywords(args: argparse.Namespace) -> dict[str, Any]:
     for path, value in overrides(args).items():
         section, _, name = path.partition(".")
         given[section][name] = value
+    if args.control and not {"context_dim", "kv_reduction"} & given["convert"].keys():
+        given["convert"]["kv_reduction"] = 0.5
     return {name: getattr(args, name) for name in ("model", "out", "ship_code", "control")} | {
-        "options": ConvertOptions(**({"kv_reduction": 0.5} if args.control else {}) | given["convert"]),
+        "options": ConvertOptions(**given["convert"]),
         "data": DataOptions(**given["data"]),
         "healing": HealOptions(**given["heal"]),
         "progress": not args.quiet,

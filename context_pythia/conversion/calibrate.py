@@ -103,7 +103,7 @@ def collect(
         seed: of the labels drawn from the model's predictions.
 
     Raises:
-        RuntimeError: an input or gradient is not finite.
+        RuntimeError: a prediction, an input or a gradient is not finite.
     """
     statistics = {layer: LayerStatistics.zeros(model.config.hidden_size) for layer in layers}
     generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -112,6 +112,10 @@ def collect(
         for start in tqdm(batches, desc="calibration", unit="batch", disable=None if progress else True):
             samples = [text[i]["input_ids"] for i in range(start, min(start + batch_size, len(text)))]
             logits = model(torch.stack(samples).to(model.device), use_cache=False).logits
+            if not bool(logits.isfinite().all()):
+                raise RuntimeError(
+                    f"the model's predictions are not finite in {model.dtype}: the checkpoint is damaged"
+                )
             predictions = logits.detach().float().softmax(-1).flatten(0, 1)
             labels = torch.multinomial(predictions, 1, generator=generator)[:, 0]
             nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum").backward()

@@ -130,9 +130,14 @@ class LayerFactorizer:
         for f in range(reads.shape[0]):
             root = symmetric_root(turning[f])
             values, vectors = torch.linalg.eigh(root @ reads[f] @ root)
-            self.worth[f], vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-            self.inward[f] = vectors.mH @ root  # [component, H]
-            self.upward[f] = torch.linalg.solve(root, vectors)  # [H, component]
+            # Of a frequency whose metric is zero any components do, and none is worth anything.
+            self.worth[f], vectors = values.flip(0).clamp(min=0) * bool(turning[f].any()), vectors.flip(1)
+            inward = vectors.mH @ root  # [component, H]
+            # A pair is then as large as a head's key. Gradients are small, and would make pairs that a quantised cache
+            # rounds to nothing and that one step of healing overwrites.
+            size = torch.linalg.vector_norm(inward, dim=1)
+            self.inward[f] = inward / size[:, None]
+            self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
     def pair_counts(self, total: int) -> list[int]:
         """The counts a frequency that keep the `total` components of most worth."""
@@ -302,7 +307,7 @@ def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
     """The symmetric positive root of a positive semidefinite matrix, its smallest eigenvalues raised to a ridge.
 
-    The zero matrix has the identity: where nothing matters, as in heads that were pruned away, all directions are alike.
+    The zero matrix has the identity: where nothing matters, as in heads that were pruned, directions are all alike.
     """
     values, vectors = torch.linalg.eigh(matrix)
     largest = float(values[-1])

@@ -12,9 +12,8 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     """README.md of the model's folder, as Hugging Face shows it, from the conversion's record."""
     cache, settings = record["cache"], record["settings"]
     reduction = 1 - cache["numbers_per_token"] / record["numbers_per_token_original"]
-    name = (
-        folder.name if record["context_dim"] is None else f"{Path(record['original']).name}, {reduction:.1%} less cache"
-    )
+    control = record["context_dim"] is None
+    name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction:.1%} less cache")
     load = "import context_pythia  # registers the model\n"
     if settings["ship_code"]:
         load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
@@ -52,8 +51,10 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
 
 def _what(record: dict[str, Any], reduction: float) -> list[str]:
     options, data = record["settings"]["convert"], record["settings"]["data"]
+    reduced = ["", f"A layer caches one context a token in place of keys and values: {reduction:.1%} less."]
     if record["context_dim"] is None:
         text = f"The model of {record['original']}, not converted: the control of a healing."
+        reduced = []
     elif not record["layers"] or not record["layers"][0]["spectrum"]:
         text = "Converted exactly: its predictions are the original's, up to rounding. No text was used."
     else:
@@ -66,7 +67,7 @@ def _what(record: dict[str, Any], reduction: float) -> list[str]:
             f" Then healed for {healing['steps']} steps (parameters: {record['settings']['heal']['parameters']}): "
             f"validation perplexity {healing['val_ppl_before']:.2f} before, {healing['val_ppl']:.2f} after."
         )
-    return [text, "", f"A layer caches one context a token in place of keys and values: {reduction:.1%} less."]
+    return [text, *reduced]
 
 
 def _layers(record: dict[str, Any]) -> list[str]:

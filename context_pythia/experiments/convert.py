@@ -26,7 +26,7 @@ from context_pythia.conversion.heal import heal
 from context_pythia.conversion.options import ConvertOptions, HealOptions
 from context_pythia.conversion.transplant import check_convertible, context_config, keys_and_values, transplant
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
-from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import describe_cache, describe_parameters
@@ -113,6 +113,10 @@ def _whole_writes(partial: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(f"cannot write to {partial}: {first_line(error)}; free some disk space and rerun") from error
+    finally:
+        # A command that is refused must not lock the output.
+        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {"settings.json"}:
+            shutil.rmtree(partial)
 
 
 def _convert(
@@ -126,7 +130,6 @@ def _convert(
     progress: bool,
 ) -> dict[str, Any]:
     """The record of the conversion; its model lies in `partial`, healed or as converted."""
-    tokenizer = load_tokenizer(data.tokenizer)
     converted = partial / "converted"
     packed: PackedData | None = None
     if (converted / RECORD).is_file():
@@ -136,7 +139,12 @@ def _convert(
     else:
         started = time.perf_counter()
         original = _load_original(model, options.dtype)
-        config = original.config
+        config, tokenizer = original.config, load_tokenizer(data.tokenizer)
+        if vocabulary_rows(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
+                f"{config.vocab_size}: give the model's own with --tokenizer"
+            )
         width = config.hidden_size if control else _checked_width(options, original)
         if width < config.hidden_size:
             packed = load_data(data, progress)
@@ -153,10 +161,8 @@ def _convert(
         record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
         record["cache"] = describe_cache(student, min(128, config.max_position_embeddings))
         converted.mkdir(exist_ok=True)
-        if ship_code and isinstance(student, ContextPythiaForCausalLM):
-            ContextPythiaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-            type(student.config).register_for_auto_class()
-        publish(student, tokenizer, converted)
+        with _shipped_code(student) if ship_code and not control else contextlib.nullcontext():
+            publish(student, tokenizer, converted)
         if record.get("layers"):
             write_spectrum(converted, record)
         write_json(converted / RECORD, record)
@@ -170,6 +176,19 @@ def _convert(
             if not (healed / path.name).exists():
                 shutil.copy2(path, healed / path.name)
     return record
+
+
+@contextlib.contextmanager
+def _shipped_code(model: PreTrainedModel) -> Iterator[None]:
+    """Within it models like this one are saved with their code; their configuration names it from then on."""
+    classes: tuple[Any, Any] = type(model), type(model.config)
+    try:
+        classes[0].register_for_auto_class("AutoModelForCausalLM")
+        classes[1].register_for_auto_class()
+        yield
+    finally:
+        for cls in classes:
+            cls._auto_class = None
 
 
 def _load_original(model: str, dtype: str) -> GPTNeoXForCausalLM:
@@ -221,7 +240,8 @@ def _compressed(
     make: Callable[[int], Factors]
     if packed is None:
         widths = [width for _ in layers]
-        pairs = [[original.config.num_attention_heads] * (keys_and_values(original, 0).rotary_dim // 2) for _ in layers]
+        frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
+        pairs = [[original.config.num_attention_heads] * frequencies for _ in layers]
 
         def make(layer: int) -> Factors:
             return exact_factors(keys_and_values(original, layer))
@@ -282,7 +302,9 @@ def _statistics(
             f"calibration_tokens {options.calibration_tokens}: the training split has {train.num_tokens} tokens; give "
             f"more text or samples, or calibrate on fewer tokens (at least {needed})"
         )
-    text = PackedDataset(train.tokens[: -(-options.calibration_tokens // train.sequence_length)])
+    # Samples from the whole split: its first ones may be of a single document.
+    chosen = torch.linspace(0, len(train) - 1, -(-options.calibration_tokens // train.sequence_length)).long()
+    text = PackedDataset(train.tokens[chosen.numpy()])
     files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]
     missing = [layer for layer, file in enumerate(files) if not file.exists()]
     at_once = max(1, int(options.statistics_gb * 2**30 / (STATISTICS_BYTES * hidden**2)))

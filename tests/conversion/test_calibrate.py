@@ -109,10 +109,19 @@ def test_a_bfloat16_model_gives_finite_moments_near_the_exact_ones(model, text):
     assert float((rounded.input_moment - exact.input_moment).norm() / exact.input_moment.norm()) < 0.02
 
 
-def test_inputs_that_are_not_finite_are_an_error_naming_the_layer(model, text):
+def test_predictions_that_are_not_finite_are_an_error(model, text):
     with torch.no_grad():
         model.gpt_neox.layers[0].mlp.dense_4h_to_h.bias[3] = torch.inf
-    with pytest.raises(RuntimeError, match=r"layer 1 has inputs or gradients that are not finite|layer 0 has"):
+    with pytest.raises(RuntimeError, match="predictions are not finite in torch.float32: the checkpoint is damaged"):
+        gather(model, text)
+
+
+def test_gradients_that_are_not_finite_are_an_error_naming_the_layer(model, text):
+    def spoil(module, inputs, output):
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    model.gpt_neox.layers[1].register_forward_hook(spoil)
+    with pytest.raises(RuntimeError, match="layer 0 has inputs or gradients that are not finite"):
         gather(model, text)
 
 

@@ -174,6 +174,15 @@ def test_a_turned_pair_gives_turned_keys(layer, inputs, factorizer):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_the_context_has_the_size_of_keys_whatever_that_of_the_gradients(scale, layer, inputs, metric):
+    factors = LayerFactorizer(layer, *moments(inputs), scale * metric).factors([2, 3], 4)
+    sizes = factors.context_weight[:10].norm(dim=1)
+    own = layer.weight[layer.rotary_rows.flatten()].norm(dim=1)
+    assert 0.3 * own.min() < sizes.min() and sizes.max() < 3 * own.max()
+    assert factors.rotary_up.abs().max() < 100
+
+
 @pytest.mark.parametrize("scale", [1e-3, 0.1, 10.0])
 def test_no_other_latent_of_the_same_width_does_better(scale, layer, inputs, metric, factorizer):
     """Each rival gets the best way back there is: least squares, which no metric changes."""
