@@ -250,8 +250,12 @@ def _bench_keywords(args: argparse.Namespace) -> dict[str, Any]:
 def _convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a GPT-NeoX model's folder or Hub name")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the converted model")
-    parser.add_argument("--ship-code", action="store_true", help="add our code, for trust_remote_code without us")
-    parser.add_argument("--control", action="store_true", help="only heal the original itself, as a control of healing")
+    parser.add_argument("--ship-code", action="store_true", help="add the code of Context-Pythia: loads without it")
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="convert nothing: train the original itself for --heal-steps, as a control",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_flags(parser.add_argument_group("the context"), ConvertOptions, "convert.")
     title = "data: the training split calibrates and heals, the validation split tells whether healing helped"

@@ -31,6 +31,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         return _wrapped(backend)
     if not path.is_dir() and (not name.strip() or not is_hub_name(name)):
         raise FileNotFoundError(f"no such tokenizer: {name!r} (give train, a tokenizer.json, a folder or a Hub name)")
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        # transformers would make up an empty tokenizer from the model's configuration.
+        raise ValueError(f"{name} holds no tokenizer.json: name a tokenizer with --tokenizer")
     try:
         tokenizer = _auto_tokenizer(name, path)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -33,7 +33,10 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
             require_on_hub("model", name)
     else:
         raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
+    if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
+        raise FileNotFoundError(f"{name} holds no safetensors: save its weights in that format, no other is read")
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, state = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True

@@ -33,7 +33,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         f"{load}from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{option})',
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{option})',
         "```",
         "",
         f"| | numbers a token | bytes of {cache['length']} tokens, {cache['dtype']} |",
@@ -65,7 +65,8 @@ def _what(record: dict[str, Any], reduction: float) -> list[str]:
     if healing := record.get("healing"):
         text += (
             f" Then healed for {healing['steps']} steps (parameters: {record['settings']['heal']['parameters']}): "
-            f"validation perplexity {healing['val_ppl_before']:.2f} before, {healing['val_ppl']:.2f} after."
+            f"validation perplexity {healing['val_ppl_before']:.2f} before, {healing['val_ppl']:.2f} after "
+            f"(weights of step {healing['kept_step']} kept)."
         )
     return [text, *reduced]
 

@@ -58,7 +58,8 @@ def convert(
         model: folder or Hub name of a GPT-NeoX model.
         data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
         ship_code: add our modelling code, so that `trust_remote_code=True` loads the model without this package.
-        control: convert nothing and only heal, for comparison with converted models that were healed equally long.
+        control: convert nothing and train the original on the text for as many steps, by cross-entropy alone: what
+            more training by itself is worth.
 
     Raises:
         ValueError: a model, width or text that cannot be used, or an `out` that holds something else.
@@ -168,7 +169,8 @@ def _convert(
         write_json(converted / RECORD, record)
     if healing.steps:
         packed = packed or load_data(data, progress)
-        teacher = _load_original(model, options.dtype)
+        # The original matches itself already; what it can learn equally long is the text.
+        teacher = None if control else _load_original(model, options.dtype)
         healed = partial / "healed"
         result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
         record["healing"] = asdict(result)

@@ -125,8 +125,12 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     """Model and tokenizer in Hugging Face form, each file whole from the moment that it appears; weights last."""
     partial = folder / ".saving"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(folder / path.name)
     partial.rmdir()

@@ -355,7 +355,7 @@ def test_tokenizers_that_cannot_be_used_are_named(options, tmp_path, monkeypatch
     (tmp_path / "endless.json").write_text(json.dumps(backend))
     assert "bad.json is not a tokenizer.json" in message(str(tmp_path / "bad.json"), ValueError)
     assert "no token <|endoftext|>" in message(str(tmp_path / "endless.json"), ValueError)
-    assert "cannot be loaded" in message(str(tmp_path / "empty"), ValueError)
+    assert "holds no tokenizer.json" in message(str(tmp_path / "empty"), ValueError)
     assert "missing/tokenizer.json" in message("missing/tokenizer.json", FileNotFoundError)
     assert "model 'owner/tokenizer'" in message("owner/tokenizer", ConnectionError)
 

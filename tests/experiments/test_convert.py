@@ -264,6 +264,8 @@ def test_the_control_heals_the_original_itself(run, original, tmp_path, capsys):
     assert isinstance(load(tmp_path / "control"), GPTNeoXForCausalLM)
     record = record_of(tmp_path / "control")
     assert record["context_dim"] is None and record["healing"]["steps"] == 4
+    # It learns the text, which a model taught by itself could not.
+    assert all(row["train_loss"] > 1 for row in record["healing"]["history"][1:])
     assert record["cache"]["numbers_per_token"] == record["numbers_per_token_original"]
     card = (tmp_path / "control" / "README.md").read_text()
     assert "the control of a healing" in card and "# pythia-tiny, healed" in card and "one context" not in card
