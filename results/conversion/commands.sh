@@ -8,7 +8,7 @@ context-pythia train report --model Pythia-70M --vocab-size 8192 --model-vocab-s
     --learning-rate 3e-4 --checkpoint-steps 70 --out runs/pythia-70m-8k
 
 context-pythia convert $M --kv-reduction 0.5 --out conv/exact-50
-for r in 0.625 0.75 0.8125 0.875 0.9375; do
+for r in 0.625 0.75 0.8125 0.875; do
     context-pythia convert $M --kv-reduction $r --samples 5000 --out conv/gradients-$r
 done
 for w in inputs none; do
@@ -16,17 +16,15 @@ for w in inputs none; do
         context-pythia convert $M --kv-reduction $r --samples 5000 --weighting $w --out conv/$w-$r
     done
 done
-context-pythia convert $M --kv-reduction 0.875 --uniform --samples 5000 --out conv/uniform-0.875
-context-pythia eval $M conv/exact-50 conv/gradients-* conv/inputs-* conv/none-* conv/uniform-0.875 \
-    --samples 5000 --cached-tokens 2048 --lang ja --out conversion
+# 2,500 samples hold out the first half of the text that 5,000 hold out.
+context-pythia eval $M conv/exact-50 conv/gradients-* conv/inputs-* conv/none-* \
+    --samples 2500 --cached-tokens 2048 --lang ja --out conversion
 
 for r in 0.75 0.875; do
-    context-pythia convert $M --kv-reduction $r --samples 5000 --heal-steps 70 --heal-precision bfloat16 \
+    context-pythia convert $M --kv-reduction $r --samples 5000 --heal-steps 60 --heal-precision bfloat16 \
         --heal-learning-rate 3e-4 --out conv/healed-$r
 done
-context-pythia eval $M conv/healed-0.75 conv/healed-0.875 --samples 5000 --cached-tokens 2048 --out healed
+context-pythia eval $M conv/healed-0.75 conv/healed-0.875 --samples 2500 --cached-tokens 2048 --out healed
 
-context-pythia eval $M conv/exact-50 --samples 312 --sequence-length 2048 --batch-size 2 --cached-tokens 2048 \
+context-pythia eval $M conv/exact-50 --samples 160 --sequence-length 2048 --batch-size 2 --cached-tokens 2048 \
     --out exact-2048
-context-pythia eval $M conv/exact-50 conv/gradients-0.75 conv/gradients-0.875 --samples 5000 --cached-tokens 2048 \
-    --cache int8 --cache int4 --out quantised
