@@ -24,7 +24,6 @@ for r in 0.75 0.875; do
     context-pythia convert $M --kv-reduction $r --samples 5000 --heal-steps 60 --heal-precision bfloat16 \
         --heal-learning-rate 3e-4 --out conv/healed-$r
 done
-context-pythia eval $M conv/healed-0.75 conv/healed-0.875 --samples 2500 --cached-tokens 2048 --out healed
 
-context-pythia eval $M conv/exact-50 --samples 160 --sequence-length 2048 --batch-size 2 --cached-tokens 2048 \
+context-pythia eval $M conv/exact-50 --samples 40 --sequence-length 2048 --batch-size 1 --cached-tokens 2048 \
     --out exact-2048
