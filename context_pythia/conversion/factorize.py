@@ -220,11 +220,11 @@ def exact_factors(layer: KeysAndValues) -> Factors:
         RuntimeError: rotary keys that depend on each other, so that the rest has no room.
     """
     heads, width = layer.num_heads, layer.weight.shape[1]
-    rows = layer.rotary_rows.flatten(0, 1)  # [P, 2]
-    rotary = torch.cat([layer.weight[rows[:, 0]], layer.weight[rows[:, 1]]])
+    weight, bias = (part.flatten(0, 1) for part in layer.rotary)  # [P, D], [P]
+    rotary = torch.cat([weight.real, weight.imag])
     rest = torch.linalg.svd(rotary, full_matrices=True)[2][len(rotary) :]
     context_weight = torch.cat([rotary, rest])
-    context_bias = torch.cat([layer.bias[rows[:, 0]], layer.bias[rows[:, 1]], layer.bias.new_zeros(len(rest))])
+    context_bias = torch.cat([bias.real, bias.imag, layer.bias.new_zeros(len(rest))])
     frequencies = layer.rotary_dim // 2
     content = layer.weight[layer.content_rows]
     up = content @ torch.linalg.pinv(context_weight)

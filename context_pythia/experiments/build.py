@@ -17,6 +17,11 @@ from context_pythia.recipe import ModelOptions, Recipe
 VOCABULARY_MULTIPLE = 128
 
 
+def best_device() -> torch.device:
+    """Where commands run models: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:
     """Rows of the embedding: as the recipe says, else the tokenizer's size up to a multiple of 128 (as in Pythia).
 

@@ -11,11 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.experiments.build import (
     RECURRENT,
+    best_device,
     build_model,
     describe_cache,
     describe_parameters,
@@ -88,17 +87,13 @@ def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
     embedding_rows(recipe, data.summary["vocab_size"])
     run.metrics["data"] = data.summary
     run.write()
-    run.write_provenance(_device())
+    run.write_provenance(best_device())
     return run, data
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _build(options: ModelOptions, run: Run, data: PackedData) -> Any:
     rows = embedding_rows(run.recipe, data.summary["vocab_size"])
-    return build_model(options, run.recipe, rows, data.tokenizer).to(_device())
+    return build_model(options, run.recipe, rows, data.tokenizer).to(best_device())
 
 
 def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progress: bool) -> Phase1Result:

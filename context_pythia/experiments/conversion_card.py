@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from context_pythia.experiments.figures import COLOURS, drawing_style, new_figure, png
+
 SPECTRUM = "spectrum.png"
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
     """README.md of the model's folder, as Hugging Face shows it, from the conversion's record."""
     cache, settings = record["cache"], record["settings"]
-    reduction = 1 - cache["numbers_per_token"] / record["numbers_per_token_original"]
     control = record["context_dim"] is None
-    name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction:.1%} less cache")
+    name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction(record):.1%} less cache")
     load = "import context_pythia  # registers the model\n"
     if settings["ship_code"]:
         load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
@@ -27,7 +28,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         "",
         f"# {name}",
         "",
-        *_what(record, reduction),
+        *_what(record),
         "",
         "```python",
         f"{load}from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -49,9 +50,9 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _what(record: dict[str, Any], reduction: float) -> list[str]:
+def _what(record: dict[str, Any]) -> list[str]:
     options, data = record["settings"]["convert"], record["settings"]["data"]
-    reduced = ["", f"A layer caches one context a token in place of keys and values: {reduction:.1%} less."]
+    reduced = ["", f"A layer caches one context a token in place of keys and values: {reduction(record):.1%} less."]
     if record["context_dim"] is None:
         text = f"The model of {record['original']}, not converted: the control of a healing."
         reduced = []
@@ -87,19 +88,23 @@ def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
     """The picture: what each direction of a layer's input is worth, and how many the latent keeps."""
     if not any(layer["spectrum"] for layer in record["layers"]):
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, layer in enumerate(record["layers"]):
-        spectrum = layer["spectrum"]
-        (line,) = axes.plot(range(1, len(spectrum) + 1), spectrum, lw=1.2, label=f"layer {number}")
-        if 0 < layer["latent"] <= len(spectrum):
-            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=line.get_color())
     positive = [value for layer in record["layers"] for value in layer["spectrum"] if value > 0]
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=max(positive) * 1e-9)
-    axes.set_xlabel("direction of the input beside the rotary keys (dot: the last that is kept)")
-    axes.set_ylabel("error where it is left out")
-    axes.legend(fontsize=8, ncols=2)
-    figure.savefig(folder / SPECTRUM, dpi=150)
+    with drawing_style():
+        figure = new_figure(height=4.9)
+        axes = figure.subplots()
+        for number, layer in enumerate(record["layers"]):
+            spectrum, colour = layer["spectrum"], COLOURS[number % len(COLOURS)]
+            axes.plot(range(1, len(spectrum) + 1), spectrum, color=colour, linewidth=1.2, label=f"layer {number}")
+            if 0 < layer["latent"] <= len(spectrum):
+                axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=colour)
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(positive) * 1e-9)
+        axes.set_xlabel("direction of the input beside the rotary keys (dot: the last kept)")
+        axes.set_ylabel("error where it is left out")
+        axes.legend(fontsize=8, ncols=2)
+        (folder / SPECTRUM).write_bytes(png(figure))
+
+
+def reduction(record: dict[str, Any]) -> float:
+    """Share of the original's cache that the model does without, by formula."""
+    return 1 - record["cache"]["numbers_per_token"] / record["numbers_per_token_original"]

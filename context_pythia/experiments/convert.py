@@ -30,7 +30,7 @@ from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import describe_cache, describe_parameters
-from context_pythia.experiments.conversion_card import write_card, write_spectrum
+from context_pythia.experiments.conversion_card import reduction, write_card, write_spectrum
 from context_pythia.experiments.record import read_record, write_json
 from context_pythia.model import ContextPythiaForCausalLM
 from context_pythia.model.cache import cached_numbers_per_token
@@ -256,15 +256,16 @@ def _compressed(
                 keys_and_values(original, layer), options.weighting
             )
 
-        frontiers, counts = [], []
+        frontiers, choices, counts = [], [], []
         for layer in layers:
             prepared = factorizer(layer)
             errors, chosen = prepared.frontier()
             frontiers.append(errors)
-            counts.append([prepared.pair_counts(int(total)) for total in chosen])
+            counts.append({total: prepared.pair_counts(total) for total in chosen.unique().tolist()})
+            choices.append(chosen)
         multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
         widths = [width] * len(layers) if options.uniform else allocate(frontiers, width * len(layers), multiple)
-        pairs = [counts[layer][widths[layer]] for layer in layers]
+        pairs = [counts[layer][int(choices[layer][widths[layer]])] for layer in layers]
 
         def make(layer: int) -> Factors:
             return factorizer(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
@@ -329,10 +330,9 @@ def _statistics(
 
 def _summary(record: dict[str, Any], out: Path) -> str:
     cache = record["cache"]
-    reduction = 1 - cache["numbers_per_token"] / record["numbers_per_token_original"]
     lines = [
         f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "
-        f"({-reduction:+.1%}), measured at {cache['length']} tokens: {cache['bytes_measured'] / 1024:,.1f} KB",
+        f"({-reduction(record):+.1%}), measured at {cache['length']} tokens: {cache['bytes_measured'] / 1024:,.1f} KB",
         f"{record['seconds']:.0f} s"
         + (f", {record['peak_bytes'] / 2**20:,.0f} MiB at most" if record["peak_bytes"] else ""),
     ]

@@ -1,4 +1,4 @@
-"""A document as a list of blocks, written as Markdown or as one self-contained HTML page.
+"""A document as a list of blocks, written as Markdown or as one self-contained HTML page; a table also for the console.
 
 The report is composed once and rendered twice, so that both forms always say the same. Texts are plain: whatever
 stands in them (model names, paths and errors come from users) is escaped by the renderers.
@@ -70,6 +70,20 @@ def to_html(blocks: Sequence[Block], lang: str, pictures: Mapping[str, bytes]) -
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
         "</body>\n</html>\n"
     )
+
+
+def to_console(table: Table) -> str:
+    """Aligned columns, a line below the head."""
+    lines = [list(table.head), *(list(row) for row in table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    drawn = []
+    for line in lines:
+        cells = [
+            c.ljust(w) if i < table.text_columns else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        drawn.append("  ".join(cells).rstrip())
+    return "\n".join([drawn[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *drawn[1:]])
 
 
 def _markdown_block(block: Block) -> str:

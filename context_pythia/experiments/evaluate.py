@@ -28,6 +28,7 @@ from context_pythia.evaluation.quantised import (
     require_quantiser,
     residual_length,
 )
+from context_pythia.experiments.build import best_device
 from context_pythia.experiments.evaluation_report import console_table, label, write_evaluation
 from context_pythia.experiments.record import provenance, write_json
 from context_pythia.model.cache import cache_bytes
@@ -82,7 +83,7 @@ def evaluate(
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     reference: PreTrainedModel | None = None
     for name, path in zip(names, models, strict=True):
         model = load(path).to(device)

@@ -17,6 +17,7 @@ from context_pythia.experiments.document import (
     Paragraph,
     Picture,
     Table,
+    to_console,
     to_html,
     to_markdown,
 )
@@ -49,24 +50,13 @@ def label(row: dict[str, Any]) -> str:
 def console_table(metrics: dict[str, Any]) -> str:
     """The figures as an aligned table, and below it what they rest on."""
     text, rows = TRANSLATIONS["en"], metrics["models"]
-    lines = _aligned([[text[f"eval_{column}"] for column in _COLUMNS], *(_cells(row) for row in rows)])
+    lines = to_console(_table(rows, text)).split("\n")
     notes = (text["eval_note"].format(**_setup(metrics)), _agreement(metrics, text))
     lines += ["", *(textwrap.fill(note, max(80, len(lines[0]))) for note in notes)]
     lines += [f"{label(row)}: {row['error']}" for row in rows if row["error"]]
     if found := _tasks(metrics):
-        lines += ["", *_aligned(found)]
+        lines += ["", to_console(found)]
     return "\n".join(lines)
-
-
-def _aligned(cells: list[list[str]]) -> list[str]:
-    """Lines of a table, the first of them the head: names stand left, figures right."""
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = []
-    for name, *figures in cells:
-        lines.append(
-            "  ".join([name.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))])
-        )
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def write_evaluation(folder: Path, lang: str = "en") -> list[Path]:
@@ -92,7 +82,7 @@ def _blocks(metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str,
     rows, setup = metrics["models"], _setup(metrics)
     yield Heading(text["eval_title"], level=1)
     yield Paragraph(_headline(rows, text), "lead")
-    yield Table([text[f"eval_{column}"] for column in _COLUMNS], [_cells(row) for row in rows])
+    yield _table(rows, text)
     yield Paragraph(text["eval_note"].format(**setup))
     disagreeing = any(row["cached"] and row["cached"]["agrees"] is False for row in rows)
     yield Paragraph(_agreement(metrics, text), "alert" if disagreeing else "plain")
@@ -107,7 +97,7 @@ def _blocks(metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str,
     yield Picture(PICTURE, text["eval_caption"].format(**setup))
     if found := _tasks(metrics):
         yield Heading(text["eval_tasks"])
-        yield Table(found[0], found[1:])
+        yield found
     yield Heading(text["cache"])
     yield Table([text[key] for key in ("model", "bytes_measured", "bytes_formula", "slack")], _cache_rows(rows))
     yield Heading(text["settings"])
@@ -158,6 +148,10 @@ def _perplexity(row: dict[str, Any], first: dict[str, Any]) -> float:
     return first["perplexity"] * (1 + row["cached"]["change"])
 
 
+def _table(rows: list[dict[str, Any]], text: dict[str, str]) -> Table:
+    return Table([text[f"eval_{column}"] for column in _COLUMNS], [_cells(row) for row in rows])
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     cached, cache = row["cached"] or {}, row["cache"]
     return [
@@ -203,8 +197,8 @@ def _agreement(metrics: dict[str, Any], text: dict[str, str]) -> str:
     return text["eval_disagree"].format(**setup, found=", ".join(found))
 
 
-def _tasks(metrics: dict[str, Any]) -> list[list[str]]:
-    """Head and rows of the tasks' table: a line a model, task and figure."""
+def _tasks(metrics: dict[str, Any]) -> Table | None:
+    """The tasks' table, a line a model, task and figure; None if none was run."""
     lines = [
         [label(row), task, name, f"{value:.4f}"]
         for row in metrics["models"]
@@ -212,7 +206,7 @@ def _tasks(metrics: dict[str, Any]) -> list[list[str]]:
         for name, value in figures.items()
         if not name.endswith("_stderr")
     ]
-    return [["model", "task", "metric", "value"], *lines] if lines else []
+    return Table(["model", "task", "metric", "value"], lines) if lines else None
 
 
 def _picture(rows: list[dict[str, Any]]) -> bytes:

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.experiments.build import best_device
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
 
 
@@ -35,7 +36,7 @@ def generate(
     """
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.to(best_device())
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
     if ids.shape[1] == 0:
         raise ValueError("--prompt is empty: give at least one character")

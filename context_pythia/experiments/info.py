@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import build_model, describe_cache, describe_parameters, expected_rows
+from context_pythia.experiments.document import Table, to_console
 from context_pythia.recipe import Recipe
 
 
@@ -56,10 +57,5 @@ def _table(models: list[dict[str, Any]]) -> str:
         ]
         for model in models
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        name, *figures = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([name.strip().ljust(widths[0]), *figures]))
     title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
-    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([title, "", to_console(Table(head, rows))])

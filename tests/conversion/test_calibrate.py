@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from context_pythia.conversion import calibrate, options
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect, observed
 from context_pythia.data.packing import PackedDataset
 from context_pythia.experiments import convert as command
@@ -165,3 +166,7 @@ def test_weightings_are_means_over_the_tokens(model, text):
 def test_the_bytes_that_a_conversion_plans_for_are_those_of_a_layers_statistics():
     held = sum(value.nbytes for value in vars(LayerStatistics.zeros(HIDDEN)).values())
     assert held == pytest.approx(command.STATISTICS_BYTES * HIDDEN**2, rel=0.01)
+
+
+def test_every_weighting_can_be_asked_for():
+    assert tuple(calibrate.WEIGHTINGS) == options.WEIGHTINGS

@@ -29,6 +29,7 @@ from context_pythia.experiments.bench.options import CONVERSATION, BenchOptions,
 from context_pythia.experiments.bench.report import write_bench
 from context_pythia.experiments.bench.tables import cell_table, memory_table
 from context_pythia.experiments.bench.training import train_metrics
+from context_pythia.experiments.build import best_device
 from context_pythia.experiments.record import provenance, write_json
 from context_pythia.recipe import Recipe
 from context_pythia.training.trainer import quiet_transformers
@@ -62,7 +63,7 @@ def bench(
     """
     if out is not None:
         _make_folder(out)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     with _threads(options.threads), quiet_transformers():
         metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": _settings(options, device)}
         made = provenance(device)

@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import Any
 
 from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
-from context_pythia.experiments.document import Table
+from context_pythia.experiments.document import Table, to_console
 from context_pythia.training.timing import PARTS
 
 _DASH = "–"
@@ -23,7 +23,7 @@ def cell_table(metrics: dict[str, Any], cell: dict[str, Any]) -> str:
     text = BENCH_TRANSLATIONS["en"]
     title = text["cell"].format(batch=cell["batch_size"], length=cell["length"])
     failures = [f"{row['name']}: {row['error']}" for row in cell["rows"] if row["error"]]
-    return "\n".join([title, "", _aligned(cell_figures(metrics, cell, text)), *failures])
+    return "\n".join([title, "", to_console(cell_figures(metrics, cell, text)), *failures])
 
 
 def memory_table(metrics: dict[str, Any]) -> str:
@@ -32,7 +32,7 @@ def memory_table(metrics: dict[str, Any]) -> str:
         [
             memory_title(metrics, BENCH_TRANSLATIONS["en"]),
             "",
-            _aligned(memory_figures(metrics, BENCH_TRANSLATIONS["en"])),
+            to_console(memory_figures(metrics, BENCH_TRANSLATIONS["en"])),
         ]
     )
 
@@ -43,13 +43,13 @@ def train_table(metrics: dict[str, Any]) -> str:
     lines = [
         f"matrix products alone: {rates(metrics)}",
         "",
-        _aligned(step_figures(metrics, text)),
+        to_console(step_figures(metrics, text)),
         "",
         text["parts"],
         "",
     ]
     failures = [f"{row['name']}: {row['error']}" for row in metrics["rows"] if row["error"]]
-    return "\n".join([*lines, _aligned(part_figures(metrics, text)), *failures])
+    return "\n".join([*lines, to_console(part_figures(metrics, text)), *failures])
 
 
 def cell_figures(metrics: dict[str, Any], cell: dict[str, Any], text: dict[str, str]) -> Table:
@@ -231,17 +231,3 @@ def _spread(seconds: Sequence[float], unit: float = 1.0) -> str:
 
 def megabytes(value: int | None) -> str:
     return _DASH if value is None else f"{value / _MEGABYTE:,.1f}"
-
-
-def _aligned(table: Table) -> str:
-    """A table for the console: names stand left, numbers right."""
-    lines = [list(table.head), *(list(row) for row in table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
-    drawn = []
-    for line in lines:
-        cells = [
-            c.ljust(w) if i < table.text_columns else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        drawn.append("  ".join(cells).rstrip())
-    return "\n".join([drawn[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *drawn[1:]])
