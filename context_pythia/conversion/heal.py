@@ -145,27 +145,20 @@ class DistillationTrainer(LanguageModelTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean loss over the tokens of a step (of all its batches), a scalar."""
-        assert num_items_in_batch is not None, "the Trainer counts the tokens where the model takes loss arguments"
-        input_ids, labels = inputs["input_ids"], inputs["shift_labels"].flatten()
-        # Bfloat16's autocast is entered before; float16's is accelerate's own, which ends with the model's forward.
         with self.accelerator.autocast():
-            outputs = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            outputs, hidden, head = self.run_body(model, inputs)
             with torch.no_grad(), self.teacher_precision():
-                expected = self.teacher.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            head = self.accelerator.unwrap_model(model).get_output_embeddings()
+                expected = self.teacher.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
             loss = distillation_loss(
-                outputs.hidden_states[-1].flatten(0, 1),
+                hidden,
                 head,
                 expected.flatten(0, 1),
                 self.teach,
-                labels,
+                inputs["shift_labels"].flatten(),
                 self.ce_weight,
                 chunk=max(1, CHUNK_LOGITS // head.weight.shape[0]),
             )
-        loss = loss / torch.as_tensor(num_items_in_batch).max()
-        if self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
-            # The tokens are those of all processes, whose gradients are averaged.
-            loss = loss * self.accelerator.num_processes
+        loss = self.mean_over_step(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def teach(self, hidden: torch.Tensor) -> torch.Tensor:

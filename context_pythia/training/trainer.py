@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.checkpoints import first_line, load_weights
+from context_pythia.training.loss import linear_cross_entropy
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -48,6 +49,31 @@ class LanguageModelTrainer(Trainer):
         if self.bfloat16:
             stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
         return stack
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean cross-entropy over the tokens of a step (of all its batches), a scalar."""
+        # Bfloat16's autocast is entered before; float16's is accelerate's own, which ends with the model's forward.
+        with self.accelerator.autocast():
+            outputs, hidden, head = self.run_body(model, inputs)
+            loss = linear_cross_entropy(hidden, head.weight, inputs["shift_labels"].flatten())
+        loss = self.mean_over_step(loss, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def run_body(self, model, inputs) -> tuple[Any, torch.Tensor, Any]:
+        """The model's outputs with the logits of one token only, the last hidden states `[N, D]` and the head."""
+        # Through the model's own forward, not its body's: DDP and FSDP do their work there.
+        outputs = model(input_ids=inputs["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        return outputs, outputs.hidden_states[-1].flatten(0, 1), head
+
+    def mean_over_step(self, loss_sum: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """A batch's sum over tokens as its share of the mean over the step's tokens."""
+        assert num_items_in_batch is not None, "the Trainer counts the tokens where the model takes loss arguments"
+        loss = loss_sum / torch.as_tensor(num_items_in_batch).max()
+        if self.args.average_tokens_across_devices and self.args.n_gpu <= 1:
+            # The tokens are those of all processes, whose gradients are averaged.
+            loss = loss * self.accelerator.num_processes
+        return loss
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One forward and backward pass; its loss joins the epoch's sum.

@@ -1,0 +1,117 @@
+"""The chunked loss equals the plain one, gradients included, and never holds all logits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from context_pythia.training import loss as loss_module
+from context_pythia.training.loss import linear_cross_entropy
+
+TOKENS, WIDTH, WORDS = 37, 12, 50
+
+
+def plain(hidden, weight, labels):
+    logits = torch.nn.functional.linear(hidden, weight)
+    return torch.nn.functional.cross_entropy(
+        logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="sum"
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Four chunks, the last of them smaller, of blocks of three rows."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 10 * WORDS)
+    monkeypatch.setattr(loss_module, "ROW_BLOCK_LOGITS", 3 * WORDS)
+
+
+def make(dtype=torch.float32, scale=1.0):
+    torch.manual_seed(0)
+    hidden = (scale * torch.randn(TOKENS, WIDTH)).to(dtype).requires_grad_()
+    weight = torch.randn(WORDS, WIDTH).to(dtype).requires_grad_()
+    labels = torch.randint(WORDS, (TOKENS,))
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+def value_and_gradients(function, hidden, weight, labels, factor=1.0):
+    value = function(hidden, weight, labels)
+    return value, *torch.autograd.grad(factor * value, (hidden, weight))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_equals_the_plain_loss_and_its_gradients_in_fp64(scale):
+    arguments = make(torch.float64, scale)
+    for ours, theirs in zip(
+        value_and_gradients(linear_cross_entropy, *arguments, factor=0.3),
+        value_and_gradients(plain, *arguments, factor=0.3),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_pass_gradcheck():
+    hidden, weight, labels = make(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, labels), (hidden, weight))
+
+
+def test_equals_the_plain_loss_in_fp32_and_keeps_dtypes():
+    arguments = make()
+    ours = value_and_gradients(linear_cross_entropy, *arguments)
+    for mine, theirs in zip(ours, value_and_gradients(plain, *arguments), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_under_autocast_the_logits_alone_are_narrow():
+    hidden, weight, labels = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = value_and_gradients(linear_cross_entropy, hidden, weight, labels)
+        theirs = value_and_gradients(plain, hidden, weight, labels)
+    exact = value_and_gradients(plain, hidden, weight, labels)
+    assert ours[1].dtype == ours[2].dtype == torch.float32
+    # The same logits, so the same loss, which differs from that of exact logits.
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+    assert abs(ours[0].item() - exact[0].item()) > 1e-4
+    for mine, plain_one, true in zip(ours[1:], theirs[1:], exact[1:], strict=True):
+        assert (mine - true).norm() <= 1.5 * (plain_one - true).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_get_narrow_gradients_and_a_wide_loss(dtype):
+    loss, *gradients = value_and_gradients(linear_cross_entropy, *make(dtype))
+    assert loss.dtype == torch.float32
+    assert [gradient.dtype for gradient in gradients] == [dtype, dtype]
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels = make()
+    linear_cross_entropy(hidden, weight.detach(), labels).backward()
+    torch.testing.assert_close(hidden.grad, value_and_gradients(plain, hidden, weight, labels)[1])
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, weight, labels).requires_grad
+
+
+def test_tokens_that_do_not_count_give_neither_loss_nor_gradient():
+    hidden, weight, labels = make()
+    loss, *gradients = value_and_gradients(linear_cross_entropy, hidden, weight, torch.full_like(labels, -100))
+    assert loss == 0 and not any(gradient.any() for gradient in gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees each tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(("function", "most"), [(linear_cross_entropy, 10 * WORDS), (plain, TOKENS * WORDS)])
+def test_never_holds_more_logits_than_a_chunk(function, most):
+    hidden, weight, labels = make()
+    with LargestTensor() as seen:
+        function(hidden[:, :1], weight[:, :1], labels).backward()
+    assert seen.numbers == max(most, WORDS * WIDTH)
