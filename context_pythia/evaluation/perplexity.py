@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from context_pythia.data.positions import perplexity_by_position
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 
@@ -32,6 +33,7 @@ class Score:
         accuracy: share of tokens that were the likeliest.
         tokens: tokens that were predicted.
         losses: each sample's loss, its tokens' sum, in nats.
+        by_position: perplexity by the tokens' positions in their samples, as `perplexity_by_position` gives it.
         kl: mean of KL(reference || model) in nats a token; None without a reference, or with one of another vocabulary.
         agreement: share of tokens at which the reference's likeliest token is the model's; None without a reference.
         difference: largest difference between a logit and the reference's; None where `kl` is.
@@ -41,6 +43,7 @@ class Score:
     accuracy: float
     tokens: int
     losses: tuple[float, ...]
+    by_position: list[dict[str, float]]
     kl: float | None
     agreement: float | None
     difference: float | None
@@ -61,18 +64,29 @@ class CachedScore(Score):
 class _Tally:
     """Sums over the tokens seen so far."""
 
-    def __init__(self, samples: int):
+    def __init__(self, samples: int, length: int):
         self.losses = torch.zeros(samples, dtype=torch.float64)
+        # The losses' sum and the tokens at each position.
+        self.by_position = torch.zeros(2, length, dtype=torch.float64)
         self.tokens = self.correct = self.agreeing = 0
         self.divergence: float | None = None
         self.difference: float | None = None
         self.has_reference = False
 
-    def add(self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> None:
-        """Count the tokens of samples `first` and following: logits and reference `[B, T, V]`, labels `[B, T]`."""
+    def add(
+        self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None = None, position: int = 0
+    ) -> None:
+        """Count the tokens of samples `first` and following, from `position` on.
+
+        Shapes: logits and reference `[B, T, V]`, labels `[B, T]`.
+        """
         log_probabilities = logits.float().log_softmax(-1)
         losses = -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        self.losses[first : first + len(labels)] += losses.cpu().double().sum(1)
+        losses = losses.cpu().double()
+        self.losses[first : first + len(labels)] += losses.sum(1)
+        self.by_position[:, position : position + labels.shape[1]] += torch.stack(
+            [losses.sum(0), torch.full_like(losses[0], len(labels))]
+        )
         self.tokens += labels.numel()
         predicted = logits.argmax(-1)
         self.correct += int((predicted == labels).sum())
@@ -98,6 +112,7 @@ class _Tally:
             "accuracy": self.correct / self.tokens,
             "tokens": self.tokens,
             "losses": tuple(self.losses.tolist()),
+            "by_position": perplexity_by_position(*self.by_position),
             "kl": None if self.divergence is None else self.divergence / self.tokens,
             "agreement": self.agreeing / self.tokens if self.has_reference else None,
             "difference": self.difference,
@@ -122,7 +137,7 @@ def score(
         ValueError: the samples are longer than the model's positions.
         RuntimeError: the loss is not a number.
     """
-    tally = _Tally(_length(dataset))
+    tally = _Tally(_length(dataset), dataset[0]["input_ids"].shape[-1])
     for first, ids, labels in _batches(model, dataset, batch_size, "scoring", progress):
         logits = model(input_ids=ids, use_cache=False).logits
         wanted = None if reference is None else _reference_logits(reference, ids)
@@ -157,7 +172,7 @@ def score_cached(
     """
     length = dataset[0]["input_ids"].shape[-1]
     samples = min(_length(dataset), -(-tokens // length))
-    tally, measurement, sequences = _Tally(samples), None, 0
+    tally, measurement, sequences = _Tally(samples, length), None, 0
     wanted: Tensor | None = None
     chosen = Subset(dataset, range(samples))
     for first, ids, labels in _batches(model, chosen, batch_size, "token by token", progress):
@@ -167,7 +182,7 @@ def score_cached(
         for t in range(length):
             step = slice(t, t + 1)
             logits = model(input_ids=ids[:, step], past_key_values=cache, use_cache=True).logits
-            tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step])
+            tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step], t)
         if measurement is None:
             measurement, sequences = measure(cache), len(ids)
     assert measurement is not None

@@ -137,6 +137,7 @@ def evaluate_model(
         "perplexity": whole.perplexity,
         "accuracy": whole.accuracy,
         "tokens": whole.tokens,
+        "perplexity_by_position": whole.by_position,
         "kl": whole.kl,
         "agreement": whole.agreement,
         "logit_difference": whole.difference,
@@ -188,6 +189,7 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
             "change": None,
             "accuracy": through.accuracy,
             "tokens": through.tokens,
+            "perplexity_by_position": through.by_position,
             "parallel_perplexity": None,
             "agrees": None,
         }
@@ -210,6 +212,7 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
         "perplexity": None,
         "accuracy": None,
         "tokens": None,
+        "perplexity_by_position": None,
         "kl": None,
         "agreement": None,
         "logit_difference": None,

@@ -21,7 +21,8 @@ from context_pythia.experiments.document import (
     to_html,
     to_markdown,
 )
-from context_pythia.experiments.figures import Series, frontier
+from context_pythia.experiments.figures import Series, frontier, position_curves
+from context_pythia.experiments.positions import POSITIONS, position_blocks, position_table
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.translations import TRANSLATIONS
 
@@ -54,20 +55,26 @@ def console_table(metrics: dict[str, Any]) -> str:
     notes = (text["eval_note"].format(**_setup(metrics)), _agreement(metrics, text))
     lines += ["", *(textwrap.fill(note, max(80, len(lines[0]))) for note in notes)]
     lines += [f"{label(row)}: {row['error']}" for row in rows if row["error"]]
+    series = _series(rows)
+    if any(one.positions for one in series):
+        lines += ["", text["positions_console"], "", to_console(position_table(series, text))]
     if found := _tasks(metrics):
         lines += ["", to_console(found)]
     return "\n".join(lines)
 
 
 def write_evaluation(folder: Path, lang: str = "en") -> list[Path]:
-    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the picture into `folder`.
+    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `folder`.
 
     Raises:
         FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
     """
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
-    files = {PICTURE: _picture(metrics["models"])}
-    blocks = list(_blocks(metrics, provenance, TRANSLATIONS[lang]))
+    series = _series(metrics["models"])
+    files = {PICTURE: frontier(series)}
+    if any(one.positions for one in series):
+        files[POSITIONS] = position_curves(series)
+    blocks = list(_blocks(metrics, provenance, TRANSLATIONS[lang], files))
     suffix = "" if lang == "en" else f".{lang}"
     files[f"report{suffix}.md"] = to_markdown(blocks).encode()
     files[f"report{suffix}.html"] = to_html(blocks, lang, files).encode()
@@ -78,7 +85,9 @@ def write_evaluation(folder: Path, lang: str = "en") -> list[Path]:
     return [folder / name for name in files]
 
 
-def _blocks(metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
+def _blocks(
+    metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str, str], pictures: dict[str, bytes]
+) -> Iterator[Block]:
     rows, setup = metrics["models"], _setup(metrics)
     yield Heading(text["eval_title"], level=1)
     yield Paragraph(_headline(rows, text), "lead")
@@ -95,6 +104,7 @@ def _blocks(metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str,
     for note in metrics["notes"]:
         yield Paragraph(note, "note")
     yield Picture(PICTURE, text["eval_caption"].format(**setup))
+    yield from position_blocks(_series(rows), text, pictures)
     if found := _tasks(metrics):
         yield Heading(text["eval_tasks"])
         yield found
@@ -146,6 +156,15 @@ def _perplexity(row: dict[str, Any], first: dict[str, Any]) -> float:
     if row["perplexity"] is not None:
         return row["perplexity"]
     return first["perplexity"] * (1 + row["cached"]["change"])
+
+
+def _positions(row: dict[str, Any], first: dict[str, Any]) -> list[dict[str, float]]:
+    """As `_perplexity`, band by band; empty in the records of an older version."""
+    whole = first.get("perplexity_by_position")
+    if row["perplexity"] is not None or whole is None:
+        return row.get("perplexity_by_position") or []
+    parts = zip(whole, row["cached"]["perplexity_by_position"], first["cached"]["perplexity_by_position"], strict=True)
+    return [band | {"perplexity": band["perplexity"] * a["perplexity"] / b["perplexity"]} for band, a, b in parts]
 
 
 def _table(rows: list[dict[str, Any]], text: dict[str, str]) -> Table:
@@ -209,21 +228,20 @@ def _tasks(metrics: dict[str, Any]) -> Table | None:
     return Table(["model", "task", "metric", "value"], lines) if lines else None
 
 
-def _picture(rows: list[dict[str, Any]]) -> bytes:
-    return frontier(
-        [
-            Series(
-                name=label(row),
-                baseline=row is rows[0],
-                perplexity=(),
-                train_loss=(),
-                best=(0, _perplexity(row, rows[0])),
-                cache_bytes=row["cache"]["bytes_measured"],
-            )
-            for row in rows
-            if row["cached"]
-        ]
-    )
+def _series(rows: list[dict[str, Any]]) -> list[Series]:
+    return [
+        Series(
+            name=label(row),
+            baseline=row is rows[0],
+            perplexity=(),
+            train_loss=(),
+            best=(0, _perplexity(row, rows[0])),
+            cache_bytes=row["cache"]["bytes_measured"],
+            positions=_positions(row, rows[0]),
+        )
+        for row in rows
+        if row["cached"]
+    ]
 
 
 def _number(value: float | None) -> str:

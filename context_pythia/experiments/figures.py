@@ -1,4 +1,4 @@
-"""The pictures of a report: learning curves, and perplexity against the bytes of the cache.
+"""The pictures of a report: learning curves, perplexity by position, and perplexity against the bytes of the cache.
 
 Labels are English in every language, because matplotlib brings no Japanese font. Figures are made by matplotlib's
 object interface, so that no window system and no global figure is touched; matplotlib loads when a picture is drawn.
@@ -27,7 +27,7 @@ _LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is loga
 
 @dataclass(frozen=True)
 class Series:
-    """What the pictures show of one model: (x, y) points a curve, and its best perplexity against its cache."""
+    """What the pictures show of one model: (x, y) points a curve, its perplexity by position and against its cache."""
 
     name: str
     baseline: bool
@@ -36,6 +36,7 @@ class Series:
     convergence: Sequence[tuple[float, float]] = ()
     best: tuple[float, float] | None = None  # (epoch, perplexity)
     cache_bytes: float | None = None
+    positions: Sequence[Mapping[str, float]] = ()  # as `perplexity_by_position` gives them
 
 
 def series_of(model: Mapping[str, Any]) -> Series:
@@ -54,6 +55,7 @@ def series_of(model: Mapping[str, Any]) -> Series:
         convergence=points(phase1.get("history") or [], "iteration", "convergence_rate"),
         best=best if all(map(_finite, best)) else None,
         cache_bytes=cache.get("bytes_measured"),
+        positions=model.get("val_ppl_by_position") or (),
     )
 
 
@@ -68,7 +70,7 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
     with drawing_style():
         rows = 3 if any(one.convergence for one in series) else 2
         shown = [one for one in series if one.perplexity or one.train_loss or one.convergence]
-        legend_columns = max(1, min(3, 66 // (7 + max(len(short(one.name)) for one in shown))))
+        legend_columns = _legend_columns(shown)
         figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
         axes = figure.subplots(rows, 1)
         colours = _colours(series)
@@ -95,6 +97,40 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         handles = [_handle(colour) for one, colour in zip(series, colours, strict=True) if one in shown]
         names = [short(one.name) for one in shown]
+        figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
+        return png(figure)
+
+
+def position_curves(series: Sequence[Series]) -> bytes:
+    """PNG of perplexity by position and, where there is a baseline and another model, the difference to it."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator
+
+    with drawing_style():
+        shown = [(one, colour) for one, colour in zip(series, _colours(series), strict=True) if one.positions]
+        base = next((one for one, _ in shown if one.baseline), None)
+        rows = 2 if base is not None and len(shown) > 1 else 1
+        legend_columns = _legend_columns([one for one, _ in shown])
+        figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
+        axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+        for one, colour in shown:
+            _curve(axes[0], list(enumerate(band["perplexity"] for band in one.positions)), colour)
+            if rows == 2 and base is not None:
+                pairs = zip(one.positions, base.positions, strict=True)
+                changes = [100 * (band["perplexity"] / other["perplexity"] - 1) for band, other in pairs]
+                _curve(axes[1], list(enumerate(changes)), colour)
+        scale(axes[0], "y", [band["perplexity"] for one, _ in shown for band in one.positions])
+        axes[0].set_title("Perplexity by position in the sample")
+        if rows == 2 and base is not None:
+            axes[1].set_title(f"Difference to {short(base.name)} (%)")
+        bands = shown[0][0].positions
+        edges = [bands[0]["from"], *(band["to"] for band in bands)]
+        for ax in axes:
+            # A band's point stands between its edges, all bands equally wide.
+            ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(edges))]))
+            ax.xaxis.set_major_formatter(FixedFormatter([str(edge) for edge in edges]))
+            ax.set_xlim(-0.5, len(bands) - 0.5)
+            ax.set_xlabel("position (tokens)")
+        handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
         figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
         return png(figure)
 
@@ -182,6 +218,10 @@ def short(name: str) -> str:
 def _curve(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
     if points:
         ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=5, linewidth=1.8)
+
+
+def _legend_columns(series: Sequence[Series]) -> int:
+    return max(1, min(3, 66 // (7 + max(len(short(one.name)) for one in series))))
 
 
 def _handle(colour: str) -> Line2D:

@@ -42,6 +42,7 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "best_val_ppl": None,
         "best_epoch": None,
         "val_accuracy": None,
+        "val_ppl_by_position": None,
         "history": [],
         "stop_reason": None,
         "seconds_per_epoch": None,
@@ -188,6 +189,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
+    keys -= {"val_ppl_by_position"}  # older runs have none
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise _damaged(path, f"it has no {key!r}")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.experiments.figures import frontier, learning_curves, series_of
+from context_pythia.experiments.figures import frontier, learning_curves, position_curves, series_of
+from context_pythia.experiments.positions import POSITIONS, position_blocks
 
 CURVES, FRONTIER = "curves.png", "frontier.png"
 _DASH = "–"
@@ -23,6 +24,7 @@ class Report:
         self.text, self.provenance = text, provenance
         self.data, self.recipe = metrics["data"], metrics["recipe"]
         self.models: list[dict[str, Any]] = metrics["models"]
+        self.series = [series_of(model) for model in self.models]
         self.done = [model for model in self.models if not model["error"] and _finite(model["best_val_ppl"])]
         self.failed = [model for model in self.models if model["error"]]
         entered = {model["name"] for model in self.models}
@@ -47,6 +49,7 @@ class Report:
         if FRONTIER in pictures:
             yield Picture(FRONTIER, text["frontier_caption"])
         yield from self._cache()
+        yield from position_blocks(self.series, text, pictures)
         yield from self._curves(pictures)
         yield from self._phase1()
         yield Heading(text["settings"])
@@ -55,12 +58,13 @@ class Report:
         yield self._facts(self._provenance())
 
     def pictures(self) -> dict[str, bytes]:
-        series = [series_of(model) for model in self.models]
-        pictures = {}
+        series, pictures = self.series, {}
         if any(one.perplexity or one.train_loss for one in series):
             pictures[CURVES] = learning_curves(series, self.recipe.get("phase1", {}).get("convergence_rate"))
         if any(one.best and one.cache_bytes for one in series):
             pictures[FRONTIER] = frontier(series)
+        if any(one.positions for one in series):
+            pictures[POSITIONS] = position_curves(series)
         return pictures
 
     def _headline(self) -> str:

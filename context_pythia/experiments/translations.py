@@ -83,6 +83,15 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "slack": "Growth reserve, bytes",
         "cache_note": "Growth reserve is memory that a cache holds for tokens to come; it is shown apart from the "
         "measured bytes.",
+        "positions": "Quality by position",
+        "positions_note": "Perplexity at these positions of a sample: at position p the next token is predicted from "
+        "p + 1 tokens. The last line counts the tokens; weighed by them, the mean log-perplexity of a line is that of "
+        "all tokens.",
+        "positions_change": "In brackets: against {baseline}.",
+        "positions_tokens": "tokens",
+        "positions_console": "Perplexity by position in the sample:",
+        "positions_caption": "Perplexity by position in the sample, all bands equally wide, and with a baseline the "
+        "difference to it.",
         "curves": "Learning curves",
         "curves_caption": "Validation perplexity and training loss by epoch.",
         "curves_phase1_caption": "Validation perplexity and training loss by epoch, and phase 1's share of converged "
@@ -220,6 +229,15 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "slack": "拡張用の予約領域（バイト）",
         "cache_note": "拡張用の予約領域は、今後のトークンのためにキャッシュが確保しているメモリで、実測値とは分けて"
         "示しています。",
+        "positions": "位置ごとの品質",
+        "positions_note": "サンプル内の位置ごとに区切って求めたパープレキシティです。位置 p の次のトークンは p + 1 個の"
+        "トークンから予測します。最終行はトークン数で、各行の対数パープレキシティをこの数で重み付けして平均すると、"
+        "全トークンの値に一致します。",
+        "positions_change": "括弧内は {baseline} との差です。",
+        "positions_tokens": "トークン数",
+        "positions_console": "サンプル内の位置ごとのパープレキシティ：",
+        "positions_caption": "サンプル内の位置ごとのパープレキシティ（区間はすべて同じ幅で表示）。ベースラインが"
+        "ある場合は、それとの差も示します。",
         "curves": "学習曲線",
         "curves_caption": "エポックごとの検証パープレキシティと学習損失。",
         "curves_phase1_caption": "エポックごとの検証パープレキシティと学習損失、および Phase 1 の反復ごとの収束率"

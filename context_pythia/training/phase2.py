@@ -52,6 +52,7 @@ EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 class TrainResult:
     """What phase 2 reached. `stop_reason` is `"early stop"` or `"all epochs"`; seconds are those of training alone.
 
+    `val_ppl_by_position` is `best_val_ppl` in bands (see `perplexity_by_position`); None from an older version.
     A row of `history` has epoch, step, train_loss (mean over the epoch's steps), val_ppl, val_accuracy, seconds and
     best. A run by steps begins with a row of step 0, without a train_loss, and may end within an epoch: then `epoch` is
     not whole.
@@ -63,6 +64,7 @@ class TrainResult:
     history: list[dict[str, Any]]
     seconds_per_epoch: float
     stop_reason: str
+    val_ppl_by_position: list[dict[str, Any]] | None = None
 
 
 def train_language_model(
@@ -113,7 +115,7 @@ def train_language_model(
                 model, data, options, seed, folder, name, resume_from, progress, steps=steps, make_trainer=make_trainer
             )
         load_weights(model, folder / "checkpoints" / f"checkpoint-{log['best_global_step']}")
-        result = make_result(epoch_rows(log["log_history"]), options)
+        result = make_result(log["log_history"], options)
         if int(os.environ.get("RANK", 0)) == 0:
             publish(model, data.tokenizer, folder)
             write_json(folder / RESULT_FILE, {**asdict(result), "settings": settings})
@@ -325,8 +327,10 @@ def stop_reason(history: list[dict[str, Any]], options: TrainOptions, at_end: bo
     return ALL_EPOCHS if at_end else None
 
 
-def make_result(history: list[dict[str, Any]], options: TrainOptions) -> TrainResult:
+def make_result(log_history: list[dict[str, Any]], options: TrainOptions) -> TrainResult:
+    history = epoch_rows(log_history)
     best = [row for row in history if row["best"]][-1]
+    logged = next(entry for entry in log_history if "eval_perplexity" in entry and entry["step"] == best["step"])
     return TrainResult(
         best_val_ppl=best["val_ppl"],
         best_epoch=best["epoch"],
@@ -334,6 +338,7 @@ def make_result(history: list[dict[str, Any]], options: TrainOptions) -> TrainRe
         history=history,
         seconds_per_epoch=sum(row["seconds"] for row in history) / history[-1]["epoch"],
         stop_reason=stop_reason(history, options, at_end=True) or ALL_EPOCHS,
+        val_ppl_by_position=logged.get("eval_by_position"),
     )
 
 

@@ -1,7 +1,7 @@
 """The Trainer of phase 2: what transformers' Trainer lacks for it.
 
-Labels that are already the next tokens, streamed perplexity and accuracy, a stop at a loss that is not a number, and
-checkpoints that are whole and hold finite weights.
+Labels that are already the next tokens, streamed perplexity (by position, too) and accuracy, a stop at a loss that is
+not a number, and checkpoints that are whole and hold finite weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from context_pythia.data.positions import perplexity_by_position
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.checkpoints import first_line, load_weights
 from context_pythia.training.loss import linear_cross_entropy
@@ -89,7 +90,7 @@ class LanguageModelTrainer(Trainer):
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Perplexity and top-1 accuracy over every validation token; one batch of logits is held at a time."""
+        """Perplexity (by position, too) and top-1 accuracy over every validation token, a batch of logits at a time."""
         model = self.model_wrapped
         model.eval()
         totals: Any = 0.0
@@ -98,19 +99,21 @@ class LanguageModelTrainer(Trainer):
             for batch in batches:
                 batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    outputs = model(**batch)
+                    logits = model(input_ids=batch["input_ids"]).logits
                 labels = batch["shift_labels"]
                 counted = labels.ne(-100)
-                correct = (outputs.logits.argmax(-1).eq(labels) & counted).sum()
-                tokens = counted.sum()
-                totals = torch.stack([wide(outputs.loss) * tokens, wide(correct), wide(tokens)]) + totals
-        loss_sum, correct, tokens = self.accelerator.reduce(totals, "sum").tolist()
+                correct = logits.argmax(-1).eq(labels) & counted
+                sums = [wide(values).sum(0) for values in (token_losses(logits, labels), correct, counted)]
+                totals = torch.stack(sums) + totals  # [3, S]
+        by_position = self.accelerator.reduce(totals, "sum").cpu()
+        loss_sum, correct, tokens = by_position.sum(1).tolist()
         loss = loss_sum / tokens
         if not math.isfinite(loss):
             raise self._not_finite("validation loss", loss)
         metrics = {
             "eval_perplexity": math.exp(min(loss, 700.0)),
             "eval_accuracy": correct / tokens,
+            "eval_by_position": perplexity_by_position(by_position[0], by_position[2]),
             "epoch_loss": self.report.train_loss,
             "epoch_seconds": self.report.seconds,
         }
@@ -202,6 +205,12 @@ def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
         "labels": labels,
         "shift_labels": labels,
     }
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each token in nats, `[B, S, V]` and `[B, S] -> [B, S]`; where a label is -100 it is 0."""
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    return losses.view_as(labels)
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,14 @@
 """Scores against plain formulas over all logits at once, and the two passes against each other."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
 from transformers import DynamicCache
 
+from context_pythia.data.packing import PackedDataset
 from context_pythia.evaluation.perplexity import equal_to_digits, score, score_cached
 from context_pythia.model.cache import cache_bytes
 from tests.evaluation.conftest import SOURCES, build
@@ -32,6 +36,25 @@ def test_a_score_is_that_of_all_logits_at_once(dataset, batch_size):
     assert found.accuracy == pytest.approx(float((expected.argmax(-1) == labels).double().mean()))
     assert found.losses == pytest.approx(losses.sum(1).tolist(), rel=1e-6)
     assert (found.tokens, found.kl, found.agreement) == (7 * 17, None, None)
+
+
+@pytest.mark.parametrize("source", ["pythia", "shared", "layer"])
+def test_perplexities_by_position_are_those_of_all_logits_in_both_passes_and_add_up(source):
+    longer = PackedDataset(np.random.default_rng(0).integers(0, 61, (5, 41), dtype=np.uint16))
+    model = build(source)
+    expected, labels = plain(model, longer)
+    losses = -expected.gather(-1, labels[..., None])[..., 0]
+    bands = [slice(0, 16), slice(16, 32), slice(32, 40)]
+    for found in (
+        score(model, longer, 2, build("pythia", seed=1), progress=False),
+        score_cached(model, longer, 1000, batch_size=2, progress=False),
+    ):
+        assert [(band["from"], band["to"]) for band in found.by_position] == [(0, 16), (16, 32), (32, 40)]
+        assert [band["tokens"] for band in found.by_position] == [5 * 16, 5 * 16, 5 * 8]
+        perplexities = [band["perplexity"] for band in found.by_position]
+        assert perplexities == pytest.approx([float(losses[:, band].mean().exp()) for band in bands], rel=1e-5)
+        mean = sum(band["tokens"] * math.log(band["perplexity"]) for band in found.by_position) / found.tokens
+        assert mean == pytest.approx(math.log(found.perplexity), abs=1e-6)
 
 
 def test_a_reference_gives_divergence_and_agreement(dataset):

@@ -46,7 +46,7 @@ def test_run_folder_is_whole(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
         "recipe.yaml", "metrics.json", "provenance.json", "phase1", "models", "curves.png", "frontier.png",
-        "report.md", "report.html", "report.ja.md", "report.ja.html",
+        "positions.png", "report.md", "report.html", "report.ja.md", "report.ja.html",
     }  # fmt: skip
     provenance = json.loads((finished_run / "provenance.json").read_text())
     assert provenance["data_fingerprint"] == metrics(finished_run)["data"]["fingerprint"]

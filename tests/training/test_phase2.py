@@ -1,5 +1,6 @@
 """Tests for phase 2: metrics against a hand computation, early stop, schedules, resumption, and what goes wrong."""
 
+import copy
 import gc
 import json
 import math
@@ -19,7 +20,7 @@ from context_pythia.recipe import TrainOptions
 from context_pythia.training import phase2
 from context_pythia.training.phase2 import EpochReport, LanguageModelTrainer, train_language_model
 
-VOCABULARY, LENGTH = 200, 12
+VOCABULARY, LENGTH = 200, 20
 OPTIONS = TrainOptions(epochs=3, batch_size=4, learning_rate=3e-3, patience=3)
 
 
@@ -93,6 +94,7 @@ def without_seconds(result):
 def assert_same_end(result, model, other_result, other_model):
     assert without_seconds(result) == without_seconds(other_result)
     assert result.best_epoch == other_result.best_epoch
+    assert result.val_ppl_by_position == other_result.val_ppl_by_position
     for (name, weight), other in zip(model.named_parameters(), other_model.parameters(), strict=True):
         assert torch.equal(weight, other), name
 
@@ -145,6 +147,63 @@ def test_perplexity_and_accuracy_are_those_of_all_validation_tokens(uninterrupte
     assert result.best_val_ppl == pytest.approx(math.exp(loss), rel=1e-5)
     assert result.val_accuracy == accuracy
     assert 0 < accuracy < 1
+
+
+def bands_from_full_logits(model, samples):
+    """The perplexities at positions 0 to 16 and from there on, in float64."""
+    with torch.no_grad():
+        log_probabilities = model.eval()(samples.tokens[:, :-1]).logits.double().log_softmax(-1)
+    losses = -log_probabilities.gather(-1, samples.tokens[:, 1:, None])[..., 0]
+    return [float(losses[:, band].mean().exp()) for band in (slice(0, 16), slice(16, LENGTH))]
+
+
+def assert_bands(result, model, samples):
+    bands = result.val_ppl_by_position
+    assert [(band["from"], band["to"], band["tokens"]) for band in bands] == [(0, 16, 7 * 16), (16, LENGTH, 7 * 4)]
+    assert [band["perplexity"] for band in bands] == pytest.approx(bands_from_full_logits(model, samples), rel=1e-6)
+
+
+def test_perplexities_by_position_are_those_of_full_logits_and_add_up(uninterrupted):
+    result, model = uninterrupted
+    bands = result.val_ppl_by_position
+    assert_bands(result, model, make_data().validation)
+    mean = sum(band["tokens"] * math.log(band["perplexity"]) for band in bands) / (7 * LENGTH)
+    assert mean == pytest.approx(math.log(result.best_val_ppl), abs=1e-6)
+    assert bands[0]["perplexity"] != pytest.approx(bands[1]["perplexity"], rel=0.005)
+
+
+def test_tokens_without_a_label_count_at_no_position(uninterrupted, tmp_path):
+    _, model = uninterrupted
+    data, masked = make_data(), make_data()
+    held = masked.validation.__getitem__
+    hide = torch.tensor([True, *[False] * 17, True, True])
+    masked.validation = [held(i) | {"labels": held(i)["labels"].where(~hide, -100)} for i in range(7)]
+    # A learning rate that moves nothing.
+    result = train(tmp_path, replace(OPTIONS, epochs=1, learning_rate=1e-12), model=copy.deepcopy(model), data=masked)
+    rows = data.validation.tokens
+    with torch.no_grad():
+        logits = model.eval()(rows[:, :-1]).logits.double()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    expected = [float(losses[:, band].mean().exp()) for band in (slice(1, 16), slice(16, 18))]
+    assert [band["tokens"] for band in result.val_ppl_by_position] == [7 * 15, 7 * 2]
+    assert [band["perplexity"] for band in result.val_ppl_by_position] == pytest.approx(expected, rel=1e-6)
+    assert result.best_val_ppl == pytest.approx(float(losses[:, 1:18].mean().exp()), rel=1e-6)
+
+
+def test_validation_computes_logits_once_and_for_a_batch_at_a_time(tmp_path):
+    model, shapes = make_model(), []
+    model.register_forward_hook(lambda module, _, output: shapes.append((module.training, *output.logits.shape)))
+    train(tmp_path, replace(OPTIONS, epochs=1), model=model)
+    assert [shape[1:] for shape in shapes if not shape[0]] == [(4, LENGTH, VOCABULARY), (3, LENGTH, VOCABULARY)]
+
+
+def test_a_folder_finished_by_an_older_version_is_loaded_without_bands(tmp_path):
+    train(tmp_path, replace(OPTIONS, epochs=1))
+    record = json.loads((tmp_path / "train.json").read_text())
+    del record["val_ppl_by_position"]
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    again = train(tmp_path, replace(OPTIONS, epochs=1))
+    assert again.val_ppl_by_position is None and again.best_val_ppl == record["best_val_ppl"]
 
 
 def test_train_loss_is_the_mean_over_the_steps_of_the_epoch(tmp_path):
@@ -206,6 +265,8 @@ def test_early_stop_keeps_the_best(tmp_path, monkeypatch, patience, perplexities
     for name, weight in model.named_parameters():
         assert torch.equal(weight, kept[best_epoch - 1][name]), name
         assert torch.equal(weight, saved.get_parameter(name)), name
+    bands = [band["perplexity"] for band in result.val_ppl_by_position]
+    assert bands == pytest.approx(bands_from_full_logits(model, make_data(validation=2).validation), rel=1e-6)
 
 
 def test_a_run_by_steps_ends_within_an_epoch_and_never_early(tmp_path, monkeypatch):
