@@ -103,36 +103,40 @@ def learning_curves(series: Sequence[Series], wanted_convergence: float | None =
 
 def position_curves(series: Sequence[Series]) -> bytes:
     """PNG of perplexity by position and, where there is a baseline and another model, the difference to it."""
+    with drawing_style():
+        return png(draw_positions(series))
+
+
+def draw_positions(series: Sequence[Series]) -> Figure:
+    """The figure of `position_curves`: a point a band, between the band's edges, all bands equally wide."""
     from matplotlib.ticker import FixedFormatter, FixedLocator
 
-    with drawing_style():
-        shown = [(one, colour) for one, colour in zip(series, _colours(series), strict=True) if one.positions]
-        base = next((one for one, _ in shown if one.baseline), None)
-        rows = 2 if base is not None and len(shown) > 1 else 1
-        legend_columns = _legend_columns([one for one, _ in shown])
-        figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
-        axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-        for one, colour in shown:
-            _curve(axes[0], list(enumerate(band["perplexity"] for band in one.positions)), colour)
-            if rows == 2 and base is not None:
-                pairs = zip(one.positions, base.positions, strict=True)
-                changes = [100 * (band["perplexity"] / other["perplexity"] - 1) for band, other in pairs]
-                _curve(axes[1], list(enumerate(changes)), colour)
-        scale(axes[0], "y", [band["perplexity"] for one, _ in shown for band in one.positions])
-        axes[0].set_title("Perplexity by position in the sample")
+    shown = [(one, colour) for one, colour in zip(series, _colours(series), strict=True) if one.positions]
+    base = next((one for one, _ in shown if one.baseline), None)
+    rows = 2 if base is not None and len(shown) > 1 else 1
+    legend_columns = _legend_columns([one for one, _ in shown])
+    figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    for one, colour in shown:
+        _curve(axes[0], list(enumerate(band["perplexity"] for band in one.positions)), colour)
         if rows == 2 and base is not None:
-            axes[1].set_title(f"Difference to {short(base.name)} (%)")
-        bands = shown[0][0].positions
-        edges = [bands[0]["from"], *(band["to"] for band in bands)]
-        for ax in axes:
-            # A band's point stands between its edges, all bands equally wide.
-            ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(edges))]))
-            ax.xaxis.set_major_formatter(FixedFormatter([str(edge) for edge in edges]))
-            ax.set_xlim(-0.5, len(bands) - 0.5)
-            ax.set_xlabel("position (tokens)")
-        handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
-        figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
-        return png(figure)
+            pairs = zip(one.positions, base.positions, strict=True)
+            changes = [100 * (band["perplexity"] / other["perplexity"] - 1) for band, other in pairs]
+            _curve(axes[1], list(enumerate(changes)), colour)
+    scale(axes[0], "y", [band["perplexity"] for one, _ in shown for band in one.positions])
+    axes[0].set_title("Perplexity by position in the sample")
+    if rows == 2 and base is not None:
+        axes[1].set_title(f"Difference to {short(base.name)} (%)")
+    bands = shown[0][0].positions
+    edges = [bands[0]["from"], *(band["to"] for band in bands)]
+    for ax in axes:
+        ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(edges))]))
+        ax.xaxis.set_major_formatter(FixedFormatter([str(edge) for edge in edges]))
+        ax.set_xlim(-0.5, len(bands) - 0.5)
+        ax.set_xlabel("position (tokens)")
+    handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
+    figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
+    return figure
 
 
 def frontier(series: Sequence[Series]) -> bytes:

@@ -37,7 +37,7 @@ def position_table(series: Sequence[Series], text: dict[str, str]) -> Table:
             cell = f"{value:,.{2 if value < 100 else 1}f}"
             if base is not None and one is not base:
                 change = 100 * (value / base.positions[i]["perplexity"] - 1)
-                cell += f" ({round(change, 1) + 0.0:+.1f} %)"
+                cell += f" ({round(change, 1) + 0.0:+.1f} %)".replace("-", "−")
             cells.append(cell)
         rows.append([one.name, *cells])
     rows.append([text["positions_tokens"], *(f"{tokens:,}" for *_, tokens in bands)])

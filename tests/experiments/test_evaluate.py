@@ -79,6 +79,51 @@ def test_the_report_shows_the_figures_in_both_languages(evaluated, rows):
     assert "data:image/png;base64," in (evaluated / "report.html").read_text()
 
 
+def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, rows, finished_run):
+    trained = json.loads((finished_run / "metrics.json").read_text())["models"]
+    for row, held in zip(rows, trained, strict=True):
+        (found,), (expected,) = row["perplexity_by_position"], held["val_ppl_by_position"]
+        assert found == pytest.approx(expected, rel=1e-5) and found["tokens"] == row["tokens"]
+        assert row["cached"]["perplexity_by_position"][0]["tokens"] == 80
+    shown = [f"{row['perplexity']:.2f}" for row in rows]
+    text = (evaluated / "report.md").read_text()
+    table = text.split("## Quality by position")[1].split("\n\n")[1]
+    assert table.startswith("| Model | 0–16 |") and f"| {NAMES[0]} | {shown[0]} |" in table
+    assert re.search(rf"\| {NAMES[3]} \| {shown[3]} \([+−]\d+\.\d %\) \|", table)
+    assert "](positions.png)" in text and (evaluated / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert "位置ごとの品質" in (evaluated / "report.ja.md").read_text()
+    console = " ".join(console_table({"models": rows, "notes": []}).split())
+    assert "Perplexity by position in the sample: Model 0–16 ----" in console and shown[3] in console
+
+
+def test_a_quantised_cache_by_position_is_the_firsts_times_its_change(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    first = metrics["models"][0]
+    quantised = json.loads(json.dumps(first)) | {"quantised": "int4", "perplexity_by_position": None}
+    quantised |= {"perplexity": None, "kl": 0.1}
+    quantised["cached"]["perplexity"] *= 1.25
+    quantised["cached"]["change"] = 0.25
+    quantised["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
+    metrics["models"].append(quantised)
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    write_evaluation(tmp_path / "eval")
+    line = f"| pythia + int4 | {1.25 * first['perplexity']:.2f} (+25.0 %) |"
+    assert line in (tmp_path / "eval" / "report.md").read_text()
+
+
+def test_an_evaluation_of_an_older_version_has_no_section_by_position(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for row in metrics["models"]:
+        del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "eval" / "positions.png").unlink()
+    write_evaluation(tmp_path / "eval")
+    assert "by position" not in (tmp_path / "eval" / "report.md").read_text() + console_table(metrics)
+    assert not (tmp_path / "eval" / "positions.png").exists()
+
+
 def test_tasks_stand_in_report_and_table(evaluated, tmp_path):
     shutil.copytree(evaluated, tmp_path / "eval")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())

@@ -9,7 +9,7 @@ from string import Formatter
 import pytest
 
 from context_pythia.experiments.document import Code, Paragraph, Table, to_markdown
-from context_pythia.experiments.figures import Series, draw_frontier
+from context_pythia.experiments.figures import Series, draw_frontier, draw_positions, series_of
 from context_pythia.experiments.report import write_report
 from context_pythia.experiments.sections import Report
 from context_pythia.experiments.translations import TRANSLATIONS
@@ -153,6 +153,61 @@ def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(record
     assert "layer 256 has the best perplexity: 390.0 against 400.0, a difference of −10.0 (−2.5 %)." in lead
     assert "768.0 KB in place of 3072.0 KB at 128 tokens in float32, a reduction of 75.0 %" in lead
     assert "that of shared 256, measures 136.0 KB, a reduction of 95.6 %, at perplexity 440.0" in lead
+
+
+def bands(*perplexities):
+    edges = (0, 16, 32, 64)
+    return [
+        {"from": edges[i], "to": edges[i + 1], "tokens": 1000 * (edges[i + 1] - edges[i]), "perplexity": perplexity}
+        for i, perplexity in enumerate(perplexities)
+    ]
+
+
+@pytest.fixture
+def banded(records):
+    """The records with perplexities by position of all but one finished model."""
+    for model, held in zip(records[0]["models"], [(800, 450, 80), (840, 450, 76), (880, 429.975, 80.4)], strict=False):
+        model["val_ppl_by_position"] = bands(*held)
+    return records
+
+
+def test_perplexities_by_position_are_shown_with_their_differences_to_the_baseline(banded):
+    text = markdown(banded)
+    for line in (
+        "| Model | 0–16 | 16–32 | 32–64 |",
+        "| Pythia | 800.0 | 450.0 | 80.00 |",
+        "| input 256 | 840.0 (+5.0 %) | 450.0 (+0.0 %) | 76.00 (−5.0 %) |",
+        "| shared 256 | 880.0 (+10.0 %) | 430.0 (−4.4 %) | 80.40 (+0.5 %) |",
+        "| tokens | 16,000 | 16,000 | 32,000 |",
+    ):
+        assert line in text
+    section = "".join(text.split("## Quality by position")[1].split("\n\n")[1:4])
+    assert "layer 256" not in section and "against Pythia" in section
+    japanese = markdown(banded, "ja").split("## 位置ごとの品質")[1]
+    assert re.findall(r"\d+\.\d+ \([+−].*? %\)", japanese) == re.findall(r"\d+\.\d+ \([+−].*? %\)", section)
+
+
+@pytest.mark.parametrize("models", [slice(0, None), slice(1, 2)], ids=["baseline", "no baseline"])
+def test_perplexities_by_position_are_drawn(tmp_path, banded, models):
+    metrics, provenance = banded
+    metrics["models"] = metrics["models"][models]
+    written = write_report(store(tmp_path, metrics, provenance))
+    assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG") and tmp_path / "positions.png" in written
+    assert "](positions.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_picture_by_position_shows_every_band_and_the_difference_in_percent(banded):
+    shown = [series_of(model) for model in banded[0]["models"]]
+    above, below = draw_positions(shown).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[800, 450, 80], [840, 450, 76], [880, 429.975, 80.4]]
+    expected = [[0, 0, 0], [5, 0, -5], [10, -4.45, 0.5]]
+    assert [list(line.get_ydata()) for line in below.lines] == [pytest.approx(line) for line in expected]
+    assert [label.get_text() for label in below.get_xticklabels()] == ["0", "16", "32", "64"]
+
+
+def test_a_run_of_an_older_version_has_no_section_by_position(records):
+    assert all("val_ppl_by_position" not in model for model in records[0]["models"])
+    assert "by position" not in markdown(records)
 
 
 def test_the_formula_is_shown_among_the_results_only_where_it_differs(records):
