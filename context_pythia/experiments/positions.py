@@ -8,7 +8,6 @@ from context_pythia.experiments.document import Block, Heading, Paragraph, Pictu
 from context_pythia.experiments.figures import Series
 
 POSITIONS = "positions.png"
-_DASH = "–"
 
 
 def position_blocks(series: Sequence[Series], text: dict[str, str], pictures: dict[str, bytes]) -> Iterator[Block]:
