@@ -11,6 +11,7 @@ Shapes: N tokens, n of a chunk, D hidden size, V rows of the head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,29 +37,44 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _LinearCrossEntropy.apply(hidden, weight, labels)
 
 
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token its summand of `linear_cross_entropy`, and whether its label has the largest logit: `[N]` twice.
+
+    A token without a label has 0 and False.
+    """
+    dtype, wide = _dtypes(hidden)
+    losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+    hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        narrow = weight.to(dtype)
+        for part in _slices(len(hidden), CHUNK_LOGITS // len(weight)):
+            logits = nn.functional.linear(hidden[part].to(dtype), narrow)
+            torch.eq(logits.argmax(-1), labels[part], out=hits[part])
+            losses[part] = _to_gradient(logits, labels[part], wide)
+    return losses, hits
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Its forward pass already computes the gradients, from each chunk's logits while they are there."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        dtype, wide = _dtypes(hidden)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             narrow = weight.to(dtype)
-            for start in range(0, len(hidden), chunk):
-                part = hidden[start : start + chunk].to(dtype)
-                logits = nn.functional.linear(part, narrow)
-                loss += _to_gradient(logits, labels[start : start + chunk], wide)
+            for part in _slices(len(hidden), CHUNK_LOGITS // len(weight)):
+                states = hidden[part].to(dtype)
+                logits = nn.functional.linear(states, narrow)
+                loss += _to_gradient(logits, labels[part], wide).sum()
                 if hidden_grad is not None:
-                    hidden_grad[start : start + chunk] = logits @ narrow
+                    hidden_grad[part] = logits @ narrow
                 if weight_grad is not None:
-                    weight_grad += logits.t() @ part
+                    weight_grad += logits.t() @ states
         ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         return loss
 
@@ -75,20 +91,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
-    """The sum of the tokens' losses, computed in `wide`; `logits` `[n, V]` become `softmax(logits) - onehot(label)`,
-    its gradient."""
-    loss = torch.zeros((), dtype=wide, device=logits.device)
-    rows = max(1, ROW_BLOCK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    for block, block_labels in zip(logits.split(rows), labels.split(rows), strict=True):
-        counted = block_labels.ne(IGNORED).unsqueeze(-1)
-        targets = block_labels.clamp(min=0).unsqueeze(-1)
-        p = block.to(wide)
+    """The tokens' losses `[n]`, computed in `wide`; `logits` `[n, V]` become `softmax(logits) - onehot(label)`, the
+    gradient of their sum."""
+    losses = torch.empty(len(logits), dtype=wide, device=logits.device)
+    block = ROW_BLOCK_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS
+    for rows in _slices(len(logits), block // logits.shape[1]):
+        counted = labels[rows].ne(IGNORED).unsqueeze(-1)
+        targets = labels[rows].clamp(min=0).unsqueeze(-1)
+        p = logits[rows].to(wide)
         p -= p.amax(-1, keepdim=True)
         target_logits = p.gather(-1, targets)
         total = p.exp_().sum(-1, keepdim=True)
-        loss += ((total.log() - target_logits) * counted).sum()
+        losses[rows] = ((total.log() - target_logits) * counted).squeeze(-1)
         # One pass for the division and for the tokens that do not count.
         p *= counted / total
-        p.scatter_add_(-1, targets, -counted.to(p.dtype))
-        block.copy_(p)
-    return loss
+        p.scatter_add_(-1, targets, -counted.to(wide))
+        logits[rows] = p
+    return losses
+
+
+def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the logits, and of the sums over them."""
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return narrow, torch.promote_types(narrow, torch.float32)
+
+
+def _slices(tokens: int, step: int) -> Iterator[slice]:
+    """Pieces of `step` tokens, of one at least."""
+    step = max(1, step)
+    return (slice(start, start + step) for start in range(0, tokens, step))

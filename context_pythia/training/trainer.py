@@ -23,7 +23,7 @@ from transformers.utils import logging
 from context_pythia.data.positions import perplexity_by_position
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.checkpoints import first_line, load_weights
-from context_pythia.training.loss import linear_cross_entropy
+from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -90,7 +90,7 @@ class LanguageModelTrainer(Trainer):
         return loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Perplexity (by position, too) and top-1 accuracy over every validation token, a batch of logits at a time."""
+        """Perplexity (by position, too) and top-1 accuracy over every validation token, a chunk of logits at a time."""
         model = self.model_wrapped
         model.eval()
         totals: Any = 0.0
@@ -98,12 +98,12 @@ class LanguageModelTrainer(Trainer):
         with torch.no_grad():
             for batch in batches:
                 batch = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    logits = model(input_ids=batch["input_ids"]).logits
                 labels = batch["shift_labels"]
-                counted = labels.ne(-100)
-                correct = logits.argmax(-1).eq(labels) & counted
-                sums = [wide(values).sum(0) for values in (token_losses(logits, labels), correct, counted)]
+                with self.compute_loss_context_manager(), self.accelerator.autocast():
+                    _, hidden, head = self.run_body(model, batch)
+                    losses, correct = token_scores(hidden, head.weight, labels.flatten())
+                scores = (losses.view_as(labels), correct.view_as(labels), labels.ne(IGNORED))
+                sums = [wide(values).sum(0) for values in scores]
                 totals = torch.stack(sums) + totals  # [3, S]
         by_position = self.accelerator.reduce(totals, "sum").cpu()
         loss_sum, correct, tokens = by_position.sum(1).tolist()
@@ -205,12 +205,6 @@ def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
         "labels": labels,
         "shift_labels": labels,
     }
-
-
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each token in nats, `[B, S, V]` and `[B, S] -> [B, S]`; where a label is -100 it is 0."""
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    return losses.view_as(labels)
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:

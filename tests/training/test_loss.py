@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from context_pythia.training import loss as loss_module
-from context_pythia.training.loss import linear_cross_entropy
+from context_pythia.training.loss import linear_cross_entropy, token_scores
 
 TOKENS, WIDTH, WORDS = 37, 12, 50
 
@@ -97,6 +97,16 @@ def test_tokens_that_do_not_count_give_neither_loss_nor_gradient():
     assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
 
+def test_the_scores_of_tokens_are_those_of_all_logits():
+    hidden, weight, labels = make(torch.float64)
+    logits = torch.nn.functional.linear(hidden, weight).detach()
+    labels[1::2] = logits.argmax(-1)[1::2]
+    losses, hits = token_scores(hidden, weight, labels)
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    assert torch.equal(hits, logits.argmax(-1) == labels) and 0 < hits.sum() < TOKENS
+    assert not losses.requires_grad
+
+
 class LargestTensor(TorchDispatchMode):
     """Sees each tensor that an operation makes."""
 
@@ -112,6 +122,14 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(("function", "most"), [(linear_cross_entropy, 10 * WORDS), (plain, TOKENS * WORDS)])
 def test_never_holds_more_logits_than_a_chunk(function, most):
     hidden, weight, labels = make()
+    narrow = hidden[:, :1].detach().requires_grad_(), weight[:, :1].detach().requires_grad_()
     with LargestTensor() as seen:
-        function(hidden[:, :1], weight[:, :1], labels).backward()
-    assert seen.numbers == max(most, WORDS * WIDTH)
+        function(*narrow, labels).backward()
+    assert seen.numbers == most
+
+
+def test_scoring_holds_a_chunk_at_most():
+    hidden, weight, labels = make()
+    with LargestTensor() as seen:
+        token_scores(hidden[:, :1], weight[:, :1], labels)
+    assert seen.numbers == 10 * WORDS

@@ -190,11 +190,11 @@ def test_tokens_without_a_label_count_at_no_position(uninterrupted, tmp_path):
     assert result.best_val_ppl == pytest.approx(float(losses[:, 1:18].mean().exp()), rel=1e-6)
 
 
-def test_validation_computes_logits_once_and_for_a_batch_at_a_time(tmp_path):
+def test_validation_runs_once_over_each_batch_and_never_computes_all_its_logits(tmp_path):
     model, shapes = make_model(), []
     model.register_forward_hook(lambda module, _, output: shapes.append((module.training, *output.logits.shape)))
     train(tmp_path, replace(OPTIONS, epochs=1), model=model)
-    assert [shape[1:] for shape in shapes if not shape[0]] == [(4, LENGTH, VOCABULARY), (3, LENGTH, VOCABULARY)]
+    assert [shape[1:] for shape in shapes if not shape[0]] == [(4, 1, VOCABULARY), (3, 1, VOCABULARY)]
 
 
 def test_a_folder_finished_by_an_older_version_is_loaded_without_bands(tmp_path):
