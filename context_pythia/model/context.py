@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .scan import Recurrence
+
 
 class ContextLinear(nn.Linear):
     """The product with `[c ; e]`; a class of its own because transformers picks initial weights by a leaf's class."""
@@ -32,10 +34,15 @@ class ContextBlockLayer(nn.Module):
         weight = self.dense.weight[:, self.norm.normalized_shape[0] :]
         return nn.functional.linear(embeddings, weight, self.dense.bias)
 
+    @property
+    def recurrent_weight(self) -> torch.Tensor:
+        """The contexts' half of the product, `[C, C]`."""
+        return self.dense.weight[:, : self.norm.normalized_shape[0]]
+
     def forward(self, contexts: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """`[..., C]` contexts and `[..., C]` projected embeddings (see `project`) -> `[..., C]`."""
-        weight = self.dense.weight[:, : self.norm.normalized_shape[0]]
-        return self.norm(contexts + nn.functional.gelu(nn.functional.linear(contexts, weight) + projected))
+        product = nn.functional.linear(contexts, self.recurrent_weight)
+        return self.norm(contexts + nn.functional.gelu(product + projected))
 
 
 class ContextBlock(nn.Module):
@@ -93,7 +100,7 @@ class ContextBlock(nn.Module):
     def scan(
         self, embeddings: torch.Tensor, initial: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The exact recurrence over a sequence.
+        """The exact recurrence over a sequence; equal to as many `step`s.
 
         Args:
             embeddings: `[B, T, E]`.
@@ -103,13 +110,16 @@ class ContextBlock(nn.Module):
         Returns:
             contexts `[B, T, C]`.
         """
-        projected = [e.unbind(1) for e in self._project(embeddings)]
-        context = embeddings.new_zeros(embeddings.shape[0], self.context_dim) if initial is None else initial
-        keep = None if mask is None else mask.to(embeddings.dtype).unsqueeze(-1).unbind(1)
-        contexts = []
-        for t in range(embeddings.shape[1]):
-            context = self._refine(context, [e[t] for e in projected])
-            if keep is not None:
-                context = context * keep[t]
-            contexts.append(context)
-        return torch.stack(contexts, dim=1)
+        initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim) if initial is None else initial
+        if embeddings.shape[1] == 1:
+            context = self.step(initial, embeddings[:, 0])
+            return (context if mask is None else context * mask.to(context.dtype)).unsqueeze(1)
+        layers: list[Any] = list(self.layers)
+        # The recurrence runs in the weights' own dtype: under autocast it would round the state at each token.
+        dtype = layers[0].norm.weight.dtype
+        projected = torch.stack([part.transpose(0, 1) for part in self._project(embeddings)]).to(dtype)
+        keep = None if mask is None else mask.t().unsqueeze(-1).to(dtype)
+        parameters = [p for layer in layers for p in (layer.recurrent_weight, layer.norm.weight, layer.norm.bias)]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            contexts = Recurrence.apply(projected, initial.to(dtype), keep, layers[0].norm.eps, *parameters)
+        return contexts.transpose(0, 1)

@@ -33,22 +33,42 @@ def test_step_is_the_formula(block, embeddings):
     )
 
 
-def test_scan_is_step_by_step_gradients_included(block, embeddings):
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scan_is_step_by_step_gradients_included(block, embeddings, padded, frozen):
+    block.requires_grad_(not frozen)
+    embeddings.requires_grad_()
+    initial = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = mask[1, 5] = not padded
+
     def steps():
-        context, contexts = torch.zeros(2, 12, dtype=torch.float64), []
+        context, contexts = initial, []
         for t in range(9):
-            context = block.step(context, embeddings[:, t])
+            context = block.step(context, embeddings[:, t]) * mask[:, t, None]
             contexts.append(context)
         return torch.stack(contexts, 1)
 
+    weights = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    inputs = [embeddings, initial, *(() if frozen else block.parameters())]
     results = []
-    for run in (steps, lambda: block.scan(embeddings)):
-        block.zero_grad()
+    for run in (steps, lambda: block.scan(embeddings, initial, mask if padded else None)):
         contexts = run()
-        (contexts * torch.arange(12)).sum().backward()
-        results.append([contexts.detach(), *[p.grad.clone() for p in block.parameters()]])
+        results.append([contexts.detach(), *torch.autograd.grad((contexts * weights).sum(), inputs)])
     for plain, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_under_autocast_the_state_is_not_rounded(block, embeddings):
+    block, embeddings = block.float(), embeddings.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = [layer.project(embeddings).float() for layer in block.layers]
+        contexts = block.scan(embeddings)
+    context = torch.zeros(2, 12)
+    for t in range(9):
+        for layer, parts in zip(block.layers, projected, strict=True):
+            context = layer(context, parts[:, t])
+        torch.testing.assert_close(contexts[:, t], context, rtol=1e-5, atol=1e-5)
 
 
 def test_scan_goes_on_from_a_state(block, embeddings):
