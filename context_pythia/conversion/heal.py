@@ -87,8 +87,8 @@ def heal(
 
     Args:
         student: a causal GPT-NeoX or Context-Pythia; its dtype may differ from the teacher's.
-        teacher: the original, which moves to the device of training; None trains by cross-entropy alone, whatever
-            `options.ce_weight` is.
+        teacher: the original, which moves to the device of training and takes the student's attention implementation;
+            None trains by cross-entropy alone, whatever `options.ce_weight` is.
         data: `train` heals, `validation` gives perplexities before, at each epoch's end and after the last step.
         seed: of the samples' order and dropout.
 
@@ -141,6 +141,8 @@ class DistillationTrainer(LanguageModelTrainer):
     def __init__(self, *arguments: Any, teacher: PreTrainedModel, ce_weight: float, **named: Any):
         super().__init__(*arguments, **named)
         self.teacher = teacher.to(self.args.device).eval()
+        # The same arithmetic in both, so that models that agree have no loss.
+        self.teacher.set_attn_implementation(self.model.config._attn_implementation)
         self.ce_weight = ce_weight
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 RESULT_FILE = "train.json"
 SETTINGS_FILE = "settings.json"
+# On a CPU the backward pass of PyTorch's fused attention costs more than all weights of so few tokens: at 128 tokens in
+# bfloat16 a step of Pythia-70M's size took 0.93 of its time without it, one of a quarter of the width 0.8.
+EAGER_ATTENTION_LENGTH = 512
 EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 
 
@@ -161,8 +164,11 @@ def run_trainer(
     arguments = training_arguments(options, seed, folder / "checkpoints", steps)
     # A checkpoint has the first evaluation in its log.
     arguments.eval_on_start = steps is not None and resume_from is None
+    attention = model.config._attn_implementation
     if arguments.device.type == "cpu":
         keep_freed_memory()
+        if attention == "sdpa" and data.train.sequence_length <= EAGER_ATTENTION_LENGTH:
+            model.set_attn_implementation("eager")
     report = EpochReport(name, options, progress)
     callbacks: list[TrainerCallback] = [report]
     if options.tensorboard:
@@ -182,6 +188,7 @@ def run_trainer(
         if options.gradient_checkpointing:
             model.gradient_checkpointing_disable()
         model.config.use_cache = use_cache
+        model.set_attn_implementation(attention)
         model.zero_grad(set_to_none=True)
         model.eval()
     return asdict(trainer.state)

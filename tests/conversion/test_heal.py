@@ -146,6 +146,9 @@ def test_the_loss_of_a_step_is_the_plain_one(tmp_path, settings, dtypes, precisi
     teacher = make_teacher(**settings)
     student, teacher = make_student(teacher).to(dtypes[0]), teacher.to(dtypes[1])
     data = make_data(train=4, validation=2)
+    # As phase 2 computes short samples on a CPU: in bfloat16 the fused attention rounds otherwise.
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         logits, expected = (model(data.train.tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
     loss = plain_loss(logits, expected, data.train.tokens[:, 1:].flatten(), 0.25)

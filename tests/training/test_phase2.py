@@ -39,6 +39,8 @@ def cheap_runs():
 class Samples(torch.utils.data.Dataset):
     """Rows in which each token decides the next: something to learn."""
 
+    sequence_length = LENGTH
+
     def __init__(self, rows: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
         tokens = [torch.randint(0, VOCABULARY, (rows,), generator=generator)]
@@ -216,6 +218,17 @@ def test_train_loss_is_the_mean_over_the_steps_of_the_epoch(tmp_path):
     # A learning rate that moves nothing: every batch meets the first weights. 6 = 3 + 3 samples.
     result = train(tmp_path, replace(OPTIONS, epochs=1, batch_size=3, learning_rate=1e-12), model=model, data=data)
     assert result.history[0]["train_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "used"), [(LENGTH, "eager"), (LENGTH - 1, "sdpa")])
+def test_short_samples_train_with_the_faster_attention_and_the_model_keeps_its_own(tmp_path, monkeypatch, limit, used):
+    monkeypatch.setattr(phase2, "EAGER_ATTENTION_LENGTH", limit)
+    model, seen = make_model(), set()
+    model.register_forward_hook(lambda module, *_: seen.add(module.config._attn_implementation))
+    result = train(tmp_path, replace(OPTIONS, epochs=1), model=model)
+    assert seen == {used}
+    assert model.config._attn_implementation == "sdpa"
+    assert result.best_val_ppl == pytest.approx(train(tmp_path / "other", replace(OPTIONS, epochs=1)).best_val_ppl)
 
 
 def test_gradient_accumulation_equals_the_larger_batch(tmp_path):
