@@ -16,16 +16,9 @@ from typing import Any
 from context_pythia.conversion.options import ConvertOptions, HealOptions
 from context_pythia.experiments.bench.options import CACHES as BENCH_CACHES
 from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_sources
-from context_pythia.flags import add_flags, at_least, numbers, overrides, temperature
-from context_pythia.recipe import (
-    PRECISIONS,
-    SECTIONS,
-    DataOptions,
-    ModelOptions,
-    Recipe,
-    load_recipe,
-    packaged_recipes,
-)
+from context_pythia.experiments.sweep.options import SAMPLERS, SweepPlan, parse_over, parse_seeds
+from context_pythia.flags import add_flags, add_overrides, add_recipe, at_least, numbers, overrides, temperature
+from context_pythia.recipe import PRECISIONS, DataOptions, Recipe, load_recipe, packaged_recipes
 
 LANGUAGES = ("en", "ja")
 CACHES = ("none", "int8", "int4")
@@ -60,26 +53,9 @@ class Command:
         getattr(importlib.import_module(module), function)(**keywords)
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    known = ", ".join(packaged_recipes())
-    parser.add_argument(
-        "recipe", nargs="?", default="quick", metavar="RECIPE", help=f"{known}, or a YAML file (default: quick)"
-    )
-
-
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-OF-THE-RECIPE)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-
-
-def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser.add_argument_group("the run, over what the recipe says"), Recipe, "")
-    for section, owner in SECTIONS.items():
-        title = f"{section}: {(owner.__doc__ or '').splitlines()[0].rstrip('.')}"
-        prefix = "phase1-" if section == "phase1" else ""
-        add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix)
-    of_models = parser.add_argument_group("model: every model of the recipe that has a context source")
-    add_flags(of_models, ModelOptions, "model.")
 
 
 def _recipe(args: argparse.Namespace, name: str, models: list[str] | None = None) -> Recipe:
@@ -92,11 +68,11 @@ def _run_keywords(args: argparse.Namespace, models: list[str] | None) -> dict[st
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
-    _add_recipe(parser)
+    add_recipe(parser)
     _add_run(parser)
     parser.add_argument("--models", metavar="A,B", help="only these models of the recipe")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _compare_keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,10 +81,10 @@ def _compare_keywords(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _one_model_options(parser: argparse.ArgumentParser) -> None:
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--model", required=True, metavar="NAME", help="the model of the recipe")
     _add_run(parser)
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _one_model_keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +116,7 @@ def _info_options(parser: argparse.ArgumentParser) -> None:
         "--length", type=at_least(1), default=128, metavar="N", help="tokens in the cache (default: 128)"
     )
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="of model and cache (default: float32)")
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _info_keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -222,7 +198,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_flags(parser.add_argument_group("what is measured, and how often"), BenchOptions, "bench.")
-    _add_overrides(parser)
+    add_overrides(parser)
 
 
 def _bench_keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -245,6 +221,29 @@ def _bench_keywords(args: argparse.Namespace) -> dict[str, Any]:
         "options": BenchOptions(**shapes, **measured),
         "progress": not args.quiet,
     }
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--over", action="append", default=[], metavar="KEY=A,B", help="values to try (repeatable)")
+    parser.add_argument("--models", metavar="A,B", help="only these models of the recipe (default: all)")
+    parser.add_argument("--seeds", metavar="N,N", help="train each setting with these seeds (default: the recipe's)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="grid", help="default: grid, every combination")
+    parser.add_argument("--trials", type=at_least(1), metavar="N", help="trainings in all, of the sampler tpe")
+    parser.add_argument("--storage", metavar="URL", help="Optuna storage to share (default: a journal in DIR)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, and name, of the study")
+    parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_overrides(parser)
+
+
+def _sweep_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    recipe = load_recipe(args.recipe, overrides(args))
+    wanted = args.models.split(",") if args.models else [model.name for model in recipe.models]
+    models = [model.name for model in load_recipe(args.recipe, models=[name.strip() for name in wanted]).models]
+    seeds = parse_seeds(args.seeds) if args.seeds else [recipe.seed]
+    plan = SweepPlan(recipe, models, [parse_over(text) for text in args.over], seeds, args.sampler, args.trials)
+    return {"plan": plan, "progress": not args.quiet} | {key: getattr(args, key) for key in ("out", "storage", "lang")}
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +308,18 @@ COMMANDS: dict[str, Command] = {
         _one_model_options,
         _one_model_keywords,
         ("train quick --model layer --learning-rate 3e-4 --epochs 6",),
+        resumable=True,
+    ),
+    "sweep": Command(
+        "[RECIPE] --over KEY=A,B [--over ...] --out DIR [options]",
+        "train settings of a recipe over seeds, by any number of processes",
+        "context_pythia.experiments.sweep.worker:sweep",
+        _sweep_options,
+        _sweep_keywords,
+        (
+            "sweep quick --models Pythia,shared --over context_dim=32,64 --over learning_rate=5e-4,1e-3 --out runs/dim",
+            "sweep report --over learning_rate=1e-4..1e-3 --sampler tpe --trials 50 --storage sqlite:///s.db --out s",
+        ),
         resumable=True,
     ),
     "generate": Command(

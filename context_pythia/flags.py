@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from context_pythia.options import Options, options_of
+from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, packaged_recipes
 
 OVERRIDE = "override "  # starts the argparse destination of a flag that was made from an option
 
@@ -66,3 +67,20 @@ def add_flags(group: argparse._ArgumentGroup, owner: type[Options], path: str, p
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {dest.removeprefix(OVERRIDE): value for dest, value in vars(args).items() if dest.startswith(OVERRIDE)}
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(packaged_recipes())
+    parser.add_argument(
+        "recipe", nargs="?", default="quick", metavar="RECIPE", help=f"{known}, or a YAML file (default: quick)"
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser.add_argument_group("the run, over what the recipe says"), Recipe, "")
+    for section, owner in SECTIONS.items():
+        title = f"{section}: {(owner.__doc__ or '').splitlines()[0].rstrip('.')}"
+        prefix = "phase1-" if section == "phase1" else ""
+        add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix)
+    of_models = parser.add_argument_group("model: every model of the recipe that has a context source")
+    add_flags(of_models, ModelOptions, "model.")

@@ -267,7 +267,7 @@ def load_recipe(
     if models is not None:
         _only_known(models, [model.name for model in recipe.models], f"recipe {recipe.name}: model")
         recipe = dataclasses.replace(recipe, models=[model for model in recipe.models if model.name in models])
-    return _overridden(recipe, overrides or {})
+    return overridden(recipe, overrides or {})
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -309,7 +309,8 @@ def _mapping(values: Any, what: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe with values by dotted path over its own, checked as a whole; see `load_recipe`."""
     owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
     changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
     known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]

@@ -215,6 +215,16 @@ def test_eval_takes_models_data_and_the_first_models_tokenizer(run):
     assert (asked["tasks_path"], asked["limit"], asked["progress"]) == (Path("mine"), 5, False)
 
 
+def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
+    argv = ["--over", "context_dim=32,64", "--models", "layer, Pythia", "--seeds", "0,2", "--epochs", "2", "--quiet"]
+    asked = run("sweep", "quick", *argv, "--out", "here", "--storage", "sqlite:///s.db", "--lang", "ja")
+    plan = asked.pop("plan")
+    assert asked == {"out": Path("here"), "storage": "sqlite:///s.db", "lang": "ja", "progress": False}
+    assert plan.recipe == load_recipe("quick", {"train.epochs": 2})
+    assert (plan.models, plan.seeds, plan.sampler, plan.trials) == (["Pythia", "layer"], [0, 2], "grid", None)
+    assert [(one.path, one.values) for one in plan.dimensions] == [("model.context_dim", (32, 64))]
+
+
 def test_report_hands_its_folder_over(run):
     assert run("report", "runs/quick", "--lang", "ja") == {"run": Path("runs/quick"), "lang": "ja"}
 

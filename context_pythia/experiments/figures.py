@@ -168,7 +168,7 @@ def draw_frontier(series: Sequence[Series]) -> Figure:
     ax.set_ylabel("best validation perplexity")
     ax.set_title("Perplexity against cache (lower left is better)")
     figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
-    _label(ax, [(short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
+    label_points(ax, [(short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
     return figure
 
 
@@ -246,7 +246,7 @@ def scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _label(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
+def label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
     """Writes each point's name at the nearest place that is free of points and of other names."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox

@@ -12,6 +12,7 @@ from pathlib import Path
 from context_pythia.experiments.document import to_html, to_markdown
 from context_pythia.experiments.record import read_metrics, read_record
 from context_pythia.experiments.sections import Report
+from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.translations import TRANSLATIONS
 
 
@@ -23,6 +24,8 @@ def write_report(run: Path, lang: str = "en") -> list[Path]:
     """
     if lang not in TRANSLATIONS:
         raise ValueError(f"unknown report language {lang!r}: choose one of {', '.join(TRANSLATIONS)}")
+    if read_record(run / "metrics.json").get("kind") == "sweep":
+        return write_sweep(run, lang)
     metrics, provenance = read_metrics(run / "metrics.json"), read_record(run / "provenance.json")
     report = Report(metrics, provenance, TRANSLATIONS[lang])
     pictures = report.pictures()

@@ -1,0 +1,177 @@
+"""Writes the report of a sweep's folder: Markdown, HTML and a picture, in English or Japanese.
+
+It reads metrics.json and provenance.json of the folder and nothing else, so it needs neither Optuna nor the study.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from context_pythia.experiments.record import read_record
+from context_pythia.experiments.sweep.figures import pareto
+from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
+
+PICTURE = "pareto.png"
+_DASH = "–"
+
+
+def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
+    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the picture into `folder`.
+
+    Raises:
+        FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
+    """
+    metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
+    finished = [row for row in metrics["settings"] if row["n"]]
+    pictures = {PICTURE: _picture(finished, metrics["searched"])} if finished else {}
+    blocks = list(_blocks(metrics, provenance, SWEEP_TRANSLATIONS[lang], pictures))
+    suffix = "" if lang == "en" else f".{lang}"
+    files = dict(pictures)
+    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
+    files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
+    for name, content in files.items():
+        partial = folder / f".{name}.{os.getpid()}.tmp"
+        partial.write_bytes(content)
+        os.replace(partial, folder / name)
+    return [folder / name for name in files]
+
+
+def _blocks(
+    metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str, str], pictures: dict[str, bytes]
+) -> Iterator[Block]:
+    trials, searched = metrics["trials"], metrics["searched"]
+    rows = sorted(metrics["settings"], key=lambda row: (row["mean"] is None, row["mean"]))
+    counts = {state: sum(trial["state"] == state for trial in trials) for state in _STATES}
+    yield Heading(text["title"].format(recipe=metrics["recipe"]["name"]), level=1)
+    yield Paragraph(_headline(rows, text), "lead")
+    yield Paragraph(text["counts"].format(total=len(trials), settings=len(rows), **counts), "note")
+    if PICTURE in pictures:
+        yield Picture(PICTURE, text["caption"])
+    yield Heading(text["best_of_each"])
+    best = {row["model"]: row for row in reversed(rows) if row["n"]}
+    yield _table(sorted(best.values(), key=lambda row: row["mean"]), searched, text)
+    budgets = {name: sum(trial["model"] == name for trial in trials) for name in {row["model"] for row in rows}}
+    yield Paragraph(text["budget"].format(budgets=", ".join(f"{name} {n}" for name, n in sorted(budgets.items()))))
+    yield Heading(text["all_settings"])
+    yield _table(rows, searched, text)
+    yield Paragraph(text["table_note"])
+    for trial in trials:
+        if trial["state"] == "failed":
+            yield Paragraph(text["failure"].format(name=trial["folder"], error=trial["error"]), "alert")
+    yield from _importance(metrics["importance"], text)
+    yield Heading(text["settings"])
+    facts = {
+        "searched": ", ".join(searched) or _DASH,
+        "sampler": metrics["sampler"],
+        "seeds": ", ".join(map(str, metrics["seeds"])),
+        "study": metrics["study"],
+        "device": str(provenance.get("device")),
+        "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
+        "commit": str(provenance.get("commit") or _DASH),
+        "created": str(provenance.get("created")),
+        "command": str(provenance.get("command")),
+    }
+    yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
+    yield Paragraph(text["where"])
+    yield Heading(text["rest"])
+    yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _picture(rows: list[dict[str, Any]], searched: list[str]) -> bytes:
+    labels = [", ".join(_value(row["setting"][path]) for path in searched) for row in rows]
+    return pareto(rows, labels, ", ".join(map(_name, searched)))
+
+
+_STATES = ("complete", "failed", "running", "waiting")
+
+
+def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
+    finished = [row for row in rows if row["n"]]
+    if not finished:
+        return text["nothing"]
+    best = finished[0]
+    smaller = [row for row in finished if (row["reduction"] or 0) > 0]
+    headline = text["best"].format(**_figures(best))
+    if smaller and smaller[0] is not best:
+        gap = "" if headline.endswith("。") else " "
+        headline += gap + text["best_smaller"].format(**_figures(smaller[0]))
+    return headline
+
+
+def _figures(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "name": ", ".join(filter(None, (row["model"], _words(row)))),
+        "ppl": _perplexity(row["mean"]),
+        "n": str(row["n"]),
+        "kb": _kilobytes(row["cache_bytes"]),
+        "reduction": _percent(row["reduction"]),
+        "change": _change(row["change"]),
+    }
+
+
+def _words(row: dict[str, Any]) -> str:
+    """The setting in words; what does not concern the model is left out."""
+    return ", ".join(f"{_name(path)} {_value(v)}" for path, v in row["setting"].items() if v is not None)
+
+
+def _table(rows: list[dict[str, Any]], searched: list[str], text: dict[str, str]) -> Table:
+    head = [text["model"], *map(_name, searched)]
+    columns = ("n", "mean", "range", "std", "change", "cache", "reduction", "unbeaten")
+    lines = [
+        [row["model"], *(_value(row["setting"][path]) for path in searched)]
+        + [
+            f"{row['n']} / {row['trials']}",
+            text["failed"] if row["failed"] == row["trials"] else _perplexity(row["mean"]),
+            _DASH if row["n"] < 2 else f"{_perplexity(row['min'])}–{_perplexity(row['max'])}",
+            _perplexity(row["std"]),
+            _change(row["change"]),
+            _kilobytes(row["cache_bytes"]),
+            _percent(row["reduction"]),
+            text["yes"] if row["unbeaten"] else "",
+        ]
+        for row in rows
+    ]
+    return Table([*head, *(text[key] for key in columns)], lines, text_columns=1)
+
+
+def _importance(importance: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
+    yield Heading(text["importance"])
+    if "reason" in importance:
+        yield Paragraph(text["no_importance"].format(reason=importance["reason"]), "note")
+        return
+    rows = [[_name(path), _percent(share)] for path, share in importance["shares"].items()]
+    yield Table([text["setting"], text["share"]], rows)
+    yield Paragraph(text["importance_note"].format(
+        trials=importance["trials"], evaluator=importance["evaluator"], quantile=_percent(importance["quantile"])
+    ))  # fmt: skip
+
+
+def _name(path: str) -> str:
+    section, _, name = path.rpartition(".")
+    return f"phase 1 {name}" if section == "phase1" else name
+
+
+def _value(value: Any) -> str:
+    return _DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _perplexity(value: float | None) -> str:
+    return _DASH if value is None else f"{value:,.2f}"
+
+
+def _kilobytes(value: int | None) -> str:
+    return _DASH if value is None else f"{value / 1024:,.1f} KB"
+
+
+def _percent(value: float | None) -> str:
+    return _DASH if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
+
+
+def _change(value: float | None) -> str:
+    return _DASH if value is None else f"{'−' if value < 0 else '+'}{abs(100 * value):.2f} %"

@@ -1,0 +1,104 @@
+"""What the report of a sweep says, in each language: one table of the same keys and placeholders for all."""
+
+SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
+    "en": {
+        "title": "Context-Pythia sweep, recipe “{recipe}”",
+        "best": "The best mean perplexity is {ppl} (n = {n}), of {name}, with a measured KV cache of {kb}.",
+        "best_smaller": "Of the settings with a smaller cache than the baseline, {name} has the best: {ppl} (n = "
+        "{n}), {change} against the baseline's best setting, with {kb}, a reduction of {reduction}.",
+        "nothing": "No trial of this sweep has a result yet.",
+        "counts": "{total} trials of {settings} settings: {complete} with a result, {failed} failed, {running} "
+        "running, {waiting} waiting.",
+        "caption": "Mean of the best validation perplexities over seeds (whiskers: smallest and largest) against the "
+        "measured KV cache; the dashed line joins the settings that no other beats in both.",
+        "best_of_each": "Best setting of each model",
+        "budget": "Trials of each model: {budgets}. Perplexities of models compare where each was searched as much.",
+        "all_settings": "All settings",
+        "table_note": "Mean, smallest, largest and sample standard deviation of the best validation perplexity over "
+        "seeds. n: seeds with a result, of all. Change and reduction: against the baseline's setting of the best mean. "
+        "KV cache: measured on a cache that generate() filled, batch 1; 1 KB = 1,024 bytes. Unbeaten: no other setting "
+        "is at least as good in both perplexity and cache, and better in one. A dash: does not concern the model.",
+        "failure": "{name} failed: {error}",
+        "failed": "failed",
+        "yes": "yes",
+        "model": "Model",
+        "n": "n",
+        "mean": "Mean PPL",
+        "range": "Smallest–largest",
+        "std": "Std",
+        "change": "Against baseline",
+        "cache": "KV cache",
+        "reduction": "Reduction",
+        "unbeaten": "Unbeaten",
+        "importance": "Importance for perplexity",
+        "share": "Share",
+        "importance_note": "By {evaluator} (arXiv 2304.10255) over {trials} trials: how much a setting's values among "
+        "the best {quantile} of the trials differ from those of all, in shares of the sum. With few trials the shares "
+        "are rough.",
+        "no_importance": "Not computed: {reason}.",
+        "settings": "Settings",
+        "setting": "Setting",
+        "value": "Value",
+        "searched": "Searched",
+        "sampler": "Sampler",
+        "seeds": "Seeds",
+        "study": "Study",
+        "device": "Device",
+        "versions": "Versions",
+        "commit": "Commit",
+        "created": "Started",
+        "command": "Command",
+        "rest": "What is not searched",
+        "where": "Each trial has a run folder with a report of its own in trials/.",
+    },
+    "ja": {
+        "title": "Context-Pythia スイープ、レシピ「{recipe}」",
+        "best": "平均パープレキシティが最も良いのは{name}の{ppl}（n = {n}）で、KVキャッシュの実測値は{kb}である。",
+        "best_smaller": "ベースラインよりキャッシュが小さい設定の中では{name}が最も良く、{ppl}（n = {n}）、"
+        "ベースラインの最良の設定に対して{change}、キャッシュは{kb}で{reduction}の削減である。",
+        "nothing": "このスイープにはまだ結果のある試行がない。",
+        "counts": "設定{settings}通り、試行{total}件：結果あり{complete}、失敗{failed}、"
+        "実行中{running}、待機中{waiting}。",
+        "caption": "シードにわたる最良検証パープレキシティの平均（ひげは最小と最大）と実測KVキャッシュ。"
+        "破線は、両方で他に負けない設定を結ぶ。",
+        "best_of_each": "モデルごとの最良の設定",
+        "budget": "モデルごとの試行数：{budgets}。同じだけ探索したモデルどうしでのみ、パープレキシティを比べられる。",
+        "all_settings": "すべての設定",
+        "table_note": "シードにわたる最良検証パープレキシティの平均、最小、最大、標本標準偏差。n：結果のあるシード数と"
+        "総数。差と削減率：平均が最良のベースラインの設定に対する値。KVキャッシュ：generate()が満たしたキャッシュの実測値、"
+        "バッチ1、1 KB = 1,024バイト。"
+        "非劣解：パープレキシティとキャッシュの両方で同等以上、かつ一方で優る設定が他にない。"
+        "ダッシュ：そのモデルに関係しない。",
+        "failure": "{name}は失敗した：{error}",
+        "failed": "失敗",
+        "yes": "はい",
+        "model": "モデル",
+        "n": "n",
+        "mean": "平均PPL",
+        "range": "最小–最大",
+        "std": "標準偏差",
+        "change": "ベースラインとの差",
+        "cache": "KVキャッシュ",
+        "reduction": "削減率",
+        "unbeaten": "非劣解",
+        "importance": "パープレキシティへの重要度",
+        "share": "割合",
+        "importance_note": "{evaluator}（arXiv 2304.10255）による。試行{trials}件のうち上位{quantile}での設定値の分布が"
+        "全体の分布とどれだけ異なるかを、合計に対する割合で示す。試行が少ないと割合は粗い。",
+        "no_importance": "計算していない（{reason}）。",
+        "settings": "設定",
+        "setting": "設定",
+        "value": "値",
+        "searched": "探索したもの",
+        "sampler": "サンプラー",
+        "seeds": "シード",
+        "study": "スタディ",
+        "device": "デバイス",
+        "versions": "バージョン",
+        "commit": "コミット",
+        "created": "開始",
+        "command": "コマンド",
+        "rest": "探索しないもの",
+        "where": "各試行の実行フォルダーとその報告書はtrials/にある。",
+    },
+}

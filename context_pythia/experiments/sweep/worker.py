@@ -1,0 +1,184 @@
+"""`context-pythia sweep`: one worker, of any number, that trains a study's trials until the whole study has ended.
+
+A trial is the comparison of a recipe with one model, in a run folder of its own below `trials/`; what it holds is never
+trained again, and a trial that another worker left half done goes on from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from context_pythia.data.packing import load_data
+from context_pythia.experiments.build import best_device, embedding_rows
+from context_pythia.experiments.compare import compare
+from context_pythia.experiments.record import provenance, read_metrics, write_json
+from context_pythia.experiments.sweep.options import Setting, SweepPlan
+from context_pythia.experiments.sweep.report import write_sweep
+from context_pythia.experiments.sweep.results import sweep_metrics
+from context_pythia.experiments.sweep.search import Search
+from context_pythia.experiments.sweep.study import (
+    ERROR,
+    RESULT,
+    SEED,
+    Claim,
+    Queue,
+    open_storage,
+    require_optuna,
+)
+from context_pythia.recipe import recipe_to_dict
+from context_pythia.training.phase2 import check_options
+
+if TYPE_CHECKING:
+    from context_pythia.recipe import Recipe
+
+POLL = 1.0  # seconds between two looks at trials that other workers hold
+TRIALS = "trials"
+RECIPE = "recipe"  # the study's attribute that says what all its trials share
+# Of a trial's entry in its run folder's metrics, what the study keeps: its report needs no run folder.
+KEPT = ("parameters", "best_epoch", "val_accuracy", "stop_reason", "seconds_per_epoch")
+
+
+def sweep(
+    plan: SweepPlan, out: Path, storage: str | None = None, lang: str = "en", progress: bool = True
+) -> dict[str, Any]:
+    """Train what of the plan's trials nobody else trains, wait for the others, write the report, return its figures.
+
+    Args:
+        out: the sweep's folder; its name is the study's name in `storage`.
+        storage: an Optuna storage URL (default: a journal in `out`).
+        lang: the report is written in English, and in this language.
+
+    Raises:
+        ValueError: something that cannot be trained as asked, found before any training; or a study of another sweep.
+        RuntimeError: every trial failed, or the storage failed on the way.
+        OSError: a folder that cannot be written. The trial that it met waits for the next worker.
+    """
+    require_optuna()
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        (out / TRIALS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
+    try:
+        queue = Queue(open_storage(storage, out), out.resolve().name, out, plan.trials)
+        _check_same_sweep(plan, queue, out)
+        with queue.exclusive:  # the first worker packs the text, the others open what it packed
+            for setting in plan.probes():
+                check_setting(setting.recipe, progress)
+        metrics = _work(plan, queue, out, progress)
+        with queue.exclusive:
+            written = [path for language in {"en": 0, lang: 0} for path in write_sweep(out, language)]
+    except StorageInternalError as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise RuntimeError(f"the storage failed ({reason}): run again to go on") from error
+    print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
+    failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
+    if failed and len(failed) == len(metrics["trials"]):
+        raise RuntimeError(f"all {len(failed)} trials failed: {failed[0]['error']}")
+    return metrics
+
+
+def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
+    """Raise `ValueError` where the study holds trials of another recipe or sampler: they would not compare."""
+    wanted = recipe_to_dict(plan.recipe) | {"sampler": plan.sampler}
+    del wanted["data"]["cache_dir"], wanted["seed"]
+    with queue.exclusive:
+        held = queue.study.user_attrs.get(RECIPE)
+        if held is None:
+            queue.study.set_user_attr(RECIPE, wanted)
+            return
+    for key in wanted:
+        if held.get(key) != wanted[key]:
+            raise ValueError(f"{out} holds a sweep with another {_difference(key, held.get(key), wanted[key])}: "
+                             "choose another folder with --out")  # fmt: skip
+
+
+def _difference(key: str, held: Any, wanted: Any) -> str:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        inner = next((name for name in wanted if held.get(name) != wanted[name]), None)
+        return f"{key}.{inner} ({held.get(inner)}, not {wanted.get(inner)})"
+    return key if isinstance(wanted, list) else f"{key} ({held}, not {wanted})"
+
+
+def check_setting(recipe: Recipe, progress: bool) -> None:
+    """Raise `ValueError` for what a recipe cannot tell to be wrong before its text is read."""
+    data = load_data(recipe.data, progress)
+    embedding_rows(recipe, data.summary["vocab_size"])
+    check_options(recipe.train, data)
+
+
+def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str, Any]:
+    search = Search(plan, queue)
+    waiting = 0
+    while True:
+        claim = queue.take()
+        if claim is None:
+            if search.fill():
+                continue
+            if not (unfinished := queue.unfinished()):
+                return _record(plan, queue, out)
+            if unfinished != waiting:
+                print(f"waiting for {unfinished} of {len(queue.trials())} trials in other workers", flush=True)
+            waiting = unfinished
+            time.sleep(POLL)
+            continue
+        waiting = 0
+        with claim:
+            _run(plan, claim, out, progress)
+        _record(plan, queue, out)
+
+
+def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
+    """Train the trial and record its end; a failure on the way is its end too, unless the machine is to blame."""
+    from optuna.trial import TrialState
+
+    trial, count = claim.trial, plan.trials or len(claim.queue.trials())
+    try:
+        setting = plan.setting(trial.params, trial.user_attrs[SEED])
+        check_setting(setting.recipe, progress)
+    except ValueError as error:
+        claim.end(None, {ERROR: str(error).splitlines()[0]}, TrialState.FAIL)
+        return
+    print(f"\ntrial {trial.number + 1} of {count}: {setting.describe()}", flush=True)
+    entry = train_trial(setting, run_folder(setting, out), progress)
+    if entry["error"] is not None:
+        claim.end(None, {ERROR: entry["error"]}, TrialState.FAIL)
+        return
+    values = [entry["best_val_ppl"], entry["cache"]["bytes_measured"]]
+    claim.end(values, {RESULT: {key: entry[key] for key in KEPT}})
+
+
+def run_folder(setting: Setting, out: Path) -> Path:
+    """The trial's run folder: one of the same identity that is there already, whatever else was searched then."""
+    return next((out / TRIALS).glob(f"*_{setting.identity}"), out / TRIALS / setting.folder)
+
+
+def train_trial(setting: Setting, folder: Path, progress: bool) -> dict[str, Any]:
+    """The trial's entry in its run folder's metrics, a failure included: trained now, or recorded there before."""
+    if (entry := _entry(folder)) is None:
+        try:
+            compare(setting.recipe, folder, progress=progress)
+        except RuntimeError:
+            if _entry(folder) is None:
+                raise
+        entry = _entry(folder)
+    assert entry is not None
+    return entry
+
+
+def _entry(folder: Path) -> dict[str, Any] | None:
+    path = folder / "metrics.json"
+    return next(iter(read_metrics(path)["models"]), None) if path.exists() else None
+
+
+def _record(plan: SweepPlan, queue: Queue, out: Path) -> dict[str, Any]:
+    """Write the sweep's metrics and provenance, as the study has them now."""
+    with queue.exclusive:
+        metrics = sweep_metrics(plan, queue, lambda setting: run_folder(setting, out).name)
+        write_json(out / "metrics.json", metrics)
+        if not (out / "provenance.json").exists():
+            write_json(out / "provenance.json", provenance(best_device()))
+    return metrics

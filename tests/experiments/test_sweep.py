@@ -1,0 +1,469 @@
+"""Sweeps: what is searched, how workers share a study and survive one another's end, and what is reported."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from optuna.trial import TrialState
+
+from context_pythia import cli
+from context_pythia.experiments.report import write_report
+from context_pythia.experiments.sweep import study as study_module
+from context_pythia.experiments.sweep import worker
+from context_pythia.experiments.sweep.options import SweepPlan, parse_over
+from context_pythia.experiments.sweep.results import importances, settings_over_seeds
+from context_pythia.experiments.sweep.study import JOURNAL, Queue, open_storage
+from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
+from context_pythia.recipe import load_recipe
+
+from .conftest import tiny_recipe
+
+QUICK = load_recipe("quick")
+
+
+def plan_of(recipe=QUICK, over=(), models=("Pythia", "layer"), seeds=(0,), sampler="grid", trials=None) -> SweepPlan:
+    return SweepPlan(recipe, models, [parse_over(text) for text in over], seeds, sampler, trials)
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def quick_trials(monkeypatch):
+    """Trials that end at once, with a perplexity that the settings decide; returns what was trained."""
+    trained = []
+
+    def train(setting, folder, progress):
+        trained.append(setting)
+        model, rate = setting.recipe.models[0], setting.recipe.train.learning_rate
+        width = 512 if model.context_source is None else model.context_dim
+        perplexity = 100 + 10 * abs(rate - 0.002) / 0.002 + 1000 / width + setting.recipe.seed
+        entry = dict.fromkeys(worker.KEPT) | {"error": None, "best_val_ppl": perplexity}
+        return entry | {"cache": {"bytes_measured": 4096 * width}}
+
+    monkeypatch.setattr(worker, "train_trial", train)
+    monkeypatch.setattr(worker, "check_setting", lambda recipe, progress: None)
+    return trained
+
+
+# What is searched
+
+
+@pytest.mark.parametrize(
+    ("over", "path", "values"),
+    [
+        ("learning_rate=1e-4,0.001", "train.learning_rate", (0.0001, 0.001)),
+        ("train.learning-rate=1", "train.learning_rate", (1.0,)),
+        ("phase1-learning-rate=0.1", "phase1.learning_rate", (0.1,)),
+        ("phase1=true,false", "model.phase1", (True, False)),
+        ("context_source=null,shared", "model.context_source", (None, "shared")),
+        ("hidden_size=64, 128", "architecture.hidden_size", (64, 128)),
+        ("data=a.txt,b.txt", "data.data", ("a.txt", "b.txt")),
+    ],
+)
+def test_keys_are_those_of_the_flags_and_values_have_the_option_s_kind(over, path, values):
+    dimension = parse_over(over)
+    assert (dimension.path, dimension.values) == (path, values)
+    assert list(map(type, dimension.values)) == list(map(type, values))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--over", "learning_rte=1"],
+            "--over key 'learning_rte' is unknown (did you mean learning_rate?); valid: arch",
+        ),
+        (["--over", "seed=1,2"], "--over seed: seeds are given by --seeds"),
+        (
+            ["--over", "schedule=cosin"],
+            "train.schedule 'cosin': must be one of constant, constant_with_warmup, linear, ",
+        ),
+        (["--over", "epochs=two"], "train.epochs 'two': must be a whole number"),
+        (["--over", "epochs=2,0"], "train.epochs 0: must be >= 1"),
+        (["--over", "epochs=2,2"], "--over epochs: 2,2 names a value twice"),
+        (["--over", "epochs"], "--over 'epochs': give key=value,value"),
+        (["--over", "epochs=2", "--over", "train.epochs=3"], "--over train.epochs: is given twice"),
+        (["--over", "context_dim=32,300"], "context_dim 300: must be between 1 and 2 * hidden_size = 256"),
+        (["--over", "context_dim=32..64"], "--over model.context_dim: a range needs --sampler tpe"),
+        (["--over", "context_dim=64..300", "--sampler", "tpe", "--trials", "4"], "context_dim 300: must be between"),
+        (["--over", "schedule=a..b", "--sampler", "tpe"], "--over train.schedule: a..b is no range of numbers"),
+        (
+            ["--over", "epochs=2", "--sampler", "tpe", "--trials", "5"],
+            "--trials 5: --sampler tpe needs a multiple of 4",
+        ),
+        (["--over", "epochs=2", "--trials", "5"], "--trials: is for --sampler tpe"),
+        (["--over", "epochs=2", "--seeds", "0,x"], "--seeds 0,x: give different whole numbers"),
+        (["--over", "epochs=2", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line_and_exit_2_before_any_training(tmp_path, capsys, argv, message):
+    assert cli.main(["sweep", "quick", *argv, "--out", str(tmp_path / "sweep")]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"context-pythia: error: {message}") and err.count("\n") == 1 and not out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_grid_holds_each_training_once():
+    over = ["context_dim=32,64", "context_sharing=1,2", "phase1.noise=0,0.1", "learning_rate=0.001,0.002"]
+    found = plan_of(over=over, models=("Pythia", "shared", "layer"), seeds=(0, 1)).combinations()
+    assert len({setting.identity for setting in found}) == len(found)
+    counts = Counter(setting.recipe.models[0].name for setting in found)
+    # The baseline has no context, `shared` no context_sharing, `layer` no phase 1.
+    assert counts == {"Pythia": 2 * 2, "shared": 2 * 2 * 2 * 2, "layer": 2 * 2 * 2 * 2}
+    assert found[0].params == {"model": "Pythia", "train.learning_rate": 0.001}
+    assert [setting.recipe.seed for setting in found] == [0] * 18 + [1] * 18
+
+
+def test_equal_settings_have_one_identity_however_they_were_asked_for(tmp_path):
+    (asked,) = plan_of(over=["learning_rate=1e-3"], models=("Pythia",)).combinations()
+    moved = load_recipe("quick", {"data.cache_dir": str(tmp_path), "train.learning_rate": 0.001})
+    (default,) = plan_of(moved, models=("Pythia",)).combinations()
+    assert asked.identity == default.identity
+    assert plan_of(over=["epochs=4"], models=("Pythia",)).combinations()[0].identity != asked.identity
+    folder = plan_of(over=["data=/x/y.txt,b"], models=("Pythia",)).combinations()[0].folder
+    assert re.fullmatch(r"pythia_data=-x-y\.txt_seed=0_[0-9a-f]{10}", folder)
+
+
+def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, quick_trials):
+    over = ["learning_rate=log:1e-4..1e-2", "context_dim=32,64"]
+    plan = plan_of(over=over, models=("Pythia", "layer"), seeds=(0, 1), sampler="tpe", trials=16)
+    metrics = worker.sweep(plan, tmp_path / "sweep", progress=False)
+    assert Counter(setting.recipe.models[0].name for setting in quick_trials) == {"Pythia": 8, "layer": 8}
+    assert Counter(setting.recipe.seed for setting in quick_trials) == {0: 8, 1: 8}
+    assert all(row["n"] == 2 for row in metrics["settings"]) and len(metrics["settings"]) == 8
+    rates = {setting.recipe.train.learning_rate for setting in quick_trials}
+    assert len(rates) >= 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+
+
+def test_tpe_ends_where_nothing_new_is_left(tmp_path, quick_trials):
+    plan = plan_of(over=["epochs=1,2,3"], models=("Pythia",), sampler="tpe", trials=20)
+    worker.sweep(plan, tmp_path / "sweep", progress=False)
+    assert sorted(setting.recipe.train.epochs for setting in quick_trials) == [1, 2, 3]
+
+
+# One study, many workers
+
+WORKER = """
+import os, random, sys, time
+from pathlib import Path
+sys.argv[0] = "context-pythia"  # without torch, which would take a second to load
+from context_pythia.experiments.sweep.study import Queue, open_storage, require_optuna
+require_optuna()
+folder = Path(%r)
+queue = Queue(open_storage(None, folder), "study", folder)
+with queue.exclusive:
+    held = {trial.user_attrs["identity"] for trial in queue.trials()}
+    for i in range(12):
+        if str(i) not in held:
+            queue.add(str(i), 0, {}, {})
+while queue.unfinished():
+    claim = queue.take()
+    if claim is None:
+        time.sleep(0.01)
+        continue
+    with claim:
+        time.sleep(random.uniform(0, 0.08))
+        with open(folder / "ended", "a") as file:
+            claim.end([1.0, 2.0], {}) and file.write(f"{claim.trial.number}\\n")
+"""
+
+
+def test_every_trial_ends_exactly_once_though_workers_are_killed(tmp_path):
+    dice = random.Random(0)
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", WORKER % str(tmp_path)], stderr=subprocess.PIPE, text=True)
+
+    workers = [start(), start()]
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for kill in range(4):
+        time.sleep(dice.uniform(0, 0.15))
+        os.kill(workers[kill % 2].pid, signal.SIGKILL)
+        workers[kill % 2].communicate()
+        workers[kill % 2] = start()
+    for process in workers:
+        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+    entries = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    created = [entry for entry in entries if entry["op_code"] == 4]
+    ends = Counter(entry["trial_id"] for entry in entries if entry["op_code"] == 6 and entry["state"] in (1, 2, 3))
+    assert len(created) == 12
+    assert ends == dict.fromkeys(range(12), 1)
+    storage = open_storage(None, tmp_path)
+    trials = Queue(storage, "study", tmp_path).study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 12
+
+
+def waiting_queue(folder, storage=None, names=("a", "b"), limit=None) -> Queue:
+    folder.mkdir(exist_ok=True)
+    queue = Queue(storage or open_storage(None, folder), "study", folder, limit)
+    for name in names:
+        queue.add(name, 0, {}, {})
+    return queue
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_nothing_else(tmp_path):
+    queue = waiting_queue(tmp_path)
+    whole = (tmp_path / JOURNAL).read_bytes()
+    with (tmp_path / JOURNAL).open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"' + b"x" * 9000)
+    assert len(Queue(open_storage(None, tmp_path), "study", tmp_path).trials()) == 2
+    queue.add("c", 0, {}, {})
+    content = (tmp_path / JOURNAL).read_bytes()
+    assert content.startswith(whole) and b"xxx" not in content
+    assert len(Queue(open_storage(None, tmp_path), "study", tmp_path).trials()) == 3
+
+
+def test_an_interrupted_trial_waits_again(tmp_path):
+    queue = waiting_queue(tmp_path, names=("a",))
+    with pytest.raises(KeyboardInterrupt), queue.take():
+        assert queue.study.trials[0].state == TrialState.RUNNING
+        assert queue.take() is None
+        raise KeyboardInterrupt
+    assert queue.study.trials[0].state == TrialState.WAITING
+    with queue.take() as claim:
+        assert claim.end([1.0, 2.0], {})
+    assert queue.take() is None and not queue.unfinished()
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
+def test_workers_that_share_no_folder_are_judged_by_their_signs_of_life(tmp_path, monkeypatch, url):
+    """Two machines: one storage, a folder each; the trial of a dead one is taken after the grace, not before."""
+    monkeypatch.setattr(study_module, "GRACE", 0.2)
+    monkeypatch.setattr(study_module, "BEAT", 0.05)
+    url = url and url.format(tmp_path)
+    here = waiting_queue(tmp_path / "here", open_storage(url, tmp_path), names=("a",))
+    there = waiting_queue(tmp_path / "there", open_storage(url, tmp_path), names=())
+    with here.take() as alive:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            assert there.take() is None
+            time.sleep(0.02)
+        alive._stop.set()  # as if the machine were gone
+        until = time.monotonic() + 5
+        while (taken := there.take()) is None and time.monotonic() < until:
+            time.sleep(0.02)
+        with taken:
+            assert taken.end([1.0, 2.0], {})
+        # It was not dead after all: the first end stands.
+        assert not alive.end([3.0, 4.0], {})
+    assert [trial.values for trial in here.study.trials] == [[1.0, 2.0]]
+
+
+def test_what_two_machines_added_at_one_moment_is_run_once(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    queue = waiting_queue(tmp_path / "here", open_storage(url, tmp_path), names=("a", "b", "a", "c"), limit=2)
+    ended = []
+    while claim := queue.take():
+        with claim:
+            claim.end([1.0, 2.0], {})
+        ended.append(claim.trial.user_attrs["identity"])
+    assert ended == ["a", "b"] and not queue.unfinished() and len(queue.trials()) == 2
+    assert [trial.state.name for trial in queue.study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_machines_that_open_a_new_database_at_one_moment_share_it(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    with ThreadPoolExecutor() as pool:
+        storages = list(pool.map(lambda _: open_storage(url, tmp_path), range(4)))
+    waiting_queue(tmp_path / "here", storages[0])
+    assert len(waiting_queue(tmp_path / "there", storages[3], names=()).trials()) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://host", "--storage redis: Optuna unpickles what it finds there"),
+        ("nonsense", "--storage nonsense: cannot be opened"),
+        ("bad://me:secret@host/db", r"--storage bad://me:\*\*\*@host/db: cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, url, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        open_storage(url, tmp_path)
+    assert "secret" not in str(caught.value)
+
+
+# A sweep from end to end
+
+
+@pytest.fixture(scope="module")
+def finished_sweep(tmp_path_factory, own_cache):
+    folder = tmp_path_factory.mktemp("sweeps")
+    plan = plan_of(tiny_recipe(folder), ["context_dim=12,16"], ("Pythia", "Layer 12 x2"))
+    worker.sweep(plan, folder / "sweep", lang="ja", progress=False)
+    return folder / "sweep", plan
+
+
+def test_every_trial_is_a_whole_run_folder_with_the_figures_of_the_study(finished_sweep):
+    folder, _ = finished_sweep
+    metrics = metrics_of(folder)
+    assert [trial["state"] for trial in metrics["trials"]] == ["complete"] * 3
+    assert {path.name for path in (folder / "trials").iterdir()} == {trial["folder"] for trial in metrics["trials"]}
+    for trial in metrics["trials"]:
+        (entry,) = metrics_of(folder / "trials" / trial["folder"])["models"]
+        assert (trial["val_ppl"], trial["cache_bytes"]) == (entry["best_val_ppl"], entry["cache"]["bytes_measured"])
+        assert trial["best_epoch"] == entry["best_epoch"] and trial["model"] == entry["name"]
+        assert (folder / "trials" / trial["folder"] / "report.md").exists()
+    assert [trial["cache_bytes"] for trial in metrics["trials"]] == [16 * 4 * numbers for numbers in (128, 12, 16)]
+
+
+def test_what_is_recorded_is_never_trained_again(finished_sweep, tmp_path, monkeypatch):
+    folder, plan = finished_sweep
+    before = metrics_of(folder)
+    monkeypatch.setattr(worker, "compare", None)
+    assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]
+    # Even in another study: the run folders are the record.
+    (folder / JOURNAL).rename(tmp_path / JOURNAL)
+    assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]
+
+
+def test_a_sweep_keeps_to_its_recipe(finished_sweep):
+    folder, plan = finished_sweep
+    other = plan_of(tiny_recipe(folder.parent, train={"epochs": 3}), ["context_dim=12"], plan.models)
+    with pytest.raises(
+        ValueError, match=r"holds a sweep with another train.epochs \(2, not 3\): choose another folder"
+    ):
+        worker.sweep(other, folder, progress=False)
+
+
+def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypatch):
+    folder, _ = finished_sweep
+    names = {"report.md", "report.html", "report.ja.md", "report.ja.html", "pareto.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    (folder / "report.ja.md").unlink()
+    monkeypatch.setitem(sys.modules, "optuna", None)  # neither Optuna nor the study is needed
+    assert cli.main(["report", str(folder), "--lang", "ja"]) == 0
+    report = (folder / "report.md").read_text()
+    assert (folder / "report.ja.md").exists() and "Layer 12 x2, context\\_dim" not in report
+    for row in metrics_of(folder)["settings"]:
+        assert f"| {row['mean']:,.2f} |" in report
+    assert "Not computed: 3 trials have a result, 4 at least are needed." in report
+    assert (folder / "report.html").read_text().count("data:image/png") == 1
+
+
+def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(tmp_path, monkeypatch):
+    whole = worker.compare
+
+    def fail(recipe, folder, progress):
+        if recipe.train.learning_rate == 0.1:
+            monkeypatch.setattr(
+                "context_pythia.experiments.compare.train_language_model",
+                lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("training loss became nan at step 3")),
+            )
+        whole(recipe, folder, progress=progress)
+
+    monkeypatch.setattr(worker, "compare", fail)
+    plan = plan_of(tiny_recipe(tmp_path), ["learning_rate=0.003,0.1"], ("Pythia",))
+    metrics = worker.sweep(plan, tmp_path / "sweep", progress=False)
+    good, bad = metrics["trials"]
+    assert (good["state"], bad["state"]) == ("complete", "failed")
+    assert bad["error"] == "training loss became nan at step 3" and bad["val_ppl"] is None
+    assert "failed: training loss became nan at step 3" in (tmp_path / "sweep" / "report.md").read_text()
+    monkeypatch.setattr(worker, "compare", None)
+    assert worker.sweep(plan, tmp_path / "sweep", progress=False)["trials"] == metrics["trials"]
+
+
+def test_a_sweep_whose_trials_all_fail_is_a_failure(tmp_path, monkeypatch, quick_trials):
+    failed = {"error": "no memory", "best_val_ppl": None}
+    monkeypatch.setattr(worker, "train_trial", lambda *args: failed)
+    with pytest.raises(RuntimeError, match="all 2 trials failed: no memory"):
+        worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    assert "no memory" in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_a_machine_s_failure_leaves_the_trial_for_the_next_worker(tmp_path, monkeypatch, quick_trials):
+    train = worker.train_trial
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker, "train_trial", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    monkeypatch.setattr(worker, "train_trial", train)
+    metrics = worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    assert [trial["state"] for trial in metrics["trials"]] == ["complete", "complete"]
+
+
+def test_a_grid_grows_in_the_same_study(tmp_path, quick_trials):
+    worker.sweep(plan_of(over=["context_dim=32,64"]), tmp_path / "sweep", progress=False)
+    metrics = worker.sweep(
+        plan_of(over=["context_dim=16,128", "learning_rate=0.002"], seeds=(0, 1)), tmp_path / "sweep", progress=False
+    )
+    assert len(quick_trials) == 3 + 6 and len(metrics["trials"]) == 9
+    older = {
+        (row["setting"]["model.context_dim"], row["setting"]["train.learning_rate"]) for row in metrics["settings"]
+    }
+    assert older == {(None, 0.001), (32, 0.001), (64, 0.001), (None, 0.002), (16, 0.002), (128, 0.002)}
+
+
+# What is found
+
+
+def trial(model, ppl, cache_bytes, seed=0, state="complete", **setting):
+    figures = {"val_ppl": ppl, "cache_bytes": cache_bytes, "seed": seed, "state": state}
+    return {"model": model, "baseline": model == "Pythia", "setting": setting} | figures
+
+
+def test_settings_are_means_and_spreads_over_seeds_against_the_best_baseline():
+    rows = settings_over_seeds(
+        [
+            trial("Pythia", 20.0, 1000, lr=1),
+            trial("Pythia", 10.0, 1000, lr=2),
+            trial("layer", 10.0, 250, lr=1),
+            trial("layer", 14.0, 250, seed=1, lr=1),
+            trial("layer", None, None, seed=2, state="failed", lr=1),
+            trial("layer", 13.0, 250, lr=2),
+            trial("shared", 11.5, 500, lr=2),
+        ]
+    )
+    first, best, ours, worse, between = rows
+    assert best["change"] is None and first["change"] == 1.0
+    assert (ours["n"], ours["trials"], ours["failed"]) == (2, 3, 1)
+    assert (ours["mean"], ours["min"], ours["max"]) == (12.0, 10.0, 14.0)
+    assert ours["std"] == pytest.approx(8**0.5)
+    assert ours["change"] == pytest.approx(0.2) and ours["reduction"] == 0.75
+    assert [row["unbeaten"] for row in rows] == [False, True, True, False, True]
+
+
+def test_importance_finds_what_decides():
+    dice = random.Random(1)
+    trials = [
+        trial("layer" if i % 2 else "Pythia", 10 + 5 * rate + dice.random() / 100, 1, **{
+            "train.learning_rate": rate, "model.context_dim": 16 * (1 + i // 2 % 2) if i % 2 else None,
+        })
+        for i in range(12) for rate in (0.1, 0.2, 0.4)
+    ]  # fmt: skip
+    found = importances(trials, ["train.learning_rate", "model.context_dim"])
+    assert found["shares"]["train.learning_rate"] > 0.8
+    assert sum(found["shares"].values()) == pytest.approx(1) and found["trials"] == 36
+    equal = [{**one, "val_ppl": 1.0} for one in trials]
+    assert importances(equal, ["train.learning_rate"]) == {"reason": "all trials have the same perplexity"}
+    alone = [trial("layer", float(i), 1) for i in range(4)]
+    assert importances(alone, [])["reason"].startswith("nothing was searched")
+
+
+def test_every_language_has_the_same_texts():
+    def placeholders(text):
+        return sorted(re.findall(r"{(\w+)}", text))
+
+    english = {key: placeholders(text) for key, text in SWEEP_TRANSLATIONS["en"].items()}
+    for texts in SWEEP_TRANSLATIONS.values():
+        assert {key: placeholders(text) for key, text in texts.items()} == english
+
+
+def test_a_report_needs_a_known_language(finished_sweep):
+    with pytest.raises(ValueError, match="unknown report language 'fr'"):
+        write_report(finished_sweep[0], "fr")
