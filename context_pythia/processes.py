@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection.
 LONGEST_WAIT = timedelta(hours=24)
-_says_why = int(os.environ.get("LOCAL_RANK", 0)) == 0
+_first_failed: bool | None = None  # known once processes that have joined fail
 
 
 def count() -> int:
@@ -38,7 +38,7 @@ def is_main() -> bool:
 
 def says_why() -> bool:
     """Whether it falls to this process to say why the run ends: of a joint failure one line is enough."""
-    return _says_why
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 if _first_failed is None else _first_failed
 
 
 @contextlib.contextmanager
@@ -82,13 +82,13 @@ def joined() -> Iterator[None]:
 def _first_to_fail() -> bool:
     from torch import distributed
 
-    global _says_why
+    global _first_failed
     try:
         # The launcher keeps this store. Where process 0 keeps it and has gone, that one has failed before.
-        _says_why = distributed.distributed_c10d._get_default_store().add("context-pythia failed", 1) == 1
+        _first_failed = distributed.distributed_c10d._get_default_store().add("context-pythia failed", 1) == 1
     except RuntimeError:
-        _says_why = False
-    return _says_why
+        _first_failed = False
+    return _first_failed
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

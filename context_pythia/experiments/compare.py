@@ -25,7 +25,7 @@ from context_pythia.experiments.record import Run, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
-from context_pythia.training.phase2 import train_language_model
+from context_pythia.training.phase2 import check_shares, train_language_model
 
 
 @processes.joined()
@@ -37,6 +37,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
     Raises:
         RuntimeError: a model failed; the report is written first.
     """
+    check_shares(recipe.train)
     run, data = _open(recipe, out, progress)
     failures = []
     for options in recipe.models:
@@ -62,6 +63,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
 @processes.joined()
 def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
     """Both phases of the recipe's models, without the report."""
+    check_shares(recipe.train)
     run, data = _open(recipe, out, progress)
     for options in recipe.models:
         if run.finished(options.name):

@@ -38,7 +38,14 @@ from context_pythia.training.oacd import (
     oacd_loss,
     sweep_tokens,
 )
-from context_pythia.training.pieces import drop_checkpoints, last_piece, read_tensors, save_piece, write_tensors
+from context_pythia.training.pieces import (
+    drop_checkpoints,
+    last_piece,
+    read_rows,
+    read_tensors,
+    save_piece,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -279,12 +286,13 @@ class OacdRun:
         checkpoint = last_piece(self.folder)
         if checkpoint is None:
             return self.start()
-        tensors, metadata = read_tensors(checkpoint, self.device)
+        tensors, metadata = read_tensors(checkpoint, self.device, without="contexts")
         state = json.loads(metadata.get("phase1", "{}"))
         self._require_same(state.get("identity", {}), checkpoint)
         for name in COUNTERS:
             setattr(self, name, state[name])
-        self.contexts, self.boundary = tensors["contexts"], tensors["boundary"]
+        self.contexts, self.boundary = self._empty_contexts(), tensors["boundary"]
+        read_rows(checkpoint, "contexts", self.contexts)
         adam: dict[int, dict[str, torch.Tensor]] = {}
         for name in tensors:
             if name.startswith("adam."):

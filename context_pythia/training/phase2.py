@@ -298,14 +298,19 @@ def check_options(options: TrainOptions, data: PackedData) -> None:
         raise ValueError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
     if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
+    check_shares(options)
+    for split in ("train", "validation"):
+        if len(getattr(data, split)) == 0:
+            raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
+
+
+def check_shares(options: TrainOptions) -> None:
+    """Raises ValueError where the processes cannot share a batch evenly."""
     if options.batch_size % processes.count():
         raise ValueError(
             f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
             f"give a multiple of {processes.count()}"
         )
-    for split in ("train", "validation"):
-        if len(getattr(data, split)) == 0:
-            raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
 
 
 def summary_writer(folder: Path):

@@ -18,7 +18,7 @@ from context_pythia import processes
 
 ALONE = "checkpoint.safetensors"
 PIECE = re.compile(r"checkpoint-(\d+)-(\d+)-of-(\d+)\.safetensors")
-ROWS_AT_ONCE = 1 << 19
+ROWS_AT_ONCE = 1 << 18
 
 
 def save_piece(folder: Path, moment: int, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -81,11 +81,21 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     os.replace(temporary, path)
 
 
-def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; ValueError, which names it, if it is missing or damaged."""
+def read_tensors(
+    path: Path, device: torch.device, without: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (but one) and metadata of a safetensors file; ValueError, which names it, if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             # Copies: on the CPU they would be maps of a file that the next checkpoint replaces.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            names = [name for name in file.keys() if name != without]  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): delete it and run phase 1 again") from error
+
+
+def read_rows(path: Path, name: str, into: torch.Tensor) -> None:
+    """Fill `into` with a tensor of the file, part by part: the whole of a map that is read stays in memory."""
+    for first in range(0, len(into), ROWS_AT_ONCE):
+        with safe_open(path, framework="pt") as file:
+            into[first : first + ROWS_AT_ONCE] = file.get_slice(name)[first : first + ROWS_AT_ONCE]
