@@ -46,12 +46,17 @@ def joined() -> Iterator[None]:
     """Within it the processes can exchange tensors, and those other than process 0 print nothing on stdout.
 
     Raises:
-        ValueError: more processes on this machine than GPUs.
+        ValueError: more processes on this machine than GPUs, or models divided by FSDP or DeepSpeed.
         SystemExit: in a process that failed after another one had said why.
     """
     if count() == 1:
         yield
         return
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate's {name} is not supported: each process holds the whole model, drop the option"
+            )
     import torch
     from torch import distributed
 

@@ -34,8 +34,8 @@ from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.oacd import (
     TokenProjections,
     effective_rank,
+    fused_oacd_loss,
     held_out_contexts,
-    oacd_loss,
     sweep_tokens,
 )
 from context_pythia.training.pieces import (
@@ -223,17 +223,17 @@ class OacdRun:
         rows, ids = self.contexts[first : first + options.batch_tokens], self._ids(batch).to(self.device)
         dtype = next(self.block.parameters()).dtype
         old, initial = rows.to(dtype), self.boundary.to(dtype)
-        noise = options.noise * self.normal(len(rows), len(self.history) + 1, batch).to(dtype)
+        noise = self.normal(len(rows), len(self.history) + 1, batch).to(dtype).mul_(options.noise)
         projected = self.projections.rows(ids)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             new = sweep_tokens(self.block.layers, projected, old, initial, noise)
-        loss = oacd_loss(new, options.mean_penalty)
+        loss = fused_oacd_loss(new, options.mean_penalty)
         (loss / self.batches).backward()
         self.projections.collect(ids, projected)
         with torch.no_grad():
-            converged = ((new - old).square().mean(dim=-1) < options.threshold).sum()
             # The next batch starts from this batch's last context as it was before the iteration.
             self.boundary = rows[-1].clone()
+            converged = (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
             rows.copy_(new)
         self._require_finite(loss.item(), "loss")
         self.loss += loss.item()
@@ -275,8 +275,8 @@ class OacdRun:
             tensors |= {f"weight.{name}": parameter.detach(), f"gradient.{name}": parameter.grad}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
-        for index, gradient in enumerate(self.projections.gradients):
-            tensors[f"projection_gradient.{index}"] = gradient
+        for layer, gradient in enumerate(self.projections.gradients):
+            tensors[f"projection_gradient.{layer}"] = gradient
         state = {"identity": self.identity} | {name: getattr(self, name) for name in COUNTERS}
         moment = len(self.history) * self.turns + self.batch
         save_piece(self.folder, moment, tensors, {"phase1": json.dumps(state)})
@@ -304,8 +304,8 @@ class OacdRun:
                 parameter.copy_(tensors[f"weight.{name}"])
                 parameter.grad = tensors[f"gradient.{name}"]
         self.projections.refresh()
-        for index, gradient in enumerate(self.projections.gradients):
-            gradient.copy_(tensors[f"projection_gradient.{index}"])
+        for layer, gradient in enumerate(self.projections.gradients):
+            gradient.copy_(tensors[f"projection_gradient.{layer}"])
 
     def _require_same(self, identity: dict[str, Any], path: Path) -> None:
         # What was made before there was an option was made with its default.

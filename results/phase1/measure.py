@@ -67,7 +67,7 @@ def report_iteration(run: OacdRun, embeddings: torch.Tensor, contexts: torch.Ten
 
 
 def work(way: str, tokens: int, threads: int, pipe) -> None:
-    """One way in a process of its own, because the allocator's settings are the whole process's: an iteration a turn."""
+    """One way in a process of its own, since the allocator's settings are the whole process's; an iteration a turn."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(tokens, folder, precision="bfloat16" if way == "bfloat16" else "float32")
@@ -103,8 +103,9 @@ def measure_rate(threads: int, rounds: int = 9, tokens: int = 100_096) -> dict:
     for pipe in pipes.values():
         pipe.send(False)
     median = {way: statistics.median(values) for way, values in times.items()}
-    ratios = {way: statistics.median(a / b for a, b in zip(times[REPORT], values)) for way, values in times.items()}
-    return {"threads": threads, "milliseconds_a_batch": median, "all": times, "times_the_report": ratios}
+    report = times[REPORT]
+    ratio = {way: statistics.median(a / b for a, b in zip(report, times[way], strict=True)) for way in times}
+    return {"threads": threads, "milliseconds_a_batch": median, "all": times, "times_the_report": ratio}
 
 
 def measure_memory(state_dtype: str) -> dict:

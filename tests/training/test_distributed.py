@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
@@ -280,4 +279,3 @@ def test_a_single_process_waits_for_nobody():
         processes.wait()
     values = torch.tensor([3.0])
     assert processes.total(values).item() == 3 and processes.highest(2) == 2 and processes.gathered(values) == [values]
-    assert processes.LONGEST_WAIT >= timedelta(hours=1)

@@ -14,7 +14,13 @@ from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import Phase1Options
 from context_pythia.training import oacd, phase1
-from context_pythia.training.oacd import TokenProjections, effective_rank, oacd_loss, sweep_tokens
+from context_pythia.training.oacd import (
+    TokenProjections,
+    effective_rank,
+    fused_oacd_loss,
+    oacd_loss,
+    sweep_tokens,
+)
 from context_pythia.training.phase1 import OacdRun, train_context_block
 
 
@@ -79,6 +85,33 @@ def test_loss_of_a_case_computed_by_hand():
     # Centroid (2, 0); distances from it 1 and 1, so the Frobenius norm is sqrt(2).
     loss = oacd_loss(torch.tensor([[3.0, 0.0], [1.0, 0.0]]), 0.1)
     assert loss.item() == pytest.approx(-math.sqrt(2) / 2 + 0.1 * 4)
+
+
+def test_fused_loss_equals_the_plain_one_with_its_gradient():
+    losses, gradients = [], []
+    for function in (oacd_loss, fused_oacd_loss):
+        contexts = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (0.3 * function(contexts, 0.1)).backward()
+        losses.append(function(contexts, 0.1))
+        gradients.append(contexts.grad)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    same = torch.ones(5, 2, requires_grad=True)
+    fused_oacd_loss(same, 0.1).backward()
+    assert same.grad.tolist() == [pytest.approx([0.04, 0.04])] * 5
+
+
+@pytest.mark.parametrize("source", ["input", "shared"])
+def test_bfloat16_products_reach_what_float32_reaches(tmp_path, source):
+    reached = []
+    for precision in ("float32", "bfloat16"):
+        model = make_model(source=source, hidden_size=256)
+        changes = {"max_iterations": 100, "convergence_rate": 0.95, "precision": precision}
+        reached.append(train(tmp_path / precision, model, **changes)[0])
+    plain, fast = reached
+    assert figures(plain) != figures(fast)
+    assert abs(fast.iterations - plain.iterations) <= 2 and fast.convergence_rate >= 0.95
+    assert fast.effective_rank == pytest.approx(plain.effective_rank, rel=0.05)
 
 
 def twin_loss(contexts):
