@@ -5,7 +5,7 @@
 
 The report's way, written out plainly: embeddings of the whole stream in memory, all contexts shifted and copied once an
 iteration and concatenated anew, the product over [context ; embedding] in fp32. Ids are random, with the frequencies of
-Zipf's law; times are those of one batch's share of an iteration.
+Zipf's law; times are a batch's share of an iteration.
 """
 
 import json
@@ -78,17 +78,20 @@ def work(way: str, tokens: int, threads: int, pipe) -> None:
                 embeddings = run.model.gpt_neox.embed_context_input(run.data.train.stream(0, tokens))
             draw = torch.Generator().manual_seed(0)
         while pipe.recv():
-            began = time.perf_counter()
+            began = time.process_time()
             if way == REPORT:
                 run.contexts = report_iteration(run, embeddings, run.contexts, draw)
             else:
                 for _ in range(run.turns):
                     run.advance()
-            pipe.send(1000 * (time.perf_counter() - began) / run.turns)
+            pipe.send(1000 * (time.process_time() - began) / run.turns)
 
 
 def measure_rate(threads: int, rounds: int = 9, tokens: int = 100_096) -> dict:
-    """Milliseconds a batch of 5,000 tokens, the ways taking turns; the first turn of each does not count."""
+    """Milliseconds of the processor for a batch of 5,000 tokens, the ways taking turns, the first of each not counted.
+
+    Not the clock's: other work on the machine would count. Page faults do.
+    """
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     for way in (REPORT, "float32", "bfloat16"):
         pipes[way], end = spawn.Pipe()
