@@ -25,7 +25,8 @@ from context_pythia.experiments.record import Run, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
-from context_pythia.training.phase2 import check_shares, train_language_model
+from context_pythia.training.phase2 import train_language_model
+from context_pythia.training.shares import check_shares
 
 
 @processes.joined()

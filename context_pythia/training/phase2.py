@@ -38,6 +38,7 @@ from context_pythia.training.checkpoints import (
     run_settings,
     write_json,
 )
+from context_pythia.training.shares import check_shares
 from context_pythia.training.trainer import LanguageModelTrainer, quiet_transformers, training_arguments, wide
 
 if TYPE_CHECKING:
@@ -302,15 +303,6 @@ def check_options(options: TrainOptions, data: PackedData) -> None:
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
             raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
-
-
-def check_shares(options: TrainOptions) -> None:
-    """Raises ValueError where the processes cannot share a batch evenly."""
-    if options.batch_size % processes.count():
-        raise ValueError(
-            f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
-            f"give a multiple of {processes.count()}"
-        )
 
 
 def summary_writer(folder: Path):

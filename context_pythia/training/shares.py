@@ -15,7 +15,17 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from context_pythia import processes
+from context_pythia.recipe import TrainOptions
 from context_pythia.training.loss import IGNORED
+
+
+def check_shares(options: TrainOptions) -> None:
+    """Raises ValueError where the processes cannot share a batch evenly."""
+    if options.batch_size % processes.count():
+        raise ValueError(
+            f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
+            f"give a multiple of {processes.count()}"
+        )
 
 
 class SampleOrNone(Dataset[dict[str, torch.Tensor]]):
