@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import context_pythia
+from context_pythia import processes
 from context_pythia.commands import COMMANDS
 from context_pythia.options import suggestion
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n" if processes.says_why() else None)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         advice = "; run the same command again to go on where it stopped" if command.resumable else ""
-        print(f"\n{PROGRAM}: interrupted{advice}", file=sys.stderr)
+        if processes.is_main():
+            print(f"\n{PROGRAM}: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; Python's own flush at exit must not complain either.
@@ -84,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        if processes.says_why():
+            print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError) else 1
     return 0
 

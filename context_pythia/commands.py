@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from context_pythia import processes
 from context_pythia.conversion.options import ConvertOptions, HealOptions
 from context_pythia.experiments.bench.options import CACHES as BENCH_CACHES
 from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_sources
@@ -36,6 +37,7 @@ class Command:
         keywords: the function's keyword arguments, from the parsed options.
         examples: command lines for the help.
         resumable: whether the same command, run again, goes on where it was interrupted.
+        joint: whether several processes, started by `torchrun`, can share the work.
     """
 
     usage: str
@@ -45,9 +47,13 @@ class Command:
     keywords: Callable[[argparse.Namespace], dict[str, Any]]
     examples: tuple[str, ...]
     resumable: bool = False
+    joint: bool = False
 
     def run(self, args: argparse.Namespace) -> None:
         """Check the options, then load and call the function."""
+        if processes.count() > 1 and not self.joint:
+            joint = ", ".join(name for name, command in COMMANDS.items() if command.joint)
+            raise ValueError(f"this command runs in one process, {processes.count()} were started; in several: {joint}")
         keywords = self.keywords(args)
         module, function = self.function.split(":")
         getattr(importlib.import_module(module), function)(**keywords)
@@ -291,6 +297,7 @@ COMMANDS: dict[str, Command] = {
             "compare quick --models Pythia,shared --epochs 2 --context-dim 32 --lang ja",
         ),
         resumable=True,
+        joint=True,
     ),
     "phase1": Command(
         "[RECIPE] --model NAME [options]",
@@ -300,6 +307,7 @@ COMMANDS: dict[str, Command] = {
         _one_model_keywords,
         ("phase1 quick --model shared --phase1-convergence-rate 0.99",),
         resumable=True,
+        joint=True,
     ),
     "train": Command(
         "[RECIPE] --model NAME [options]",
@@ -309,6 +317,7 @@ COMMANDS: dict[str, Command] = {
         _one_model_keywords,
         ("train quick --model layer --learning-rate 3e-4 --epochs 6",),
         resumable=True,
+        joint=True,
     ),
     "sweep": Command(
         "[RECIPE] --over KEY=A,B [--over ...] --out DIR [options]",

@@ -93,6 +93,7 @@ class Phase1Options(Options):
     mean_penalty: float = option(0.1, "weight of the squared norm of the mean context", bounds=">= 0")
     max_grad_norm: float = option(2.0, "gradient norm limit", bounds="> 0")
     state_dtype: str = option("float32", "dtype in which the contexts of the corpus are kept", ("float32", "bfloat16"))
+    precision: str = option("float32", "float32, or autocast to bfloat16", ("float32", "bfloat16"))
     checkpoint_seconds: float = option(60.0, "least time between two checkpoints", bounds=">= 0")
 
 
@@ -102,7 +103,7 @@ class TrainOptions(Options):
 
     section: ClassVar[str] = "train"
     epochs: int = option(10, "epochs at most", bounds=">= 1")
-    batch_size: int = option(32, "samples a step and device", bounds=">= 1")
+    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
     learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
     schedule: str = option("constant", "learning-rate schedule", SCHEDULES)
     warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")

@@ -1,7 +1,7 @@
 """The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
 
 `compare` runs them all and writes the report; `run_phase1` and `train` are the same steps for one model, in the same
-folder. All of them go on where an earlier call stopped.
+folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from context_pythia import processes
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.experiments.build import (
     RECURRENT,
@@ -25,16 +26,19 @@ from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
 from context_pythia.training.phase2 import train_language_model
+from context_pythia.training.shares import check_shares
 
 
+@processes.joined()
 def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) -> None:
     """Train and measure every model of the recipe, then write the report in English, and in `lang`.
 
-    A model that fails is recorded with its reason, and the others are run.
+    A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
 
     Raises:
         RuntimeError: a model failed; the report is written first.
     """
+    check_shares(recipe.train)
     run, data = _open(recipe, out, progress)
     failures = []
     for options in recipe.models:
@@ -44,17 +48,23 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
         try:
             run.add(_train_and_measure(options, run, data, progress))
         except (RuntimeError, FloatingPointError, MemoryError) as error:
+            if processes.count() > 1:
+                # The other processes wait for this one in the middle of a model.
+                raise
             failures.append(f"{options.name}: {error}")
             run.add(model_entry(options, error=str(error).splitlines()[0]))
         gc.collect()
-    written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
-    print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
+    if processes.is_main():
+        written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
+        print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
 
 
+@processes.joined()
 def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
     """Both phases of the recipe's models, without the report."""
+    check_shares(recipe.train)
     run, data = _open(recipe, out, progress)
     for options in recipe.models:
         if run.finished(options.name):
@@ -64,6 +74,7 @@ def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
         print(f"wrote {run.model_folder(options)}")
 
 
+@processes.joined()
 def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
     """Phase 1 alone, for the recipe's models that have a ContextBlock.
 
@@ -82,8 +93,9 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
 
 
 def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
-    run = Run(out, recipe)
-    data = load_data(recipe.data, progress)
+    with processes.main_first():
+        run = Run(out, recipe)
+        data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
     run.metrics["data"] = data.summary
     run.write()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import context_pythia
+from context_pythia import processes
 from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_dict, save_recipe
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
@@ -108,7 +109,12 @@ class Run:
         self.write()
 
     def write(self) -> None:
-        """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing."""
+        """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing.
+
+        Of several processes one writes.
+        """
+        if not processes.is_main():
+            return
         partial = self.folder / ".recipe.yaml.tmp"
         save_recipe(self.recipe, partial)
         os.replace(partial, self.folder / "recipe.yaml")
@@ -116,6 +122,8 @@ class Run:
 
     def write_provenance(self, device: torch.device) -> None:
         """Record where and with what the run was made; a run that goes on keeps the date of its first start."""
+        if not processes.is_main():
+            return
         path = self.folder / "provenance.json"
         held = read_record(path) if path.exists() else {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -141,6 +149,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         },
         "device": _device_name(device),
         "platform": platform.platform(),
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,11 +2,11 @@
 
 The contexts of the whole training stream are one tensor `[N, C]`. An iteration is one parallel fixed-point sweep over
 it, in batches, with a loss that spreads the contexts around their centroid and draws the centroid to the origin; one
-Adam step follows. Embeddings are looked up batch by batch and stay fixed. Training stops when nearly all contexts
-have come to rest.
+Adam step follows. Training stops when nearly all contexts have come to rest.
 
 All randomness comes from (seed, iteration, batch), so an interrupted run goes on in the middle of an iteration and
-ends with the same bits (on CPU) as one that was never interrupted.
+ends with the same bits (on CPU) as one that was never interrupted. Several processes take a piece of the stream each,
+and differ from a single one only by the order in which gradients are added up.
 
 Shapes: N tokens of the stream, n tokens of a batch, C context_dim, E width of the token embeddings.
 """
@@ -16,30 +16,42 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from context_pythia import processes
 from context_pythia.recipe import Phase1Options
-from context_pythia.training.oacd import effective_rank, held_out_contexts, oacd_loss, sweep_tokens
+from context_pythia.training.allocator import keep_freed_memory
+from context_pythia.training.interrupts import deferred_interrupt
+from context_pythia.training.oacd import (
+    TokenProjections,
+    effective_rank,
+    fused_oacd_loss,
+    held_out_contexts,
+    sweep_tokens,
+)
+from context_pythia.training.pieces import (
+    drop_checkpoints,
+    last_piece,
+    read_rows,
+    read_tensors,
+    save_piece,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
     from context_pythia.model import ContextPythiaForCausalLM
 
+DUE, INTERRUPTED = 1, 2  # why a checkpoint is written
 COUNTERS = ("history", "batch", "loss", "converged", "seconds")  # a checkpoint's numbers beside its tensors
 
 
@@ -73,19 +85,20 @@ def train_context_block(
 ) -> Phase1Result:
     """Train `model.gpt_neox.context_block` in place, or load it if `folder` holds the finished result.
 
-    Ctrl-C writes a checkpoint at the end of the batch and then raises KeyboardInterrupt; a second one stops at once.
+    Of several processes each holds the contexts of its piece of the stream, in whole batches. Ctrl-C writes a
+    checkpoint at the end of the batch and then raises KeyboardInterrupt; a second one stops at once.
 
     Args:
         model: of source `input` or `shared`; the rest of it is only read. Runs on its device.
         data: `train` is the stream, `validation` gives the effective rank.
         options: settings of OACD.
         seed: of the first contexts and of the noise.
-        folder: gets `context_block.safetensors` and `phase1.json`; `checkpoint.safetensors` until then.
+        folder: gets `context_block.safetensors` and `phase1.json`; the checkpoint until then.
         progress: show a progress bar.
 
     Raises:
         ValueError: the model has no ContextBlock, or `folder` holds a damaged file or the work of another run (other
-            options, seed, text, widths or embeddings).
+            options, seed, text, widths, embeddings or number of processes), or there are fewer batches than processes.
         RuntimeError: the loss is not finite; the last good checkpoint stays.
         OSError: `folder` cannot be written.
     """
@@ -121,11 +134,22 @@ class OacdRun:
         self.device = model.get_input_embeddings().weight.device
         self.optimizer = torch.optim.Adam(self.block.parameters(), lr=options.learning_rate)
         self.batches = math.ceil(data.train.num_tokens / options.batch_tokens)
-        self.checkpoint, self.weights, self.record = (
-            folder / name for name in ("checkpoint.safetensors", "context_block.safetensors", "phase1.json")
-        )
+        count, index = processes.count(), processes.index()
+        if self.batches < count:
+            raise ValueError(
+                f"phase1.batch_tokens {options.batch_tokens}: makes {self.batches} batches for {count} processes, "
+                f"give at most {data.train.num_tokens // count}"
+            )
+        # This process's batches, and how many the busiest one has.
+        self.piece = range(index * self.batches // count, (index + 1) * self.batches // count)
+        self.turns = math.ceil(self.batches / count)
+        self.folder, self.weights, self.record = folder, folder / "context_block.safetensors", folder / "phase1.json"
         self.identity = self._identity()
         self.history: list[dict[str, float]] = []
+        held = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        for batch in self.piece:
+            held[self._ids(batch)] = True
+        self.projections = TokenProjections(model, held.nonzero().squeeze(1).to(self.device))
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for work in the folder to be this run's."""
@@ -148,18 +172,30 @@ class OacdRun:
         generator = torch.Generator(self.device).manual_seed(int(words[0]))
         return torch.randn(rows, self.block.context_dim, generator=generator, device=self.device)
 
-    def start(self) -> None:
+    def _ids(self, batch: int) -> torch.Tensor:
+        first = batch * self.options.batch_tokens
+        return self.data.train.stream(first, first + self.options.batch_tokens)
+
+    def _empty_contexts(self) -> torch.Tensor:
+        tokens = min(self.piece.stop * self.options.batch_tokens, self.data.train.num_tokens)
+        tokens -= self.piece.start * self.options.batch_tokens
         dtype = getattr(torch, self.options.state_dtype)
-        self.contexts = torch.empty(self.data.train.num_tokens, self.block.context_dim, dtype=dtype, device=self.device)
-        for batch, rows in enumerate(self.contexts.split(self.options.batch_tokens)):
+        return torch.empty(tokens, self.block.context_dim, dtype=dtype, device=self.device)
+
+    def start(self) -> None:
+        self.contexts = self._empty_contexts()
+        for batch, rows in zip(self.piece, self.contexts.split(self.options.batch_tokens), strict=True):
             rows.copy_(0.01 * self.normal(len(rows), 0, batch))
         self._begin_iteration()
 
     def _begin_iteration(self) -> None:
         self.batch, self.loss, self.converged, self.seconds = 0, 0.0, 0, 0.0
-        self.boundary = self.contexts.new_zeros(self.block.context_dim)
+        # A piece goes on from the last context of the piece before it, the first from zero.
+        before = processes.gathered(self.contexts[-1].float())[processes.index() - 1]
+        self.boundary = before.to(self.contexts.dtype) if processes.index() else torch.zeros_like(self.contexts[0])
         for parameter in self.block.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        self.projections.refresh()
 
     @property
     def finished(self) -> bool:
@@ -170,47 +206,63 @@ class OacdRun:
         )
 
     def advance(self) -> None:
-        """One batch: its gradient, its convergence, its contexts in place; after the last batch, the Adam step."""
+        """One batch: its gradient, its convergence, its contexts in place; after the last batch, the Adam step.
+
+        A process whose piece is a batch shorter than others' sits out the last turn.
+        """
         began = time.perf_counter()
+        if self.batch < len(self.piece):
+            self._sweep_batch(self.piece[self.batch])
+        self.batch += 1
+        self.seconds += time.perf_counter() - began
+        if self.batch == self.turns:
+            self._end_iteration()
+
+    def _sweep_batch(self, batch: int) -> None:
         options, first = self.options, self.batch * self.options.batch_tokens
-        rows = self.contexts[first : first + options.batch_tokens]
-        ids = self.data.train.stream(first, first + len(rows)).to(self.device)
+        rows, ids = self.contexts[first : first + options.batch_tokens], self._ids(batch).to(self.device)
         dtype = next(self.block.parameters()).dtype
         old, initial = rows.to(dtype), self.boundary.to(dtype)
-        noise = options.noise * self.normal(len(rows), len(self.history) + 1, self.batch).to(dtype)
-        new = sweep_tokens(self.model, ids, old, initial, noise)
-        loss = oacd_loss(new, options.mean_penalty)
+        noise = self.normal(len(rows), len(self.history) + 1, batch).to(dtype).mul_(options.noise)
+        projected = self.projections.rows(ids)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            new = sweep_tokens(self.block.layers, projected, old, initial, noise)
+        loss = fused_oacd_loss(new, options.mean_penalty)
         (loss / self.batches).backward()
+        self.projections.collect(ids, projected)
         with torch.no_grad():
-            converged = ((new - old).square().mean(dim=-1) < options.threshold).sum()
             # The next batch starts from this batch's last context as it was before the iteration.
             self.boundary = rows[-1].clone()
+            converged = (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
             rows.copy_(new)
         self._require_finite(loss.item(), "loss")
         self.loss += loss.item()
         self.converged += int(converged.item())
-        self.batch += 1
-        self.seconds += time.perf_counter() - began
-        if self.batch == self.batches:
-            self._end_iteration()
 
     def _end_iteration(self) -> None:
+        began = time.perf_counter()
+        self.projections.backward()
+        for parameter in self.block.parameters():
+            assert parameter.grad is not None
+            processes.total(parameter.grad)
+        loss, converged = processes.total(torch.tensor([self.loss, self.converged], dtype=torch.float64)).tolist()
         norm = nn.utils.clip_grad_norm_(self.block.parameters(), self.options.max_grad_norm)
         self._require_finite(norm.item(), "gradient")
         self.optimizer.step()
         self.history.append(
             {
                 "iteration": len(self.history) + 1,
-                "loss": self.loss / self.batches,
-                "convergence_rate": self.converged / len(self.contexts),
-                "seconds": self.seconds,
+                "loss": loss / self.batches,
+                "convergence_rate": converged / self.data.train.num_tokens,
+                "seconds": self.seconds + time.perf_counter() - began,
             }
         )
         self._begin_iteration()
 
     def _require_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
-            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
+            last = last_piece(self.folder)
+            kept = "no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
             raise RuntimeError(
                 f"phase 1 diverged: {what} {value} in iteration {len(self.history) + 1}; lower its learning rate "
                 f"({self.options.learning_rate:g}) and use another output folder ({kept})"
@@ -223,19 +275,24 @@ class OacdRun:
             tensors |= {f"weight.{name}": parameter.detach(), f"gradient.{name}": parameter.grad}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
+        for layer, gradient in enumerate(self.projections.gradients):
+            tensors[f"projection_gradient.{layer}"] = gradient
         state = {"identity": self.identity} | {name: getattr(self, name) for name in COUNTERS}
-        _write(self.checkpoint, tensors, {"phase1": json.dumps(state)})
+        moment = len(self.history) * self.turns + self.batch
+        save_piece(self.folder, moment, tensors, {"phase1": json.dumps(state)})
 
     def load_checkpoint(self) -> None:
         """Go on from the folder's checkpoint, or start."""
-        if not self.checkpoint.exists():
+        checkpoint = last_piece(self.folder)
+        if checkpoint is None:
             return self.start()
-        tensors, metadata = _read(self.checkpoint, self.device)
+        tensors, metadata = read_tensors(checkpoint, self.device, without="contexts")
         state = json.loads(metadata.get("phase1", "{}"))
-        self._require_same(state.get("identity", {}), self.checkpoint)
+        self._require_same(state.get("identity", {}), checkpoint)
         for name in COUNTERS:
             setattr(self, name, state[name])
-        self.contexts, self.boundary = tensors["contexts"], tensors["boundary"]
+        self.contexts, self.boundary = self._empty_contexts(), tensors["boundary"]
+        read_rows(checkpoint, "contexts", self.contexts)
         adam: dict[int, dict[str, torch.Tensor]] = {}
         for name in tensors:
             if name.startswith("adam."):
@@ -246,8 +303,13 @@ class OacdRun:
             for name, parameter in self.block.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
                 parameter.grad = tensors[f"gradient.{name}"]
+        self.projections.refresh()
+        for layer, gradient in enumerate(self.projections.gradients):
+            gradient.copy_(tensors[f"projection_gradient.{layer}"])
 
     def _require_same(self, identity: dict[str, Any], path: Path) -> None:
+        # What was made before there was an option was made with its default.
+        identity = asdict(Phase1Options()) | identity
         for name, value in self.identity.items():
             if identity.get(name) != value:
                 raise ValueError(
@@ -264,11 +326,16 @@ class OacdRun:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.record} is damaged: delete it and run phase 1 again") from error
         self._require_same(identity, self.record)
-        self.block.load_state_dict(_read(self.weights, self.device)[0])
+        self.block.load_state_dict(read_tensors(self.weights, self.device)[0])
         return result
 
     def finish(self) -> Phase1Result:
-        """Write the result, then drop the checkpoint."""
+        """Write the result, then drop the checkpoint; of several processes one does, and the others read the result."""
+        if not processes.is_main():
+            processes.wait()
+            finished = self.load_finished()
+            assert finished is not None
+            return finished
         result = Phase1Result(
             iterations=len(self.history),
             convergence_rate=self.history[-1]["convergence_rate"],
@@ -276,30 +343,33 @@ class OacdRun:
             history=self.history,
             seconds=sum(entry["seconds"] for entry in self.history),
         )
-        _write(self.weights, self.block.state_dict(), {"format": "pt"})
+        write_tensors(self.weights, self.block.state_dict(), {"format": "pt"})
         temporary = self.record.with_suffix(".tmp")
         temporary.write_text(
             json.dumps(asdict(result) | {"identity": self.identity}, indent=2) + "\n", encoding="utf-8"
         )
         os.replace(temporary, self.record)
-        self.checkpoint.unlink(missing_ok=True)
+        drop_checkpoints(self.folder)
+        processes.wait()
         return result
 
 
 def _iterate(run: OacdRun, progress: bool) -> None:
     if run.finished:
         return
+    if run.device.type == "cpu":
+        keep_freed_memory()
     saved = time.monotonic()
-    total = run.options.max_iterations * run.batches
+    total = run.options.max_iterations * run.turns
     layout = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
     with (
-        _deferred_interrupt() as interrupt,
+        deferred_interrupt() as interrupt,
         tqdm(
             total=total,
-            initial=len(run.history) * run.batches + run.batch,
+            initial=len(run.history) * run.turns + run.batch,
             bar_format=layout,
             mininterval=0.5,
-            disable=not progress,
+            disable=not (progress and processes.is_main()),
         ) as bar,
     ):
         while not run.finished:
@@ -310,53 +380,11 @@ def _iterate(run: OacdRun, progress: bool) -> None:
             if run.batch == 0:
                 bar.set_postfix_str(f"converged {run.history[-1]['convergence_rate']:.1%}", refresh=False)
             bar.update()
-            if interrupt.is_set():
-                run.save_checkpoint()
-                raise KeyboardInterrupt
             # The last one covers the held-out scan that follows.
-            if run.finished or time.monotonic() - saved >= run.options.checkpoint_seconds:
+            due = run.finished or time.monotonic() - saved >= run.options.checkpoint_seconds
+            wanted = processes.highest(INTERRUPTED if interrupt.is_set() else DUE if due else 0)
+            if wanted:
                 run.save_checkpoint()
                 saved = time.monotonic()
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of breaking into a half-done batch; a second one acts as usual.
-
-    Only Python's own handler is replaced: a host that ignores or handles the signal itself keeps doing so.
-    """
-    asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    os.replace(temporary, path)
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            # Copies: on the CPU they would be maps of a file that the next checkpoint replaces.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): delete it and run phase 1 again") from error
+            if wanted == INTERRUPTED:
+                raise KeyboardInterrupt

@@ -9,7 +9,6 @@ A folder in training holds `checkpoints/`; a finished one holds the best model i
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import sys
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
+from context_pythia import processes
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.checkpoints import (
@@ -38,6 +38,7 @@ from context_pythia.training.checkpoints import (
     run_settings,
     write_json,
 )
+from context_pythia.training.shares import check_shares
 from context_pythia.training.trainer import LanguageModelTrainer, quiet_transformers, training_arguments, wide
 
 if TYPE_CHECKING:
@@ -110,16 +111,19 @@ def train_language_model(
             finished = read_json(folder / RESULT_FILE)
             check_same_run(finished.pop("settings"), settings, folder)
             load_weights(model, folder)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if processes.is_main():
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return TrainResult(**finished)
-        resume_from, log = open_checkpoints(folder, settings, options)
+        with processes.main_first():
+            resume_from, log = open_checkpoints(folder, settings, options)
         if log is None:
             log = run_trainer(
                 model, data, options, seed, folder, name, resume_from, progress, steps=steps, make_trainer=make_trainer
             )
         load_weights(model, folder / "checkpoints" / f"checkpoint-{log['best_global_step']}")
         result = make_result(log["log_history"], options)
-        if int(os.environ.get("RANK", 0)) == 0:
+        processes.wait()
+        if processes.is_main():
             publish(model, data.tokenizer, folder)
             write_json(folder / RESULT_FILE, {**asdict(result), "settings": settings})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -203,7 +207,7 @@ class EpochReport(TrainerCallback, ExportableState):
     def __init__(self, name: str, options: TrainOptions, progress: bool):
         self.name, self.options = name, options
         # None lets tqdm look whether stderr is a terminal.
-        self.no_bars = None if progress else True
+        self.no_bars = None if progress and processes.is_main() else True
         self.bar: tqdm | None = None
         self.loss_sum: Any = 0.0
         self.steps = 0
@@ -219,6 +223,12 @@ class EpochReport(TrainerCallback, ExportableState):
     def add(self, loss: torch.Tensor) -> None:
         """Adds the loss of one batch; with gradient accumulation the batches of a step sum up to its mean."""
         self.loss_sum = wide(loss) + self.loss_sum
+
+    def share_loss(self) -> None:
+        """Makes the sum that of all processes: each has the loss of its share, scaled up to a whole batch's."""
+        if processes.count() > 1:
+            loss_sum = torch.as_tensor(self.loss_sum, dtype=torch.float64)
+            self.loss_sum = processes.total(loss_sum) / processes.count()
 
     def pause(self) -> None:
         if self.started is not None:
@@ -252,12 +262,14 @@ class EpochReport(TrainerCallback, ExportableState):
         self.steps += 1
         if self.bar is not None:
             self.bar.update()
+        self.interrupted = bool(processes.highest(int(self.interrupted)))
         due = self.options.checkpoint_steps and state.global_step % self.options.checkpoint_steps == 0
         # At an epoch's end the checkpoint must wait for the evaluation: a resumed run would not make up for it.
         if (due or self.interrupted) and not at_epoch_end(state):
             control.should_save = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        self.share_loss()
         # Reading the sum waits for the device, so that the clock stops after the last step's work.
         self.train_loss = float(self.loss_sum) / self.steps
         self.pause()
@@ -287,6 +299,7 @@ def check_options(options: TrainOptions, data: PackedData) -> None:
         raise ValueError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
     if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
+    check_shares(options)
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
             raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
@@ -372,7 +385,8 @@ def checkpoint_on_interrupt(report: EpochReport) -> Iterator[None]:
     def mark(signum, frame) -> None:
         report.interrupted = True
         signal.signal(signal.SIGINT, handler)
-        print("\nStopping at the next checkpoint; ctrl-C again stops at once.", file=sys.stderr)
+        if processes.is_main():
+            print("\nStopping at the next checkpoint; ctrl-C again stops at once.", file=sys.stderr)
 
     signal.signal(signal.SIGINT, mark)
     try:

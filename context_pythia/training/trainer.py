@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from context_pythia import processes
 from context_pythia.data.positions import perplexity_by_position
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.checkpoints import first_line, load_weights
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
+from context_pythia.training.shares import process_loader
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -43,6 +47,20 @@ class LanguageModelTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.report = report
         self.bfloat16 = options.precision == "bfloat16"
+        self.batch_size = options.batch_size
+
+    def get_train_dataloader(self) -> DataLoader:
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        # The order that accelerate gives a single process.
+        order = SeedableRandomSampler(self.train_dataset, data_seed=self.args.data_seed)
+        return process_loader(self.train_dataset, order, self.batch_size, self.args, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        if processes.count() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        order = SequentialSampler(self.eval_dataset)
+        return process_loader(self.eval_dataset, order, self.batch_size, self.args, self.data_collator)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast to bfloat16, entered here because accelerate's own copies all logits to fp32 once more."""
@@ -141,6 +159,7 @@ class LanguageModelTrainer(Trainer):
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise self._not_finite("weights", math.nan)
         self.report.pause()
+        self.report.share_loss()
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
             super()._save_checkpoint(model, trial)
@@ -162,12 +181,16 @@ def training_arguments(
     options: TrainOptions, seed: int, checkpoints: Path, steps: int | None = None
 ) -> TrainingArguments:
     """The Trainer's arguments for `options`, or for so many `steps` in place of epochs; `checkpoints` is its folder."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=options.epochs,
         max_steps=-1 if steps is None else steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size // processes.count(),
+        per_device_eval_batch_size=options.batch_size // processes.count(),
+        # accelerate looks for processes without GPUs only where it is told that there are none.
+        use_cpu=processes.count() > 1 and not torch.cuda.is_available(),
+        # What is frozen takes no part, and all else does.
+        ddp_find_unused_parameters=False,
         gradient_accumulation_steps=options.gradient_accumulation,
         activation_checkpointing=options.gradient_checkpointing,
         optim="adamw_torch_fused",
@@ -195,6 +218,9 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    # In a single process the Trainer would give each GPU a whole batch; `torchrun` divides one among the GPUs.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

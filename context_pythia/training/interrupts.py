@@ -1,0 +1,33 @@
+"""Ctrl-C at a moment that suits: work that is cut in two could not be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of breaking into a half-done batch; a second one acts as usual.
+
+    Only Python's own handler is replaced: a host that ignores or handles the signal itself keeps doing so.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

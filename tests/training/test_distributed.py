@@ -1,0 +1,281 @@
+"""Two processes against one: the same training, and what an interruption or a failure of one of them does to both."""
+
+import gc
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from context_pythia import processes
+from context_pythia.cli import main
+from context_pythia.recipe import save_recipe
+from context_pythia.training import phase1
+from context_pythia.training.checkpoints import load_weights
+from context_pythia.training.oacd import sweep_tokens
+from context_pythia.training.phase1 import train_context_block
+from context_pythia.training.phase2 import EpochReport, train_language_model
+
+from ..experiments.conftest import tiny_recipe
+from . import test_phase1, test_phase2
+
+# Its server imports all this once; each child is a fork of it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+SECONDS = 120  # of a machine that is busy
+TRAINED = ("gpt_neox.embed_in.weight", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight")
+OPTIONS = replace(test_phase2.OPTIONS, epochs=2, batch_size=4, learning_rate=1e-3)
+
+
+def child(folder, environment, function, arguments):
+    os.environ |= environment
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{processes.index()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    # The server hears of no ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    # The Trainer collects garbage, which all that is imported would make slow.
+    gc.freeze()
+    sys.exit(function(*arguments))
+
+
+def run_pair(folder, function, *arguments):
+    """Runs `function` in two processes as `torchrun` would; gives their exit codes and what they wrote on stderr.
+
+    As there, the store for them to meet is the launcher's, and one that fails takes the other with it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pair = []
+    for rank in ("0", "1"):
+        environment = common | {"RANK": rank, "LOCAL_RANK": rank}
+        pair.append(FORKS.Process(target=child, args=(folder, environment, function, arguments)))
+        pair[-1].start()
+    running = list(pair)
+    while running:
+        ended = multiprocessing.connection.wait([process.sentinel for process in running], timeout=SECONDS)
+        failed = not ended or any(process.sentinel in ended and process.exitcode for process in running)
+        running = [process for process in running if process.sentinel not in ended]
+        if failed:
+            for process in running:
+                process.join(SECONDS if pair[0].exitcode == 130 or pair[1].exitcode == 130 else 2)
+                process.kill()
+    return [process.exitcode for process in pair], [(folder / f"err{rank}").read_text() for rank in (0, 1)]
+
+
+def make_language_model(source):
+    if source is None:
+        model = test_phase2.make_model()
+    else:
+        model = test_phase1.make_model(source=source)
+        model.resize_token_embeddings(test_phase2.VOCABULARY)
+    # Each process draws its own dropout.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def make_samples():
+    """The last batch of 17 samples is a single one, that of 7 has an odd number."""
+    return test_phase2.make_data(train=17, validation=7)
+
+
+def train_phase2(folder, source, interrupt_at):
+    model = make_language_model(source)
+    if interrupt_at and processes.index() == 1:
+        step_end = EpochReport.on_step_end
+
+        def interrupted(self, args, state, control, **kwargs):
+            if state.global_step == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            return step_end(self, args, state, control, **kwargs)
+
+        EpochReport.on_step_end = interrupted
+    try:
+        with processes.joined():
+            result = train_language_model(
+                model, make_samples(), OPTIONS, seed=5, folder=folder, name="tiny", progress=False
+            )
+    except KeyboardInterrupt:
+        return 130
+    return result, model
+
+
+def train_phase2_quietly(*arguments):
+    ended = train_phase2(*arguments)
+    return 0 if isinstance(ended, tuple) else ended
+
+
+def assert_same_training(folder, source, expected, expected_model):
+    result = json.loads((folder / "train.json").read_text())
+    for row, other in zip(result["history"], expected.history, strict=True):
+        assert {key: row[key] for key in ("epoch", "step", "best", "val_accuracy")} == {
+            key: other[key] for key in ("epoch", "step", "best", "val_accuracy")
+        }
+        assert row["val_ppl"] == pytest.approx(other["val_ppl"], rel=1e-5)
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    model = make_language_model(source)
+    load_weights(model, folder)
+    first = make_language_model(source)
+    assert all((model.get_parameter(name) - first.get_parameter(name)).abs().max() > 1e-3 for name in TRAINED)
+    for name, weight in expected_model.named_parameters():
+        # Softmax takes no notice of the keys' bias: its gradient is rounding alone, which Adam scales up to a step.
+        if name.endswith("query_key_value.bias") or name.endswith("key_up.bias"):
+            continue
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=1e-5)
+
+
+def test_two_processes_train_like_one_with_the_same_batch(tmp_path):
+    expected = train_phase2(tmp_path / "one", "shared", None)
+    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", "shared", None)
+    assert codes == [0, 0]
+    assert_same_training(tmp_path / "run", "shared", *expected)
+
+
+def test_ctrl_c_at_one_process_stops_both_and_any_number_goes_on(tmp_path):
+    expected = train_phase2(tmp_path / "one", None, None)
+    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, 7)
+    assert codes == [130, 130]
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-7").is_dir()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, None)
+    assert codes == [0, 0]
+    assert_same_training(tmp_path / "run", None, *expected)
+    train_phase2(tmp_path / "copy", None, None)
+    assert_same_training(tmp_path / "copy", None, *expected)
+
+
+def train_phase1(folder, interrupt_at, **changes):
+    model = test_phase1.make_model(layers=2)
+    if interrupt_at and processes.index() == 1:
+        calls = []
+
+        def sweep(*args):
+            calls.append(args)
+            if len(calls) == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+            return sweep_tokens(*args)
+
+        phase1.sweep_tokens = sweep
+    options = test_phase1.settings(batch_tokens=90, max_grad_norm=0.02, **changes)
+    try:
+        with processes.joined():
+            train_context_block(model, test_phase1.make_data(), options, seed=3, folder=folder, progress=False)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def phase1_figures(folder):
+    record = json.loads((folder / "phase1.json").read_text())
+    rows = [(row["loss"], row["convergence_rate"]) for row in record["history"]]
+    return rows, record["effective_rank"], load_file(folder / "context_block.safetensors")
+
+
+@pytest.mark.parametrize("interrupt_at", [None, 7])
+def test_two_processes_with_a_piece_each_iterate_like_one(tmp_path, interrupt_at):
+    """Five batches: pieces of two and three. Interrupted in the third iteration, between two checkpoints."""
+    train_phase1(tmp_path / "one", None, threshold=0.5)
+    if interrupt_at:
+        codes, _ = run_pair(tmp_path, train_phase1_case, tmp_path / "two", interrupt_at)
+        assert codes == [130, 130]
+        names = sorted(path.name for path in (tmp_path / "two").iterdir())
+        assert names == ["checkpoint-7-0-of-2.safetensors", "checkpoint-7-1-of-2.safetensors"]
+        held = [load_file(tmp_path / "two" / name)["contexts"] for name in names]
+        assert [len(contexts) for contexts in held] == [180, 220]
+        with pytest.raises(ValueError, match="holds a checkpoint of 2 processes, not 1: start 2, or delete"):
+            train_phase1(tmp_path / "two", None, threshold=0.5)
+    codes, _ = run_pair(tmp_path, train_phase1_case, tmp_path / "two", None)
+    assert codes == [0, 0]
+    rows, rank, weights = phase1_figures(tmp_path / "two")
+    expected_rows, expected_rank, expected = phase1_figures(tmp_path / "one")
+    assert any(0.05 < rate < 0.95 for _, rate in rows)
+    assert [rate for _, rate in rows] == [rate for _, rate in expected_rows]
+    assert [loss for loss, _ in rows] == pytest.approx([loss for loss, _ in expected_rows], rel=1e-5)
+    assert rank == pytest.approx(expected_rank, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["context_block.safetensors", "phase1.json"]
+
+
+def train_phase1_case(folder, interrupt_at):
+    return train_phase1(folder, interrupt_at, threshold=0.5)
+
+
+def command(tmp_path, *flags):
+    recipe = tmp_path / "tiny.yaml"
+    if not recipe.exists():
+        save_recipe(tiny_recipe(tmp_path), recipe)
+    return [*flags[:1], str(recipe), *flags[1:], "--out", str(tmp_path / "run")]
+
+
+def test_the_command_prints_and_records_once(tmp_path, own_cache):
+    codes, errors = run_pair(tmp_path, main, command(tmp_path, "train", "--model", "shared", "--batch-size", "6"))
+    assert codes == [0, 0], errors
+    lines = [line for line in (tmp_path / "out0").read_text().splitlines() if line]
+    assert [line.split()[0] for line in lines] == ["shared:", "Epoch", "Epoch", "All", "wrote"]
+    assert (tmp_path / "out1").read_text() == ""
+    (entry,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
+    assert entry["error"] is None and entry["phase1"]["iterations"] > 1
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("train", "--model", "Pythia"), "train.batch_size 9: 2 processes share a batch, give a multiple of 2"),
+        (
+            ("phase1", "--model", "shared", "--phase1-batch-tokens", "5000"),
+            "phase1.batch_tokens 5000: makes 1 batches for 2 processes, give at most 432",
+        ),
+        (("info",), "this command runs in one process, 2 were started; in several: compare, phase1, train"),
+        (("train", "--model", "nobody"), "recipe tiny: model 'nobody' is unknown"),
+    ],
+)
+def test_a_mistake_is_one_line_of_one_process(tmp_path, own_cache, flags, line):
+    arguments = ["info", "gone"] if flags == ("info",) else command(tmp_path, *flags)
+    codes, errors = run_pair(tmp_path, main, arguments)
+    assert 2 in codes
+    said = [text for error in errors for text in error.splitlines() if text.startswith("context-pythia: error")]
+    assert len(said) == 1 and line in said[0], errors
+
+
+def fail_alone(folder):
+    with processes.joined():
+        if processes.index() == 1:
+            raise RuntimeError("out of memory")
+        processes.wait()
+
+
+def main_of_a_failure(folder):
+    try:
+        fail_alone(folder)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def test_a_process_that_fails_alone_says_so_and_the_other_does_not_hang(tmp_path):
+    codes, errors = run_pair(tmp_path, main_of_a_failure, tmp_path)
+    assert codes[1] == 1 and codes[0] != 0
+    assert [error.splitlines() for error in errors] == [[], ["out of memory"]]
+
+
+def test_a_single_process_waits_for_nobody():
+    with processes.joined(), processes.main_first():
+        processes.wait()
+    values = torch.tensor([3.0])
+    assert processes.total(values).item() == 3 and processes.highest(2) == 2 and processes.gathered(values) == [values]
