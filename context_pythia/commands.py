@@ -107,11 +107,12 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="seed of the sampling (default: 0)")
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--stats", action="store_true", help="also print tokens a second and the measured cache")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step (needs a C++ compiler)")
 
 
 def _generate_keywords(args: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "prompt", "max_new_tokens", "temperature", "top_k", "num_beams", "seed", "dtype", "stats")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*names, "compile")}
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +199,8 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(word.strip() for word in text.split(",")),
         default=BENCH_CACHES,
         metavar="A,B",
-        help=f"of the GPT-NeoX models (default: {','.join(BENCH_CACHES)})",
+        help=f"of the GPT-NeoX models (default: {','.join(BENCH_CACHES)}); compiled: every model also with a "
+        "static cache and a compiled decoding step",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for figures, report, pictures (default: none)")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")

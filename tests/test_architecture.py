@@ -24,7 +24,16 @@ RANKS = {
     "cli": 8,
     "__main__": 9,
 }
-MODEL_RANKS = {"configuration": 0, "scan": 0, "context": 1, "attention": 1, "cache": 1, "modeling": 2, "__init__": 3}
+MODEL_RANKS = {
+    "configuration": 0,
+    "flash_decoding": 0,
+    "scan": 0,
+    "context": 1,
+    "attention": 1,
+    "cache": 1,
+    "modeling": 2,
+    "__init__": 3,
+}
 
 
 def imports(source: str, module: tuple[str, ...]) -> set[tuple[str, ...]]:

@@ -176,6 +176,7 @@ def test_generate_hands_its_flags_over(run):
         "seed": 0,
         "dtype": "float32",
         "stats": False,
+        "compile": False,
     }
     asked = run("generate", "m", "--prompt", "", "--top-k", "5", "--temperature", "0.7", "--stats")
     assert (asked["prompt"], asked["top_k"], asked["temperature"], asked["stats"]) == ("", 5, 0.7, True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from context_pythia.evaluation.memory import free_memory, peak_during
@@ -30,7 +30,8 @@ FAILURES = (RuntimeError, MemoryError)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static` or `int4`."""
+    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static` or `int4`, or
+    `compiled`, a static cache and a compiled decoding step."""
 
     name: str
     model: PreTrainedModel
@@ -40,11 +41,19 @@ class Subject:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def is_static(self) -> bool:
+        return self.cache in ("static", "compiled")
+
+    @property
+    def decoding_step(self) -> Callable[..., Any]:
+        return self.model.get_compiled_call(compiled_step()) if self.cache == "compiled" else self.model
+
     def empty_cache(self, length: int) -> Cache:
         """A cache that will hold `length` tokens."""
         if self.cache == "int4":
             return quantised_cache(self.model.config, "int4", length)
-        if self.cache == "static":
+        if self.is_static:
             return StaticCache(config=self.model.config, max_cache_len=length)
         return DynamicCache(config=self.model.config)
 
@@ -80,6 +89,13 @@ class Speed:
     error: str | None = None
 
 
+def compiled_step() -> CompileConfig:
+    """How `generate()` compiles its decoding step, which takes a static cache: whole, and on a CPU too."""
+    settings = CompileConfig(fullgraph=True)
+    settings._compile_all_devices = True
+    return settings
+
+
 class FilledCache:
     """A cache of `tokens` random tokens, made once and decoded from many times.
 
@@ -109,9 +125,10 @@ class FilledCache:
         for layer in self.cache.layers:
             if hasattr(layer, "contexts"):
                 layer.contexts = None  # else a crop would look for the contexts before its tokens
-        if self.subject.cache == "static":
+        if self.subject.is_static:
             for layer in self.cache.layers:
-                layer.cumulative_length.fill_(self.tokens)
+                if hasattr(layer, "cumulative_length"):  # a layer that reads another's context has none
+                    layer.cumulative_length.fill_(self.tokens)
         else:
             self.cache.crop(self.tokens - int(self.cache.get_seq_length()))
         for layer, contexts in zip(self.cache.layers, self.contexts, strict=True):
@@ -263,7 +280,7 @@ class _Decoding:
 
         def decode(cache: Cache, tokens: int) -> None:
             for _ in range(tokens):
-                subject.model(input_ids=ids, past_key_values=cache, use_cache=True)
+                subject.decoding_step(input_ids=ids, past_key_values=cache, use_cache=True)
 
         return lambda: self._run(subject, decode)
 
@@ -291,7 +308,8 @@ def _generate(subject: Subject, batch_size: int, prompt: int, new_tokens: int, c
         do_sample=False,
         pad_token_id=0,
         return_dict_in_generate=True,
-        disable_compile=True,
+        compile_config=compiled_step() if subject.cache == "compiled" else None,
+        disable_compile=subject.cache != "compiled",
     )
     ids = _ids(subject, batch_size, prompt)
     # An unset end of text would be taken from the model's own settings, and could stop early.

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.speed import compiled_step
 from context_pythia.experiments.build import best_device
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
 
@@ -24,12 +25,14 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     stats: bool = False,
+    compile: bool = False,
 ) -> None:
     """Print the prompt and what the model goes on with; with `stats`, tokens a second and the measured cache.
 
     Args:
         model: folder or Hub name.
         temperature: of the sampling; 0 is greedy.
+        compile: decode from a static cache with a compiled step, which takes a while at first.
 
     Raises:
         ValueError: a prompt without tokens, or longer together with the new tokens than the model's positions.
@@ -53,6 +56,7 @@ def generate(
         num_beams=num_beams,
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **({"cache_implementation": "static", "compile_config": compiled_step()} if compile else {}),
         **({"temperature": temperature, "top_k": 0 if top_k is None else top_k} if temperature > 0 else {}),
     )
     started = time.perf_counter()

@@ -1,8 +1,8 @@
 """Attention to cached contexts instead of cached keys and values.
 
-A context is `X = [r ; z]`: rotary keys r, already turned, and a latent z. Keys and values are affine in the content c,
-`k_pass = U c`, `v = V c + b`, which is z, or with `reuse_rotary_keys` z beside the rotary keys turned back. (A constant
-added to all keys of a head drops out of the softmax, so U has no bias.)
+A context is `X = [r ; z]`: rotary keys r and a latent z. Keys and values are affine in the content c, `k_pass = U c`,
+`v = V c + b`. (A constant added to all keys of a head drops out of the softmax, so U has no bias.) The content is z,
+and r is cached turned; with `reuse_rotary_keys` it is all of X, and r is cached as it was before the turning.
 
 Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F = d / 2 frequencies, R width of the
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
@@ -18,11 +18,16 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
     apply_rotary_pos_emb,
     eager_attention_forward,
+    rotate_half,
 )
 
 from .configuration import ContextPythiaConfig
+from .flash_decoding import attend_in_splits, splits_for
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
+
+# Numbers of rotary keys that decoding turns at a time: what is written stays in a core's cache until it is read.
+TURNED_AT_ONCE = 2**18
 
 
 class RotaryUp(nn.Module):
@@ -51,6 +56,12 @@ class RotaryUp(nn.Module):
         own[self.frequencies(), range(own.shape[1])] = 1
         real, imaginary = (part.unsqueeze(1) * own for part in self.weight.unbind(-1))
         return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=1)
+
+    def absorb(self, query: torch.Tensor) -> torch.Tensor:
+        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times the maps of `forward`, which are not built."""
+        real, imaginary = (part[..., self.frequencies()] for part in query.chunk(2, dim=-1))
+        up_real, up_imaginary = self.weight.unsqueeze(1).unbind(-1)
+        return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
 
 
 class ContextAttention(GPTNeoXAttention):
@@ -87,47 +98,58 @@ class ContextAttention(GPTNeoXAttention):
         layer_past: Cache | None = None,
         position_embeddings: PositionEmbeddings | None = None,
         contexts: MutableMapping[int, torch.Tensor] | None = None,
-        turn_back: PositionEmbeddings | None = None,
+        key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`contexts` maps the index of a layer to the context it made, `[B, 1, T, W]`, for the layers that share it;
-        `turn_back` undoes `position_embeddings` for all T keys (`reuse_rotary_keys`)."""
+        with `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys, `[1 or B, T, R]` or, where
+        the rotary keys are made of pairs, `[1 or B, T, d]`."""
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
         query = rotate(query, position_embeddings)
         if hasattr(self, "context"):
-            new = self.turn(self.context(hidden_states), position_embeddings)
+            new = self.context(hidden_states).unsqueeze(1)
+            if not self.reuse_rotary_keys:
+                new = turn_rotary_keys(new, self.num_rotary_keys, self.columns(position_embeddings))
             contexts[self.layer_idx] = cache_context(new, layer_past, self.layer_idx)
         context = contexts[self.context_layer]
-        if self.reuse_rotary_keys:
-            assert turn_back is not None
-            content = self.turn(context[:, 0], turn_back)
-            context = torch.cat([context[..., : self.rotary_width], content], dim=-1)
 
         # Rebuilding keys and values costs W (d_k + d_v) a cached token, attending to the contexts W for each query and
         # head: fewer queries than a head has dims are cheaper absorbed. Without a mask, several queries mean a causal
         # prefill, which the expanded form leaves to the kernel.
         decoding = context.shape[2] > length and (length == 1 or attention_mask is not None)
         attend = self.absorbed if decoding and length <= self.head_size else self.expanded
-        output, weights = attend(query, context, attention_mask, **kwargs)
+        output, weights = attend(query, context, attention_mask, key_positions, **kwargs)
         return self.dense(output), weights
 
     def expanded(
-        self, query: torch.Tensor, context: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+        self,
+        query: torch.Tensor,
+        context: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        key_positions: PositionEmbeddings | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Training and prefill: rebuild keys and values `[B, H, T, D]`, then attend as GPT-NeoX does.
 
         Args:
             query: `[B, H, Q, D]`, rotary dims turned.
-            context: `[B, 1, T, R + C]`, turned rotary keys and content.
+            context: `[B, 1, T, W]`.
             attention_mask: as transformers makes it, `[B, 1, Q, T]` or None.
+            key_positions: as in `forward`.
 
         Returns:
             output `[B, Q, H D]` before the output projection, and the weights if the implementation gives them.
         """
         batch, _, length, _ = context.shape
-        rotary, content = context[:, 0].split([self.rotary_width, self.content_dim], dim=-1)
+        rotary, content = context[:, 0, :, : self.rotary_width], context[:, 0, :, -self.content_dim :]
+        if self.reuse_rotary_keys:
+            assert key_positions is not None
+            cos, sin = (
+                table[..., : self.rotary_width // self.num_rotary_keys] for table in self.columns(key_positions)
+            )
+            rotary = turn_rotary_keys(rotary, self.num_rotary_keys, (cos, sin))
         if hasattr(self, "rotary_up"):
             key = torch.einsum("btr,hdr->bhtd", rotary, self.rotary_up())
         else:
@@ -141,7 +163,12 @@ class ContextAttention(GPTNeoXAttention):
         return output.reshape(batch, query.shape[2], -1), weights
 
     def absorbed(
-        self, query: torch.Tensor, context: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+        self,
+        query: torch.Tensor,
+        context: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        key_positions: PositionEmbeddings | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Decoding: attend to the contexts themselves, with the heads as query positions of a single head.
 
@@ -151,7 +178,7 @@ class ContextAttention(GPTNeoXAttention):
         batch, heads, queries, _ = query.shape
         rotary, query_pass = query.split([self.rotary_ndims, self.head_size - self.rotary_ndims], dim=-1)
         if hasattr(self, "rotary_up"):
-            rotary = torch.einsum("bhqd,hdr->bhqr", rotary, self.rotary_up())
+            rotary = self.rotary_up.absorb(rotary)
         elif self.num_rotary_keys > 1:
             # Each head sees its own rotary key: its query is zero in the columns of the others.
             own = torch.eye(heads, dtype=query.dtype, device=query.device)
@@ -160,29 +187,40 @@ class ContextAttention(GPTNeoXAttention):
         if hasattr(self, "key_up"):
             key_up = self.key_up.weight.view(heads, -1, self.content_dim)
             content = torch.einsum("bhqd,hdc->bhqc", query_pass, key_up)
-        query = torch.cat([rotary, content], dim=-1)
 
         if attention_mask is not None and queries > 1:
             attention_mask = attention_mask.expand(-1, heads, -1, -1).reshape(batch, 1, heads * queries, -1)
+        if self.reuse_rotary_keys:
+            # The keys are affine in X too, but for the turned part, whose scores are added as a mask is.
+            assert key_positions is not None
+            keys = context[:, 0, :, : self.rotary_width]
+            scores = turned_scores(rotary.flatten(1, 2), keys, self.num_rotary_keys, self.columns(key_positions))
+            attention_mask = add_mask((self.scaling * scores).unsqueeze(1), attention_mask)
+            query = content
+        else:
+            query = torch.cat([rotary, content], dim=-1)
         output, weights = self._interface(
             query.reshape(batch, 1, heads * queries, -1), context, context, attention_mask, is_causal=False, **kwargs
         )
-        content = output.reshape(batch, heads, queries, -1)[..., self.rotary_width :]
+        content = output.reshape(batch, heads, queries, -1)[..., -self.content_dim :]
         value_up = self.value_up.weight.view(heads, self.head_size, -1)
         output = torch.einsum("bhqc,hdc->bqhd", content, value_up).flatten(-2)
         if self.value_up.bias is not None:
             output = output + self.value_up.bias
         return output, None if weights is None else weights.view(batch, heads, queries, -1)
 
-    def turn(self, context: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
-        """`[B, T, W]` -> `[B, 1, T, W]` with the rotary keys turned."""
-        if hasattr(self, "rotary_up"):
-            columns = self.rotary_up.frequencies() * 2
-            cos, sin = position_embeddings
-            position_embeddings = cos[..., columns], sin[..., columns]
-        return turn_rotary_keys(context, self.num_rotary_keys, position_embeddings)
+    def columns(self, position_embeddings: PositionEmbeddings) -> PositionEmbeddings:
+        """Those of a cached rotary key's pairs, if it is made of pairs."""
+        if not hasattr(self, "rotary_up"):
+            return position_embeddings
+        columns = self.rotary_up.frequencies() * 2
+        cos, sin = position_embeddings
+        return cos[..., columns], sin[..., columns]
 
     def _interface(self, query, key, value, attention_mask, **kwargs):
+        splits = splits_for(query, key, self.config._attn_implementation)
+        if splits > 1:
+            return attend_in_splits(query, key, attention_mask, self.scaling, splits), None
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -199,12 +237,49 @@ def rotate(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> tor
 def turn_rotary_keys(
     context: torch.Tensor, num_rotary_keys: int, position_embeddings: PositionEmbeddings
 ) -> torch.Tensor:
-    """`[B, T, W]` -> `[B, 1, T, W]` with the rotary keys in its first columns turned to their positions."""
-    batch, length, _ = context.shape
-    width = position_embeddings[0].shape[-1]
+    """`[..., T, >= R]` with the rotary keys in its first columns turned to their positions."""
+    cos, sin = position_embeddings
+    width = cos.shape[-1]
+    if context.ndim == 4:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotary, latent = context[..., : num_rotary_keys * width], context[..., num_rotary_keys * width :]
-    rotary = rotate(rotary.view(batch, length, num_rotary_keys, width).transpose(1, 2), position_embeddings)
-    return torch.cat([rotary.transpose(1, 2).flatten(2), latent], dim=-1).unsqueeze(1)
+    keys = rotary.unflatten(-1, (num_rotary_keys, width))
+    turned = keys * cos.unsqueeze(-2) + rotate_half(keys) * sin.unsqueeze(-2)
+    return torch.cat([turned.flatten(-2), latent], dim=-1)
+
+
+def turned_scores(
+    query: torch.Tensor, keys: torch.Tensor, num_rotary_keys: int, position_embeddings: PositionEmbeddings
+) -> torch.Tensor:
+    """Products of queries `[B, HQ, R]` with rotary keys `[B, T, R]` that are yet to be turned, `[B, HQ, T]`.
+
+    `q . (k cos + half(k) sin) = q . (k cos) - half(q) . (k sin)`, where half swaps real and imaginary parts: all that
+    is done to a cached number are two products with tables that the sequences share.
+    """
+    halves = rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)
+    batch, length, width = keys.shape
+    rows = max(1, TURNED_AT_ONCE // (length * width))
+    tokens = max(1, TURNED_AT_ONCE // (rows * width))
+    scores = []
+    for i in range(0, batch, rows):
+        some = slice(i, i + rows)
+        cos, sin = (table if len(table) == 1 else table[some] for table in position_embeddings)
+        row = []
+        for t in range(0, length, tokens):
+            part = slice(t, t + tokens)
+            by_cos, by_sin = ((keys[some, part] * table[:, part]).transpose(1, 2) for table in (cos, sin))
+            row.append(torch.baddbmm(query[some] @ by_cos, halves[some], by_sin, alpha=-1))
+        scores.append(torch.cat(row, dim=-1))
+    return torch.cat(scores)
+
+
+def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores with a mask as transformers makes it: of booleans, or to be added."""
+    if attention_mask is None:
+        return scores
+    if attention_mask.dtype == torch.bool:
+        return scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return scores + attention_mask
 
 
 def cache_context(context: torch.Tensor, cache: Cache | None, layer_idx: int) -> torch.Tensor:

@@ -18,8 +18,8 @@ from .configuration import ContextPythiaConfig
 class ContextLayer(DynamicLayer):
     """Contexts `[B, 1, T, W]` as `keys`, with `values` of no width: keys and values are rebuilt from them.
 
-    The stock layer copies the whole cache at each token. This one writes into spare room behind the last token and
-    grows by half when that is used up, so that a token costs its own bytes.
+    The stock layer copies the whole cache at each token. This one writes into spare room behind the last token, which a
+    prefill leaves and which grows by half when it is used up, so that a token costs its own bytes.
     """
 
     _layer_type = "context"
@@ -27,8 +27,7 @@ class ContextLayer(DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states.clone(), torch.empty_like(value_states)
-            return self.keys, self.values
+            self.keys, self.values = (torch.empty_like(new[..., :0, :]) for new in (key_states, value_states))
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
             # Autograd still needs the old contents, which writing in place would change.
             return super().update(key_states, value_states)
@@ -41,7 +40,7 @@ class ContextLayer(DynamicLayer):
         """Make `keys` a view of `length` tokens. How many fit is read off its strides, so every tensor that the
         stock operations (crop, reorder, repeat, select) leave in `keys` is a valid state."""
         batch, heads, used, width = self.keys.shape
-        if self.keys.stride()[-2:] == (width, 1) and self.keys.stride(0) // (heads * width) >= length:
+        if used and self.keys.stride()[-2:] == (width, 1) and self.keys.stride(0) // (heads * width) >= length:
             self.keys = self.keys.as_strided((batch, heads, length, width), self.keys.stride())
             return
         room = self.keys.new_empty(batch, heads, length + max(length // 2, 32), width)
@@ -123,10 +122,13 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
     """
     if cache is None or not cache.layers or not getattr(cache.layers[0], "is_initialized", False):
         return None
-    length = cache.get_seq_length()
+    length, layer = cache.get_seq_length(), cache.layers[0]
+    if isinstance(length, torch.Tensor) and config.context_source == "shared":
+        # A static cache's length is known to the device alone: reading it would compile each decoding step anew.
+        last = layer.keys[:, 0].index_select(1, (length - 1).clamp(min=0).view(1))
+        return last[:, 0, config.rotary_dim :] * (length > 0)
     if int(length) == 0:
         return None
-    layer = cache.layers[0]
     if config.context_source == "shared":
         return layer.keys[:, 0, int(length) - 1, config.rotary_dim :]
     if not isinstance(layer, RecurrentContext) or layer.contexts is None:

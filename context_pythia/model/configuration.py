@@ -26,7 +26,8 @@ class ContextPythiaConfig(GPTNeoXConfig):
         For each layer and rotary frequency, the pairs of numbers that are cached at this frequency in place of whole
         rotary keys; every head reads them through a complex-linear map of its own (`"layer"`).
     reuse_rotary_keys (`bool`, *optional*, defaults to `False`):
-        Whether keys and values are rebuilt from the rotary keys, turned back, too, and not from the latent alone
+        Whether keys and values are rebuilt from the rotary keys too, as they were before RoPE turned them, and not from
+        the latent alone
         (`"layer"`).
     layer_context_dims (`list[int]`, *optional*):
         Width of each layer's context where layers differ; `context_dim` is then their mean (`"layer"`).

@@ -100,9 +100,13 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        turn_back = None
+        key_positions = position_embeddings
         if self.config.reuse_rotary_keys:
-            turn_back = self._turn_back(inputs_embeds, position_ids, position_embeddings, past_key_values)
+            if past_key_values is not None:
+                position_embeddings, key_positions = self._positions_in_cache(inputs_embeds, past_key_values)
+            if self.config.rotary_pairs is None:
+                cos, sin = (table.repeat(1, 1, self.config.num_rotary_keys) for table in key_positions)
+                key_positions = cos, sin
 
         # Layers hand their contexts on in a UserDict: FSDP rebuilds a plain dict among the arguments, and what a layer
         # wrote into it would be lost.
@@ -117,7 +121,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 keep_context(past_key_values, context)
             else:
                 new = turn_rotary_keys(torch.cat([self.rotary_key(context), context], -1), 1, position_embeddings)
-                contexts[0] = cache_context(new, past_key_values, 0)
+                contexts[0] = cache_context(new.unsqueeze(1), past_key_values, 0)
 
         hidden_states = self.emb_dropout(hidden_states)
         for layer in self.layers:
@@ -129,33 +133,24 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 contexts=contexts,
-                turn_back=turn_back,
+                key_positions=key_positions,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
         )
 
-    def _turn_back(
-        self,
-        states: torch.Tensor,
-        position_ids: torch.Tensor,
-        position_embeddings: PositionEmbeddings,
-        cache: Cache | None,
-    ) -> PositionEmbeddings:
-        """What undoes the turning of each key that the layers will attend to, cached ones included.
+    def _positions_in_cache(self, states: torch.Tensor, cache: Cache) -> tuple[PositionEmbeddings, PositionEmbeddings]:
+        """Position embeddings of the new tokens and of all that will be in the cache, by their places there.
 
-        Cached tokens stand at consecutive positions, so the last new token's tells them all.
+        Tokens that attend to each other are cached in a row, and RoPE knows only distances: one table serves all
+        sequences, padded or not.
         """
-        if cache is not None:
-            last = cache.get_seq_length() + states.shape[1] - 1
-            length, _ = cache.get_mask_sizes(states.shape[1], 0)
-            positions = torch.arange(length, device=states.device) + (position_ids[:, -1:] - last)
-            position_embeddings = self.rotary_emb(states, position_ids=positions)
-        cos, sin = position_embeddings
-        # Some kinds of RoPE also scale what they turn.
-        scaling = self.rotary_emb.attention_scaling**2
-        return cos / scaling, -sin / scaling
+        length, _ = cache.get_mask_sizes(states.shape[1], 0)
+        places = torch.arange(length, device=states.device).unsqueeze(0)
+        cos, sin = self.rotary_emb(states, position_ids=places)
+        new = torch.arange(states.shape[1], device=states.device) + cache.get_seq_length()
+        return (cos[:, new], sin[:, new]), (cos, sin)
 
 
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):

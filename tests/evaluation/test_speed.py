@@ -1,10 +1,11 @@
 """The stopwatch times what it says it times, and leaves the caches as it found them."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import CompileConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.evaluation import speed
@@ -108,6 +109,20 @@ def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(mon
     assert row.cache.length == 16 and row.cache.filled == cache_bytes(one.model.config, 16, 2)
     assert row.error is None
     assert len(ticks) == turns(2)
+
+
+@pytest.mark.parametrize("name", ["shared"])
+def test_a_compiled_row_is_timed_compiled(name, monkeypatch):
+    settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    monkeypatch.setattr(speed, "compiled_step", lambda: settings)
+    one = replace(subject(name), cache="compiled")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    (row,) = measure_cell([one], 2, 16, new_tokens=3, rounds=1)
+    assert row.error is None and len(row.generate) == len(row.decode) == 1
+    assert row.cache.filled == cache_bytes(one.model.config, 16, 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # by generate() and by the bare forward
 
 
 def test_a_row_that_does_not_fit_or_fails_is_recorded_and_the_others_are_timed(monkeypatch):

@@ -1,7 +1,10 @@
 import re
 
 import pytest
+import torch
+from transformers import CompileConfig
 
+from context_pythia.experiments import generate as module
 from context_pythia.experiments.generate import generate
 
 
@@ -27,6 +30,19 @@ def test_sampling_depends_on_the_seed_alone(finished_run, capsys):
 def test_beams_write_text(finished_run, capsys):
     generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, num_beams=3, stats=True)
     assert "x 3 beams" in capsys.readouterr().out
+
+
+def test_compiled_decoding_writes_the_same(finished_run, capsys, monkeypatch):
+    settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    monkeypatch.setattr(module, "compiled_step", lambda: settings)
+    texts = []
+    for compile in (False, True):
+        torch._dynamo.utils.counters.clear()
+        generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, compile=compile)
+        texts.append(capsys.readouterr().out)
+        assert bool(torch._dynamo.utils.counters["stats"]) == compile
+    assert texts[0] == texts[1]
 
 
 def test_prompts_that_cannot_be_are_refused(finished_run):

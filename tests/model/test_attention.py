@@ -1,8 +1,10 @@
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM, flash_decoding
+from context_pythia.model import attention as attention_module
+from context_pythia.model.attention import turn_rotary_keys, turned_scores
 
 from .conftest import SIZE, SOURCES, build, randomise
 
@@ -53,17 +55,15 @@ def attention_arguments(model, queries: int, length: int):
     attention = model.gpt_neox.layers[-1].attention
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(3, 4, queries, 16, generator=generator, requires_grad=True)
-    context = torch.randn(
-        3,
-        1,
-        length,
-        model.gpt_neox.layers[-1].attention.rotary_width + model.gpt_neox.layers[-1].attention.content_dim,
-        generator=generator,
-        requires_grad=True,
-    )
+    width = model.config.cached_width(attention.layer_idx)
+    context = torch.randn(3, 1, length, width, generator=generator, requires_grad=True)
     mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries).expand(3, 1, -1, -1).clone()
     mask[0, :, :, :2] = False
-    return attention, query, context, mask
+    with torch.no_grad():
+        positions = model.gpt_neox.rotary_emb(context, position_ids=torch.arange(length).unsqueeze(0))
+    if not hasattr(attention, "rotary_up"):
+        positions = tuple(table.repeat(1, 1, attention.num_rotary_keys) for table in positions)
+    return attention, query, context, mask, positions
 
 
 @pytest.mark.parametrize("queries", [1, 4])
@@ -72,14 +72,14 @@ def attention_arguments(model, queries: int, length: int):
 def test_absorbed_is_expanded_gradients_included(source, queries, implementation):
     model = build(source)
     model.set_attn_implementation(implementation)
-    attention, query, context, mask = attention_arguments(model, queries, 9)
+    attention, query, context, mask, positions = attention_arguments(model, queries, 9)
     if implementation == "eager":
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     results = []
     for method in (attention.expanded, attention.absorbed):
         query.grad = context.grad = None
         attention.zero_grad()
-        output, weights = method(query, context, mask)
+        output, weights = method(query, context, mask, positions)
         (output * torch.arange(64.0)).sum().backward()
         gradients = [attention.key_up.weight.grad, attention.value_up.weight.grad, attention.value_up.bias.grad]
         results.append([output, query.grad, context.grad, *gradients] + ([] if weights is None else [weights]))
@@ -107,3 +107,39 @@ def test_decoding_attends_absorbed_and_prefill_expanded(ids, monkeypatch):
     assert calls == ["expanded"] * 3
     model(ids[:, :1], past_key_values=cache)
     assert calls[3:] == ["absorbed"] * 3
+
+
+def test_rotary_keys_turned_in_parts_score_as_turned_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    query, keys = (torch.randn(3, n, 24, generator=generator, requires_grad=True) for n in (4, 11))
+    angles = torch.randn(3, 11, 3, generator=generator).repeat(1, 1, 8)
+    cos, sin = angles.cos(), angles.sin()
+    weights = torch.randn(3, 4, 11, generator=generator)
+    whole = query @ turn_rotary_keys(keys, 4, (cos[..., :6], sin[..., :6])).transpose(1, 2)
+    expected = [whole, *torch.autograd.grad((whole * weights).sum(), (query, keys))]
+    for at_once in (24, 5 * 24, 11 * 24, 2 * 11 * 24, 10**6):
+        monkeypatch.setattr(attention_module, "TURNED_AT_ONCE", at_once)
+        parts = turned_scores(query, keys, 4, (cos, sin))
+        actual = [parts, *torch.autograd.grad((parts * weights).sum(), (query, keys))]
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_absorbed_rotary_pairs_are_their_maps():
+    up = build("layer, rotary pairs").gpt_neox.layers[0].attention.rotary_up
+    query = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    weights = torch.randn(2, 4, 3, 10, generator=torch.Generator().manual_seed(5))
+    results = []
+    for absorbed in (torch.einsum("bhqd,hdr->bhqr", query, up()), up.absorb(query)):
+        results.append([absorbed, *torch.autograd.grad((absorbed * weights).sum(), (query, up.weight))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_by_all_threads_decodes_the_same(model, ids, monkeypatch):
+    monkeypatch.setattr(flash_decoding, "LEAST_TOKENS", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(17)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)

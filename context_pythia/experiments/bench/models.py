@@ -13,13 +13,13 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.evaluation.quantised import require_quantiser
 from context_pythia.evaluation.speed import Subject
-from context_pythia.experiments.bench.options import SIZES, Source
+from context_pythia.experiments.bench.options import COMPILED, SIZES, Source
 from context_pythia.experiments.build import build_model, expected_rows
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import Recipe
 
 PEER = "GPT-NeoX (random weights)"
-LABELS = {"dynamic": "DynamicCache", "static": "StaticCache", "int4": "int4 cache"}
+LABELS = {"dynamic": "DynamicCache", "static": "StaticCache", "int4": "int4 cache", COMPILED: "StaticCache, compiled"}
 
 
 def saved_models(paths: Sequence[str], dtype: torch.dtype) -> dict[str, PreTrainedModel]:
@@ -82,7 +82,7 @@ def is_peer(model: PreTrainedModel) -> bool:
 
 
 def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple[list[Subject], list[str]]:
-    """The rows of the bench: a Context-Pythia with its own cache, the others with each kind of cache.
+    """The rows of the bench: a Context-Pythia with its own cache and compiled, the others with each kind of cache.
 
     Where no model is a GPT-NeoX, one of the first model's shape, with random weights, is put before them.
 
@@ -107,6 +107,8 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
             found += [Subject(f"{name}, {LABELS[cache]}", model, cache) for cache in caches]
         else:
             found.append(Subject(name, model))
+            if COMPILED in caches:
+                found.append(Subject(f"{name}, {LABELS[COMPILED]}", model, COMPILED))
     return found, notes
 
 

@@ -9,6 +9,7 @@ from context_pythia.options import Options, option, suggestion
 from context_pythia.recipe import PRECISIONS, ArchitectureOptions
 
 CACHES = ("dynamic", "static", "int4")
+COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
 CONVERSATION = 2048  # tokens of the conversations that are counted into a given memory
 FORMS = ("heads", "exact")
 
@@ -100,7 +101,7 @@ class BenchOptions(Options):
             if length <= self.new_tokens:
                 raise ValueError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
         for cache in self.caches:
-            if cache not in CACHES:
-                raise ValueError(f"cache {cache!r} is unknown{suggestion(cache, CACHES)}; valid: {', '.join(CACHES)}")
+            if cache not in (valid := (*CACHES, COMPILED)):
+                raise ValueError(f"cache {cache!r} is unknown{suggestion(cache, valid)}; valid: {', '.join(valid)}")
         if "dynamic" not in self.caches:
             raise ValueError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")

@@ -25,7 +25,7 @@ from context_pythia.experiments.bench.models import (
     sized_models,
     subjects,
 )
-from context_pythia.experiments.bench.options import CONVERSATION, BenchOptions, Source, default_sources
+from context_pythia.experiments.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
 from context_pythia.experiments.bench.report import write_bench
 from context_pythia.experiments.bench.tables import cell_table, memory_table
 from context_pythia.experiments.bench.training import train_metrics
@@ -193,7 +193,11 @@ def _make_folder(out: Path) -> None:
 
 def _settings(options: BenchOptions, device: torch.device) -> dict[str, Any]:
     """The options as plain values, with what they left to the machine."""
-    return asdict(options) | {"threads": torch.get_num_threads(), "device": device.type, "compiled": False}
+    return asdict(options) | {
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "compiled": COMPILED in options.caches,
+    }
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "train": "training steps",
         "how": "Times are medians of at most {rounds} rounds, the smallest and largest in brackets; warm-up is left "
         "out. In every round all models take their turn (A B A B …), and ratios are medians of the rounds' own "
-        "ratios. {device}, {threads} CPU threads, nothing compiled.",
+        "ratios. {device}, {threads} CPU threads; compiled are only the rows that say so.",
         "cell": "Batch {batch}, {length} tokens",
         "cell_note": "Prefill: all tokens into an empty cache. Decoding: the last {new_tokens} tokens up to that "
         "length, by generate() and by the bare forward, from a cache filled with random numbers; ms a token of all "
@@ -81,7 +81,7 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "train": "学習ステップ",
         "how": "時間は最大 {rounds} ラウンドの中央値で、括弧内は最小値と最大値です。ウォームアップは含みません。"
         "各ラウンドで全モデルが順番に（A B A B …）実行され、比は同じラウンド内の比の中央値です。{device}、CPU "
-        "スレッド数 {threads}、コンパイルなし。",
+        "スレッド数 {threads}、コンパイルは明記した行のみ。",
         "cell": "バッチ {batch}、{length} トークン",
         "cell_note": "プリフィル：空のキャッシュへ全トークンを入力。デコード：その長さまでの最後の {new_tokens} "
         "トークンを、乱数で埋めたキャッシュから generate() と素の forward で実行した時間（全系列分の 1 "
