@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from threading import Event
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
 from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
 from context_pythia.data.packing import PackedDataset
+
+HEAD_TOKENS = 256  # tokens whose predictions are held at once
 
 
 @dataclass
@@ -98,42 +102,79 @@ def collect(
 ) -> dict[int, LayerStatistics]:
     """Statistics of the given layers from one pass over all samples of `text`.
 
+    The backward pass computes each layer anew from its input, so that it takes one layer's activations and, where
+    weights are read from disk (`load_pretrained`), one layer's weights at a time.
+
     Args:
         layers: those whose statistics are held at once; a layer takes `40 D^2` bytes.
+        batch_size: samples a pass; but for rounding it changes nothing.
         seed: of the labels drawn from the model's predictions.
 
     Raises:
         RuntimeError: a prediction, an input or a gradient is not finite.
     """
     statistics = {layer: LayerStatistics.zeros(model.config.hidden_size) for layer in layers}
-    generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = range(0, len(text), batch_size)
-    with observed(model, statistics):
+    with observed(model, statistics) as recording:
         for start in tqdm(batches, desc="calibration", unit="batch", disable=None if progress else True):
-            samples = [text[i]["input_ids"] for i in range(start, min(start + batch_size, len(text)))]
-            logits = model(torch.stack(samples).to(model.device), use_cache=False).logits
-            if not bool(logits.isfinite().all()):
-                raise RuntimeError(
-                    f"the model's predictions are not finite in {model.dtype}: the checkpoint is damaged"
-                )
-            predictions = logits.detach().float().softmax(-1).flatten(0, 1)
-            labels = torch.multinomial(predictions, 1, generator=generator)[:, 0]
-            nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum").backward()
+            stop = min(start + batch_size, len(text))
+            ids = torch.stack([text[i]["input_ids"] for i in range(start, stop)])
+            recording.set()
+            states = model.base_model(ids.to(execution_device(model)), use_cache=False).last_hidden_state
+            recording.clear()
+            gradients = [loss_gradients(model, states[i - start], _seed_of(seed, i)) for i in range(start, stop)]
+            states.backward(torch.stack(gradients))
     for layer, held in statistics.items():
         if not all(bool(getattr(held, f.name).isfinite().all()) for f in fields(held)):
             raise RuntimeError(f"layer {layer} has inputs or gradients that are not finite: the checkpoint is damaged")
     return statistics
 
 
+def loss_gradients(model: GPTNeoXForCausalLM, states: torch.Tensor, seed: int) -> torch.Tensor:
+    """Gradients, by a sample's last hidden states `[T, D]`, of its summed loss on labels that the model's own
+    predictions draw. Few tokens' predictions are held at once: a row of them is as long as the vocabulary.
+
+    Raises:
+        RuntimeError: a prediction is not finite.
+    """
+    generator = torch.Generator(device=states.device).manual_seed(seed)
+    gradients = []
+    for chunk in states.detach().split(HEAD_TOKENS):
+        logits = model.get_output_embeddings()(chunk.requires_grad_(True)).float()
+        if not bool(logits.isfinite().all()):
+            raise RuntimeError(f"the model's predictions are not finite in {model.dtype}: the checkpoint is damaged")
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradients += torch.autograd.grad(loss, chunk)
+    return torch.cat(gradients)
+
+
+def execution_device(model: GPTNeoXForCausalLM) -> torch.device:
+    """Where the model computes, wherever its weights are: its rotary angles are always there."""
+    return model.base_model.rotary_emb.inv_freq.device
+
+
+def _seed_of(seed: int, sample: int) -> int:
+    """A seed of the sample's own, so that batches may be of any size; generators read 32 bits of it."""
+    return (seed * 1_000_003 + sample) % 2**32
+
+
 @contextmanager
-def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) -> Iterator[None]:
-    """Within it a forward and backward pass adds to `statistics`. Gradients reach activations alone, no weights."""
+def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) -> Iterator[Event]:
+    """Within it a forward pass, while the given event is set, and its backward pass add to `statistics`.
+
+    Gradients reach activations alone, no weights. The event must not be set in the backward pass, which runs layers
+    forward once more.
+    """
     heads = model.config.num_attention_heads
     required = [parameter.requires_grad for parameter in model.parameters()]
     handles = []
+    recording = Event()
 
     def watch(held: LayerStatistics):
         def forward(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            if not recording.is_set():
+                return
             states = inputs[0].detach().flatten(0, 1).float()
             held.tokens += states.shape[0]
             held.input_sum += states.sum(0).double().cpu()
@@ -150,13 +191,18 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
 
     try:
         model.eval().requires_grad_(False)
-        model.enable_input_require_grads()
+        model.activation_checkpointing_enable()  # embeddings then ask for gradients, too
+        for layer in model.base_model.layers:
+            layer.training = True  # Checkpointing asks for it; the layer's parts, dropout among them, stay as they are.
         for layer, held in statistics.items():
             handles.append(model.gpt_neox.layers[layer].attention.query_key_value.register_forward_hook(watch(held)))
-        yield
+        # Recomputing would else stop amid a layer's last module, whose weights, read from disk, would stay.
+        with set_checkpoint_early_stop(False):
+            yield recording
     finally:
         for handle in handles:
             handle.remove()
+        model.eval().activation_checkpointing_disable()
         model.disable_input_require_grads()
         for parameter, require in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(require)

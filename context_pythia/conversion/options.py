@@ -31,9 +31,15 @@ class ConvertOptions(Options):
         WEIGHTINGS,
     )
     uniform: bool = option(False, "give all layers the same width")
-    batch_size: int = option(8, "samples a pass of the calibration", bounds=">= 1")
-    statistics_gb: float = option(8.0, "memory for statistics; more passes over the text if it is short", bounds="> 0")
-    dtype: str = option("float32", "of the computation and of the converted model", PRECISIONS)
+    batch_size: int | None = option(
+        None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1"
+    )
+    statistics_gb: float = option(
+        8.0,
+        "memory for statistics, at most half of what is free; more passes over the text if it is short",
+        bounds="> 0",
+    )
+    dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS)
     seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296")
 
     def __post_init__(self) -> None:

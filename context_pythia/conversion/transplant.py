@@ -1,15 +1,20 @@
 """From a GPT-NeoX model and the factors of its layers to a Context-Pythia: every weight has a place or an error.
 
-The converted model takes the original's tensors over and frees each layer's fused projection as its factors come, so
-that the weights are held once.
+No model is held whole: the original's weights are read from its checkpoint as they are needed, a layer's new ones are
+written to a file as they come, and the converted model reads both when it runs or is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
+from accelerate import dispatch_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from context_pythia.conversion.factorize import Factors, KeysAndValues
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
@@ -32,13 +37,19 @@ def check_convertible(config: GPTNeoXConfig, name: str) -> None:
         )
 
 
+def read_weight(model: GPTNeoXForCausalLM, name: str) -> torch.Tensor:
+    """A parameter, from the checkpoint where the model leaves it there."""
+    weight = model.get_parameter(name).detach()
+    return load_offloaded_parameter(model, name) if weight.is_meta else weight
+
+
 def split_projection(model: GPTNeoXForCausalLM, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The fused projection by parts: weight `[3, D, D]` and bias `[3, D]`, queries, keys and values, head by head."""
-    fused, heads = model.gpt_neox.layers[layer_idx].attention.query_key_value, model.config.num_attention_heads
-    weight = fused.weight.detach().unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
-    if fused.bias is None:
+    name, heads = f"gpt_neox.layers.{layer_idx}.attention.query_key_value", model.config.num_attention_heads
+    weight = read_weight(model, f"{name}.weight").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    if model.get_submodule(name).bias is None:
         return weight, None
-    return weight, fused.bias.detach().unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1)
+    return weight, read_weight(model, f"{name}.bias").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1)
 
 
 def keys_and_values(model: GPTNeoXForCausalLM, layer_idx: int) -> KeysAndValues:
@@ -71,48 +82,95 @@ def context_config(
     )
 
 
-def transplant(
-    original: GPTNeoXForCausalLM, factors: Iterable[Factors], config: ContextPythiaConfig
-) -> ContextPythiaForCausalLM:
-    """The converted model, in the original's dtype and on its device; the original is used up.
+class ConvertedWeights(Mapping[str, torch.Tensor]):
+    """A converted model's weights, each read as it is asked for: from its layer's file, or from the original.
 
     Args:
+        original: the model that was converted.
+        kept: names of its weights that the converted model has too.
+        files: where each of the others lies.
+        dtype: of the converted model.
+    """
+
+    def __init__(self, original: GPTNeoXForCausalLM, kept: set[str], files: dict[str, Path], dtype: torch.dtype):
+        self.original, self.kept, self.files, self.dtype = original, kept, files, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self.files:
+            with safe_open(self.files[name], framework="pt") as file:
+                return file.get_tensor(name)
+        if name in self.kept:
+            return read_weight(self.original, name).to(self.dtype)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.kept, *self.files])
+
+    def __len__(self) -> int:
+        return len(self.kept) + len(self.files)
+
+
+def transplant(
+    original: GPTNeoXForCausalLM,
+    factors: Iterable[Factors],
+    config: ContextPythiaConfig,
+    folder: Path,
+    dtype: torch.dtype,
+) -> ContextPythiaForCausalLM:
+    """The converted model, which reads a module's weights from disk as it runs, or as it is saved.
+
+    Args:
+        original: in memory or on disk; the converted model reads from it the weights that both have.
         factors: of each layer in turn; may be made as they are asked for.
+        folder: gets a file for each layer's new weights, which the converted model needs until it is saved.
+        dtype: of the converted model.
 
     Raises:
         RuntimeError: a weight of the original has no place, or a place has no weight.
     """
-    with torch.device("meta"):
-        model = ContextPythiaForCausalLM(config)
-    state = {name: tensor for name, tensor in original.state_dict().items() if ".query_key_value." not in name}
+    files: dict[str, Path] = {}
     for layer_idx, layer_factors in enumerate(factors):
-        prefix = f"gpt_neox.layers.{layer_idx}.attention."
-        weight, bias = split_projection(original, layer_idx)
-        ours = {
-            "context.weight": layer_factors.context_weight,
-            "context.bias": layer_factors.context_bias,
-            "rotary_up.weight": layer_factors.rotary_up,
-            "key_up.weight": layer_factors.key_up,
-            "value_up.weight": layer_factors.value_up,
-            "value_up.bias": layer_factors.value_bias,
-            "query.weight": weight[0],
-        }
-        if bias is not None:
-            ours["query.bias"] = bias[0]
-        if not layer_factors.key_up.numel():
-            del ours["key_up.weight"]
-        # Contiguous clones, or views would keep the fused projection alive.
-        state |= {
-            prefix + name: tensor.to(weight).clone(memory_format=torch.contiguous_format)
-            for name, tensor in ours.items()
-        }
-        original.gpt_neox.layers[layer_idx].attention.query_key_value = torch.nn.Identity()
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["gpt_neox.embed_in.weight"]
-    model.load_state_dict(state, assign=True)
+        weights = _attention_weights(original, layer_idx, layer_factors, dtype)
+        path = folder / f"layer-{layer_idx:03d}.safetensors"
+        save_file(weights, path)
+        files |= dict.fromkeys(weights, path)
+    kept = {name for name in original.state_dict() if ".query_key_value." not in name}
+    with torch.device("meta"):
+        model = ContextPythiaForCausalLM(config).to(dtype)
+    places = set(model.state_dict())
+    if wrong := sorted((kept | files.keys()) ^ places):
+        raise RuntimeError(f"{wrong[0]} has no {'weight in the original' if wrong[0] in places else 'place'}")
     model.tie_weights()
     # Not among the weights, so still on the meta device.
-    rotary = type(model.gpt_neox.rotary_emb)(config).to(original.device)
-    model.gpt_neox.rotary_emb = rotary
+    model.gpt_neox.rotary_emb = type(model.gpt_neox.rotary_emb)(config)
     model.generation_config = original.generation_config
-    return model.eval()
+    return dispatch_model(
+        model.eval(),
+        {"": "disk"},
+        state_dict=ConvertedWeights(original, kept, files, dtype),
+        offload_index={},
+        # Absorbed attention reads the weights of its parts without running them.
+        preload_module_classes=["ContextAttention"],
+    )
+
+
+def _attention_weights(
+    original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """What takes the place of a layer's fused projection."""
+    weight, bias = split_projection(original, layer_idx)
+    ours = {
+        "context.weight": factors.context_weight,
+        "context.bias": factors.context_bias,
+        "rotary_up.weight": factors.rotary_up,
+        "key_up.weight": factors.key_up,
+        "value_up.weight": factors.value_up,
+        "value_up.bias": factors.value_bias,
+        "query.weight": weight[0],
+    }
+    if bias is not None:
+        ours["query.bias"] = bias[0]
+    if not factors.key_up.numel():
+        del ours["key_up.weight"]
+    prefix = f"gpt_neox.layers.{layer_idx}.attention."
+    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in ours.items()}

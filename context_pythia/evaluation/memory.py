@@ -23,21 +23,24 @@ T = TypeVar("T")
 
 
 @torch.no_grad()
-def measure_generated_cache(model: PreTrainedModel, length: int, batch_size: int = 1) -> CacheMeasurement:
+def measure_generated_cache(
+    model: PreTrainedModel, length: int, batch_size: int = 1, decoded: int | None = None
+) -> CacheMeasurement:
     """Run greedy `generate()` until `length` tokens are cached and measure the cache it leaves.
 
-    The first half of the tokens are a prompt, so prefill and decoding both write to the cache. Every generated token
-    but the last is cached.
+    The first tokens are a prompt, so prefill and decoding both write to the cache. Every generated token but the last
+    is cached.
 
     Args:
         model: any causal language model of transformers, on any device; its dtype is the cache's.
         length: cached tokens, at least 1.
         batch_size: sequences.
+        decoded: tokens of `length` that are not of the prompt; half of them if absent.
 
     Raises:
         RuntimeError: `generate()` cached another number of tokens.
     """
-    prompt = max(1, length // 2)
+    prompt = max(1, length // 2 if decoded is None else length - decoded)
     ids = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
     settings = GenerationConfig(
         max_new_tokens=length - prompt + 1, do_sample=False, return_dict_in_generate=True, pad_token_id=0
@@ -45,7 +48,8 @@ def measure_generated_cache(model: PreTrainedModel, length: int, batch_size: int
     # An unset end of text would be taken from the model's own settings, and could stop early.
     own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
-        ids = ids.to(model.device)
+        # Weights that are read from disk as they are needed stand on no device.
+        ids = ids if model.device.type == "meta" else ids.to(model.device)
         output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     finally:
         model.generation_config.eos_token_id = own

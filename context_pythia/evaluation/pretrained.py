@@ -1,5 +1,6 @@
 """Load a saved model for evaluation, with one clear line for everything that can be wrong with it."""
 
+import logging as standard_logging
 from pathlib import Path
 
 import torch
@@ -11,10 +12,14 @@ import context_pythia.model  # noqa: F401  registers the model with the Auto cla
 from context_pythia.data.corpora import is_hub_name, require_on_hub
 
 
-def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
     """The causal language model in the folder, or of the Hub name, `name`, ready for evaluation.
 
     Weights are read from safetensors alone; nothing is unpickled.
+
+    Args:
+        device_map: as transformers takes it. Modules on "disk" hold no weights (theirs are meta tensors): accelerate
+            reads them from the checkpoint, in `dtype`, each time that the module runs.
 
     Raises:
         FileNotFoundError: there is no such folder and no such model.
@@ -37,9 +42,10 @@ def load_pretrained(name: str, dtype: torch.dtype) -> PreTrainedModel:
         raise FileNotFoundError(f"{name} holds no safetensors: save its weights in that format, no other is read")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
     try:
         model, state = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=device_map
         )
     except ConnectionError:
         raise

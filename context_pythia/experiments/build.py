@@ -75,9 +75,10 @@ def describe_parameters(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def describe_cache(model: PreTrainedModel, length: int) -> dict[str, Any]:
-    """The cache of one sequence of `length` tokens in the model's dtype, by formula and as `generate()` filled it."""
-    measured = measure_generated_cache(model, length)
+def describe_cache(model: PreTrainedModel, length: int, decoded: int | None = None) -> dict[str, Any]:
+    """The cache of one sequence of `length` tokens in the model's dtype, by formula and as `generate()` filled it (see
+    `measure_generated_cache`)."""
+    measured = measure_generated_cache(model, length, decoded=decoded)
     dtype: torch.dtype = model.dtype
     return {
         "length": length,

@@ -11,7 +11,8 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,24 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from context_pythia.conversion.calibrate import LayerStatistics, collect
-from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
+from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
 from context_pythia.conversion.options import ConvertOptions, HealOptions
-from context_pythia.conversion.transplant import check_convertible, context_config, keys_and_values, transplant
-from context_pythia.data.packing import PackedData, PackedDataset, load_data
+from context_pythia.conversion.transplant import check_convertible, read_weight
+from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import load_pretrained
-from context_pythia.experiments.build import describe_cache, describe_parameters
+from context_pythia.experiments.build import best_device, describe_cache, describe_parameters
 from context_pythia.experiments.conversion_card import reduction, write_card, write_spectrum
 from context_pythia.experiments.record import read_record, write_json
-from context_pythia.model import ContextPythiaForCausalLM
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.recipe import DataOptions
 from context_pythia.training.checkpoints import first_line, publish
 
 RECORD = "conversion.json"
-WIDTH_MULTIPLE = 8  # widths that memory and vector units like
-STATISTICS_BYTES = 40  # of a layer, times D^2
+SHARD = "500MB"  # of the output: as much of it is in memory at a time
+DECODED = 8  # tokens that are decoded to measure the cache: the weights are read from disk for each
 
 
 def convert(
@@ -136,17 +135,16 @@ def _convert(
     if (converted / RECORD).is_file():
         record = read_record(converted / RECORD)
         print(f"goes on with the converted model in {converted}")
-        student: PreTrainedModel = load_pretrained(str(converted), getattr(torch, options.dtype))
     else:
         started = time.perf_counter()
-        original = _load_original(model, options.dtype)
+        original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
         if vocabulary_rows(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
                 f"{config.vocab_size}: give the model's own with --tokenizer"
             )
-        width = config.hidden_size if control else _checked_width(options, original)
+        width = config.hidden_size if control else checked_width(options, original)
         if width < config.hidden_size:
             packed = load_data(data, progress)
         record = {
@@ -155,22 +153,26 @@ def _convert(
             "numbers_per_token_original": cached_numbers_per_token(config),
             **describe_parameters(original),
         }
-        student = original
-        if not control:
-            student, details = _compressed(original, width, options, packed, partial, progress)
+        student: PreTrainedModel
+        if control:
+            student = load_pretrained(model, getattr(torch, options.dtype))
+        else:
+            student, details = compressed(original, width, options, packed, partial, progress)
             record |= details
-        record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
-        record["cache"] = describe_cache(student, min(128, config.max_position_embeddings))
+        record["cache"] = describe_cache(student, min(128, config.max_position_embeddings), DECODED)
         converted.mkdir(exist_ok=True)
         with _shipped_code(student) if ship_code and not control else contextlib.nullcontext():
-            publish(student, tokenizer, converted)
+            publish(student, tokenizer, converted, SHARD)
+        record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
         if record.get("layers"):
             write_spectrum(converted, record)
         write_json(converted / RECORD, record)
     if healing.steps:
         packed = packed or load_data(data, progress)
+        dtype = getattr(torch, options.dtype)
+        student = load_pretrained(str(converted), dtype)
         # The original matches itself already; what it can learn equally long is the text.
-        teacher = None if control else _load_original(model, options.dtype)
+        teacher = None if control else load_pretrained(model, dtype)
         healed = partial / "healed"
         result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
         record["healing"] = asdict(result)
@@ -193,139 +195,28 @@ def _shipped_code(model: PreTrainedModel) -> Iterator[None]:
             cls._auto_class = None
 
 
-def _load_original(model: str, dtype: str) -> GPTNeoXForCausalLM:
-    """The model to convert; ValueError for other families, RuntimeError for a damaged checkpoint."""
-    if Path(model).is_dir() and (Path(model) / "config.json").is_file():
+def _load_original(model: str) -> GPTNeoXForCausalLM:
+    """The model to convert, its weights left on disk; ValueError for other families, RuntimeError for a damaged
+    checkpoint."""
+    # What is wrong with the name itself is said where the weights are loaded.
+    with contextlib.suppress(OSError):
         check_convertible(AutoConfig.from_pretrained(model), model)
-    original = load_pretrained(model, getattr(torch, dtype))
-    check_convertible(original.config, model)
-    for name, tensor in original.state_dict().items():
-        if not bool(tensor.isfinite().all()):
+    # Weights are read from disk as they are needed; on a GPU, a module that stays there makes it the one that computes.
+    parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
+    parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(best_device()))
+    original = load_pretrained(model, torch.float32, parts)
+    for name, place in original.state_dict().items():
+        weight = read_weight(original, name)
+        if weight.shape != place.shape:
+            raise RuntimeError(
+                f"the checkpoint in {model} is damaged ({name} has the shape {list(weight.shape)}, not "
+                f"{list(place.shape)}): download or train it again"
+            )
+        if not bool(weight.isfinite().all()):
             raise RuntimeError(
                 f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again"
             )
     return original
-
-
-def _checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
-    """The mean width of a layer's context; ValueError for one that the model cannot have."""
-    config, attention = original.config, original.gpt_neox.layers[0].attention
-    hidden, rotary = config.hidden_size, attention.rotary_ndims
-    width = options.width(hidden)
-    if width > hidden:
-        raise ValueError(
-            f"context_dim {width}: {hidden} numbers, the model's width, are exact already; give at most that"
-        )
-    if rotary == attention.head_size and width < hidden:
-        raise ValueError(
-            f"context_dim {width}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
-            f"keys alone, {hidden} numbers a layer (kv_reduction 0.5), and no smaller one is made"
-        )
-    if width < rotary + 1:
-        raise ValueError(
-            f"context_dim {width}: leaves no room for one rotary key of {rotary} dims and a latent; give at least "
-            f"{rotary + 1}"
-        )
-    return width
-
-
-def _compressed(
-    original: GPTNeoXForCausalLM,
-    width: int,
-    options: ConvertOptions,
-    packed: PackedData | None,
-    partial: Path,
-    progress: bool,
-) -> tuple[ContextPythiaForCausalLM, dict[str, Any]]:
-    """The converted model, and what the record says of its layers; `original` is used up."""
-    layers = range(original.config.num_hidden_layers)
-    make: Callable[[int], Factors]
-    if packed is None:
-        widths = [width for _ in layers]
-        frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
-        pairs = [[original.config.num_attention_heads] * frequencies for _ in layers]
-
-        def make(layer: int) -> Factors:
-            return exact_factors(keys_and_values(original, layer))
-
-    else:
-        statistics = _statistics(original, options, packed.train, partial, progress)
-
-        def factorizer(layer: int) -> LayerFactorizer:
-            return LayerStatistics.load(statistics[layer]).factorizer(
-                keys_and_values(original, layer), options.weighting
-            )
-
-        frontiers, choices, counts = [], [], []
-        for layer in layers:
-            prepared = factorizer(layer)
-            errors, chosen = prepared.frontier()
-            frontiers.append(errors)
-            counts.append({total: prepared.pair_counts(total) for total in chosen.unique().tolist()})
-            choices.append(chosen)
-        multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
-        widths = [width] * len(layers) if options.uniform else allocate(frontiers, width * len(layers), multiple)
-        pairs = [counts[layer][int(choices[layer][widths[layer]])] for layer in layers]
-
-        def make(layer: int) -> Factors:
-            return factorizer(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
-
-    described: list[dict[str, Any]] = []
-
-    def factors() -> Iterator[Factors]:
-        for layer in layers:
-            made = make(layer)
-            described.append(
-                {
-                    "width": widths[layer],
-                    "rotary_pairs": made.pairs,
-                    "latent": widths[layer] - 2 * sum(made.pairs),
-                    "error": made.error,
-                    "spectrum": made.spectrum.tolist(),
-                }
-            )
-            yield made
-
-    model = transplant(original, factors(), context_config(original.config, width, pairs, widths))
-    return model, {"layers": described}
-
-
-def _statistics(
-    original: GPTNeoXForCausalLM, options: ConvertOptions, train: PackedDataset, partial: Path, progress: bool
-) -> list[Path]:
-    """A file of statistics for each layer; those that an interrupted run left are taken over."""
-    hidden = original.config.hidden_size
-    needed = 2 * hidden
-    if options.calibration_tokens < needed:
-        raise ValueError(
-            f"calibration_tokens {options.calibration_tokens}: a width of {hidden} takes at least {needed} tokens"
-        )
-    if train.num_tokens < options.calibration_tokens:
-        raise ValueError(
-            f"calibration_tokens {options.calibration_tokens}: the training split has {train.num_tokens} tokens; give "
-            f"more text or samples, or calibrate on fewer tokens (at least {needed})"
-        )
-    # Samples from the whole split: its first ones may be of a single document.
-    chosen = torch.linspace(0, len(train) - 1, -(-options.calibration_tokens // train.sequence_length)).long()
-    text = PackedDataset(train.tokens[chosen.numpy()])
-    files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]
-    missing = [layer for layer, file in enumerate(files) if not file.exists()]
-    at_once = max(1, int(options.statistics_gb * 2**30 / (STATISTICS_BYTES * hidden**2)))
-    if torch.cuda.is_available():
-        original.to("cuda")
-    for start in range(0, len(missing), at_once):
-        held = collect(
-            original,
-            text,
-            missing[start : start + at_once],
-            batch_size=options.batch_size,
-            seed=options.seed,
-            progress=progress,
-        )
-        for layer, layer_statistics in held.items():
-            layer_statistics.save(files[layer])
-    original.to("cpu")
-    return files
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:

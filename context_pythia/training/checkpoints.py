@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 import zipfile
 from dataclasses import fields
 from pathlib import Path
@@ -121,12 +122,18 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     model.eval()
 
 
-def publish(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Model and tokenizer in Hugging Face form, each file whole from the moment that it appears; weights last."""
+def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "50GB") -> None:
+    """Model and tokenizer in Hugging Face form, each file whole from the moment that it appears; weights last.
+
+    Args:
+        max_shard_size: of a file of weights. A model whose weights are on disk is read shard by shard.
+    """
     partial = folder / ".saving"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(partial, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia.conversion import calibrate, options
+from context_pythia.conversion import calibrate, compress, options
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect, observed
 from context_pythia.data.packing import PackedDataset
-from context_pythia.experiments import convert as command
+from context_pythia.evaluation.memory import peak_during, weight_bytes
+from context_pythia.evaluation.pretrained import load_pretrained
 from tests.model.conftest import SIZE, randomise
 
 HIDDEN, HEADS, LAYERS = SIZE["hidden_size"], SIZE["num_attention_heads"], SIZE["num_hidden_layers"]
@@ -31,7 +32,6 @@ def gather(model, text, layers=range(LAYERS), batch_size=3, seed=0):
 
 def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerStatistics:
     """A token at a time, from torch.autograd.grad of the loss of labels drawn as `collect` draws them."""
-    generator = torch.Generator().manual_seed(seed)
     attention = model.gpt_neox.layers[layer].attention
     held = LayerStatistics.zeros(HIDDEN)
     for start in range(0, len(text), batch_size):
@@ -44,7 +44,9 @@ def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerS
         handle = attention.query_key_value.register_forward_hook(keep)
         logits = model(ids).logits
         handle.remove()
-        labels = torch.multinomial(logits.detach().softmax(-1).flatten(0, 1), 1, generator=generator)[:, 0]
+        generators = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(ids))]
+        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(logits.softmax(-1), generators, strict=True)]
+        labels = torch.cat(drawn)[:, 0]
         losses = -logits.log_softmax(-1).flatten(0, 1)[torch.arange(len(labels)), labels]
         (gradient,) = torch.autograd.grad(losses.sum(), seen["output"])
         for states, by_head in zip(seen["input"].flatten(0, 1), gradient.flatten(0, 1), strict=True):
@@ -79,10 +81,46 @@ def test_layers_in_one_pass_or_in_groups_are_equal_to_the_bit(model, text):
                 assert torch.equal(getattr(held, name), value), name
 
 
-def test_the_inputs_moments_depend_on_neither_the_seed_nor_the_batches(model, text):
-    first, other = gather(model, text)[1], gather(model, text, batch_size=5, seed=1)[1]
-    torch.testing.assert_close(other.input_moment, first.input_moment, rtol=1e-5, atol=1e-4)
+def test_the_size_of_batches_only_rounds_and_the_seed_draws_other_labels(model, text):
+    first = gather(model, text)[1]
+    assert_same(gather(model, text, batch_size=5)[1], first, rtol=1e-5)
+    other = gather(model, text, seed=1)[1]
+    assert torch.equal(other.input_moment, first.input_moment)
     assert not torch.allclose(other.gradient_moment, first.gradient_moment, rtol=1e-2)
+
+
+def test_predictions_of_few_tokens_at_once_draw_from_the_same_distribution(model, text, monkeypatch):
+    whole = gather(model, text)[0]
+    monkeypatch.setattr(calibrate, "HEAD_TOKENS", 5)
+    parts = gather(model, text)[0]
+    assert torch.equal(parts.input_moment, whole.input_moment)
+    assert float(parts.gradient_moment.trace() / whole.gradient_moment.trace()) == pytest.approx(1, rel=0.2)
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """Folder of a model of 12 layers whose weights, 151 MB, are far more than all that a pass computes."""
+    config = GPTNeoXConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12})
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    model.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_weights_on_disk_give_the_same_statistics_and_are_never_held_together(deep, text):
+    whole = load_pretrained(deep, torch.float32)
+    expected = gather(whole, text, [1], batch_size=7)[1]
+    weights = weight_bytes(whole)
+    del whole
+    model = load_pretrained(deep, torch.float32, {"": "disk"})
+    found, peak = peak_during(lambda: gather(model, text, [1], batch_size=7), torch.device("cpu"))
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found[1], name), value), name
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert weights > 1.5e8 and peak < weights / 2
 
 
 def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):
@@ -98,6 +136,7 @@ def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):
 def test_an_interrupted_pass_leaves_no_hooks_and_no_frozen_weights(model):
     with pytest.raises(KeyboardInterrupt), observed(model, {1: LayerStatistics.zeros(HIDDEN)}):
         raise KeyboardInterrupt
+    assert not any(module.training for module in model.modules()) and not model.is_gradient_checkpointing
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.gpt_neox.layers[1].attention.query_key_value._forward_hooks
     assert not model.get_input_embeddings()._forward_hooks
@@ -165,7 +204,7 @@ def test_weightings_are_means_over_the_tokens(model, text):
 
 def test_the_bytes_that_a_conversion_plans_for_are_those_of_a_layers_statistics():
     held = sum(value.nbytes for value in vars(LayerStatistics.zeros(HIDDEN)).values())
-    assert held == pytest.approx(command.STATISTICS_BYTES * HIDDEN**2, rel=0.01)
+    assert held == pytest.approx(compress.STATISTICS_BYTES * HIDDEN**2, rel=0.01)
 
 
 def test_every_weighting_can_be_asked_for():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 from context_pythia import ContextPythiaForCausalLM, cli
+from context_pythia.conversion import compress
 from context_pythia.data.tokenizers import train_tokenizer
 from context_pythia.evaluation.memory import measure_generated_cache
 from context_pythia.experiments import convert as module
@@ -289,14 +290,14 @@ GROUPS = ("--statistics-gb", 1e-6)  # a layer at a time
 
 def test_an_interrupted_calibration_goes_on_with_the_layers_that_are_left(run, original, tmp_path, monkeypatch, capsys):
     assert run(original, tmp_path / "whole", *BELOW, *GROUPS) == 0
-    wrapped, calls = interrupt_at(2, module.collect)
+    wrapped, calls = interrupt_at(2, compress.collect)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "collect", wrapped)
+        patch.setattr(compress, "collect", wrapped)
         assert run(original, tmp_path / "out", *BELOW, *GROUPS) == 130
     assert "run the same command again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    wrapped, calls = interrupt_at(-1, module.collect)
-    monkeypatch.setattr(module, "collect", wrapped)
+    wrapped, calls = interrupt_at(-1, compress.collect)
+    monkeypatch.setattr(compress, "collect", wrapped)
     assert run(original, tmp_path / "out", *BELOW, *GROUPS) == 0
     assert len(calls) == LAYERS - 1
     assert_same_weights(tmp_path / "out", tmp_path / "whole")
@@ -319,7 +320,7 @@ def test_an_interrupted_healing_goes_on(step, healed, run, original, tmp_path, m
         assert run(original, tmp_path / "out", *options) == 130
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "collect", lambda *_, **__: pytest.fail("it is calibrated again"))
+        patch.setattr(compress, "collect", lambda *_, **__: pytest.fail("it is calibrated again"))
         assert run(original, tmp_path / "out", *options) == 0
     assert "goes on with the converted model" in capsys.readouterr().out
     assert_same_weights(tmp_path / "out", healed)
@@ -328,9 +329,9 @@ def test_an_interrupted_healing_goes_on(step, healed, run, original, tmp_path, m
 
 
 def test_work_in_progress_of_other_settings_is_refused(run, original, tmp_path, monkeypatch, capsys):
-    wrapped, _ = interrupt_at(2, module.collect)
+    wrapped, _ = interrupt_at(2, compress.collect)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "collect", wrapped)
+        patch.setattr(compress, "collect", wrapped)
         assert run(original, tmp_path / "out", *BELOW, *GROUPS) == 130
     assert run(original, tmp_path / "out", *BELOW) == 2
     assert "unfinished conversion with other settings" in capsys.readouterr().err
@@ -416,6 +417,41 @@ def test_a_checkpoint_with_a_missing_tensor(refused, damaged):
     assert "missing keys gpt_neox.layers.1.attention.dense.weight" in refused(1, damaged, "--kv-reduction", 0.5)
 
 
+def test_a_checkpoint_with_a_tensor_of_another_shape(refused, damaged):
+    weights = load_file(damaged / "model.safetensors")
+    name = "gpt_neox.layers.2.attention.dense.weight"
+    weights[name] = weights[name][:5].clone()
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    line = refused(1, damaged, "--kv-reduction", 0.5, data=False)
+    assert f"{name} has the shape [5, 32], not [32, 32]" in line
+
+
+def test_a_sharded_checkpoint_converts_alike_and_large_outputs_are_sharded(run, original, tmp_path, monkeypatch):
+    load(original).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    monkeypatch.setattr(module, "SHARD", "20KB")
+    assert run(tmp_path / "shards", tmp_path / "out", *BELOW) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    monkeypatch.undo()
+    assert run(original, tmp_path / "whole", *BELOW) == 0
+    weights, expected = load(tmp_path / "out").state_dict(), load(tmp_path / "whole").state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_a_checkpoint_in_half_precision_is_computed_in_float32(run, original, tmp_path):
+    load(original).half().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "half")
+    for dtype in ("float16", "float32"):
+        assert run(tmp_path / "half", tmp_path / dtype, *BELOW, "--dtype", dtype) == 0
+    rounded, exact = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("float16", "float32"))
+    for name, tensor in exact.items():
+        assert tensor.dtype == torch.float32 and torch.equal(rounded[name], tensor.half()), name
+    assert record_of(tmp_path / "float16")["cache"]["dtype"] == "float16"
+
+
 def test_a_checkpoint_that_was_cut_off(refused, damaged):
     path = damaged / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -444,9 +480,9 @@ def test_a_full_disk(place, error, run, original, tmp_path, monkeypatch, capsys)
 
 
 def test_damaged_statistics_of_an_interrupted_run(run, original, tmp_path, monkeypatch, capsys):
-    wrapped, _ = interrupt_at(2, module.collect)
+    wrapped, _ = interrupt_at(2, compress.collect)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "collect", wrapped)
+        patch.setattr(compress, "collect", wrapped)
         assert run(original, tmp_path / "out", *BELOW, *GROUPS) == 130
     (held,) = (tmp_path / ".out.partial").glob("statistics-*.safetensors")
     held.write_bytes(held.read_bytes()[:-9])
