@@ -49,6 +49,10 @@ class QuantisedContextLayer(HQQQuantizedLayer):
         return rows.view(*shape[:-1], groups * size)[..., : shape[-1]]
 
 
+class QuantisedSharedContextLayer(RecurrentContext, QuantisedContextLayer):
+    """Contexts quantised; the ContextBlock goes on from the last one as it was (context source `shared`)."""
+
+
 class QuantisedRecurrentContextLayer(RecurrentContext, HQQQuantizedLayer):
     """Keys and values quantised; the ContextBlock's state (context source `input`) stays as it is."""
 
@@ -75,16 +79,17 @@ def quantised_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
         kind: `int8` or `int4`.
 
     Raises:
-        ValueError: HQQ is not installed, or the context source is `shared`, whose recurrence goes on from the last
-            cached context.
+        ValueError: HQQ is not installed.
     """
     require_quantiser()
-    if isinstance(config, ContextPythiaConfig) and config.context_source == "shared":
-        raise ValueError("context source 'shared' has no quantised cache: its recurrence reads the last context there")
     head_size = config.hidden_size // config.num_attention_heads
     largest = max(size for size in range(1, min(GROUP, head_size) + 1) if head_size % size == 0)
     settings = {"nbits": BITS[kind], "axis_key": 1, "axis_value": 1, "residual_length": residual_length(length)}
-    kinds = {"context": QuantisedContextLayer, "recurrent_context": QuantisedRecurrentContextLayer}
+    shared = isinstance(config, ContextPythiaConfig) and config.context_source == "shared"
+    kinds = {
+        "context": QuantisedSharedContextLayer if shared else QuantisedContextLayer,
+        "recurrent_context": QuantisedRecurrentContextLayer,
+    }
     cache = DynamicCache(config=config)
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for i, layer_type in enumerate(types):

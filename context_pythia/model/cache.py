@@ -55,7 +55,8 @@ class StaticContextLayer(StaticLayer):
 
 
 class RecurrentContext:
-    """Adds the ContextBlock's state to a layer of keys and values (context source `input`).
+    """Adds the ContextBlock's state to a layer of keys and values (context source `input`), or of contexts that it
+    cannot be read back from to the digit (`shared` in a quantised cache).
 
     `contexts` `[B, k, C]` ends with the context of the last token. k is 1, or, once transformers asks for a past to
     roll back to (assisted decoding), all tokens since the last `crop`.
@@ -129,7 +130,7 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
         return last[:, 0, config.rotary_dim :] * (length > 0)
     if int(length) == 0:
         return None
-    if config.context_source == "shared":
+    if config.context_source == "shared" and not isinstance(layer, RecurrentContext):
         return layer.keys[:, 0, int(length) - 1, config.rotary_dim :]
     if not isinstance(layer, RecurrentContext) or layer.contexts is None:
         raise ValueError(f"{type(cache).__name__} keeps no recurrent context; make it with config=model.config")
@@ -137,7 +138,7 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
 
 
 def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:
-    """Hand the new tokens' contexts `[B, T, C]` to a cache that keeps them apart from keys and values (`input`)."""
+    """Hand the new tokens' contexts `[B, T, C]` to a cache that keeps them apart from keys and values."""
     if cache is not None and cache.layers and isinstance(cache.layers[0], RecurrentContext):
         cache.layers[0].update_contexts(contexts)
 

@@ -116,9 +116,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             context = self.context_block.scan(
                 self.embedding_norm(inputs_embeds), previous_context(self.config, past_key_values), token_mask
             )
+            keep_context(past_key_values, context)
             if self.config.context_source == "input":
                 hidden_states = self.context_proj(context)
-                keep_context(past_key_values, context)
             else:
                 new = turn_rotary_keys(torch.cat([self.rotary_key(context), context], -1), 1, position_embeddings)
                 contexts[0] = cache_context(new.unsqueeze(1), past_key_values, 0)

@@ -13,7 +13,7 @@ from context_pythia.evaluation.quantised import (
     quantised_cache,
     residual_length,
 )
-from context_pythia.model.cache import ContextLayer
+from context_pythia.model.cache import ContextLayer, previous_context
 from tests.evaluation.conftest import build
 
 pytest.importorskip("hqq")
@@ -46,7 +46,7 @@ def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind,
     assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
 
 
-@pytest.mark.parametrize("source", ["pythia", "input", "layer"])
+@pytest.mark.parametrize("source", ["pythia", "input", "shared", "layer"])
 def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
     model = build(source, hidden_size=128, context_dim=80)
     own = score_cached(model, dataset, 1000, progress=False)
@@ -82,9 +82,20 @@ def test_few_tokens_are_left_unquantised():
     assert max((length - 1) % residual_length(length) for length in range(1, 3000)) <= 15
 
 
-def test_a_recurrence_that_reads_its_cache_is_refused():
-    with pytest.raises(ValueError, match="'shared' has no quantised cache"):
-        quantised_cache(build("shared").config, "int8", 64)
+@torch.no_grad()
+def test_the_recurrence_of_shared_goes_on_from_the_exact_state():
+    model = build("shared", hidden_size=64, context_dim=64)
+    ids = torch.randint(0, 61, (3, 30), generator=torch.Generator().manual_seed(0))
+    exact, cache = DynamicCache(config=model.config), quantised_cache(model.config, "int4", 30)
+    for part in [ids[:, :4], *ids[:, 4:].split(1, dim=1)]:
+        for held in (exact, cache):
+            model(part, past_key_values=held, use_cache=True)
+        expected = exact.layers[0].keys[:, 0, -1, model.config.rotary_dim :]
+        assert torch.equal(previous_context(model.config, cache), expected)
+    for held in (exact, cache):
+        held.reorder_cache(torch.tensor([2, 0, 0]))
+    expected = exact.layers[0].keys[:, 0, -1, model.config.rotary_dim :]
+    assert torch.equal(previous_context(model.config, cache), expected)
 
 
 def test_a_missing_backend_is_named_with_the_mend(monkeypatch):
