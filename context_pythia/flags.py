@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from context_pythia.options import Options, options_of
+from context_pythia.options import Option, Options, options_of
 from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, packaged_recipes
 
 OVERRIDE = "override "  # starts the argparse destination of a flag that was made from an option
@@ -46,15 +46,26 @@ def numbers(text: str) -> tuple[int, ...]:
     return values
 
 
-def add_flags(group: argparse._ArgumentGroup, owner: type[Options], path: str, prefix: str = "", **other: str) -> None:
-    """A flag for each option of `owner`; `other` gives some of them another help."""
+def add_flags(
+    group: argparse._ArgumentGroup,
+    owner: type[Options],
+    path: str,
+    prefix: str = "",
+    defaults: bool = False,
+    **other: str,
+) -> None:
+    """A flag for each option of `owner`; `other` gives some of them another help.
+
+    Args:
+        defaults: whether the dataclass's defaults hold where a flag is not given, so that the help names them.
+    """
     for option in options_of(owner):
         if option.name == "name":
             continue
         settings: dict[str, Any] = {
             "dest": OVERRIDE + path + option.name,
             "default": argparse.SUPPRESS,
-            "help": other.get(option.name, option.help).replace("%", "%%"),
+            "help": _help(option, other.get(option.name, option.help), defaults),
         }
         if option.kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -63,6 +74,13 @@ def add_flags(group: argparse._ArgumentGroup, owner: type[Options], path: str, p
         else:
             settings |= {"type": option.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[option.kind]}
         group.add_argument(f"--{prefix}{option.name}".replace("_", "-"), **settings)
+
+
+def _help(option: Option, text: str, defaults: bool) -> str:
+    if defaults and option.default is not None and "default:" not in text:
+        shown = {True: "yes", False: "no"}[option.default] if option.kind is bool else option.default
+        text += f" (default: {shown})"
+    return text.replace("%", "%%")
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Option:
     help: str
     choices: tuple[str, ...] | None
     bounds: str
+    default: Any = None
 
 
 @dataclass
@@ -63,7 +64,7 @@ def options_of(owner: type[Options]) -> list[Option]:
         if "bounds" in f.metadata:
             kinds = get_args(hints[f.name]) or (hints[f.name],)
             kind = next(k for k in kinds if k is not types.NoneType)
-            declared.append(Option(f.name, kind, types.NoneType in kinds, **f.metadata))
+            declared.append(Option(f.name, kind, types.NoneType in kinds, **f.metadata, default=f.default))
     return declared
 
 

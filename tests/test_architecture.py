@@ -12,6 +12,7 @@ MOST_LINES = 400
 RANKS = {
     "options": 0,
     "processes": 0,
+    "files": 0,
     "recipe": 1,
     "model": 2,
     "data": 2,

@@ -70,6 +70,26 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
     assert "examples:\n  context-pythia " in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "shown", "absent"),
+    [
+        (
+            "convert",
+            ("(default: 32768)", "(default: float32)", "(default: no)", "(default: the model's)"),
+            "(default: the model's) (default:",
+        ),
+        ("eval", ("(default: builtin)", "(default: the first model's)"), "(default: None)"),
+        ("train", ("(default: quick)",), "(default: 0.0001)"),
+    ],
+)
+def test_help_names_the_defaults_that_hold(command, shown, absent, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(default in text for default in shown)
+    assert absent not in text
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["compare", "--help"]], ids=" ".join)
 def test_help_answers_in_half_a_second(argv):
     seconds = []

@@ -114,6 +114,7 @@ def compressed(
                     "latent": widths[layer] - 2 * sum(made.pairs),
                     "error": made.error,
                     "spectrum": made.spectrum.tolist(),
+                    "condition": made.condition,
                 }
             )
             yield made
@@ -121,7 +122,7 @@ def compressed(
     config = context_config(original.config, width, pairs, widths)
     model = transplant(original, factors(), config, partial, getattr(torch, options.dtype))
     seconds = {"calibration": calibrated - started, "factorization": time.perf_counter() - calibrated}
-    return model, {"layers": described, "seconds_of": seconds}
+    return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
 
 
 def _statistics(

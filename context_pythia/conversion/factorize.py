@@ -77,6 +77,8 @@ class Factors:
             leaves out that the errors of a text's tokens add up: it ranks factorizations and does not foretell losses.
         spectrum: what each direction of the input that the pairs do not read adds to the error if the latent leaves it
             out, `[D - R]`, descending; the latent has the first L. Empty where nothing is left out.
+        condition: condition number of an exact context, by which rounding it is enlarged on the way back; None for
+            others.
     """
 
     pairs: list[int]
@@ -88,6 +90,7 @@ class Factors:
     value_bias: torch.Tensor
     error: float
     spectrum: torch.Tensor
+    condition: float | None = None
 
 
 class LayerFactorizer:
@@ -232,7 +235,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
         raise RuntimeError(
             f"a layer's rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
         )
-    return rebuilt(
+    factors = rebuilt(
         layer,
         layer.weight.new_zeros(width),
         [heads] * frequencies,
@@ -243,6 +246,8 @@ def exact_factors(layer: KeysAndValues) -> Factors:
         0.0,
         layer.weight.new_zeros(0),
     )
+    factors.condition = float(torch.linalg.cond(context_weight))
+    return factors
 
 
 def rebuilt(

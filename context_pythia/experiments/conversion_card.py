@@ -15,10 +15,11 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     cache, settings = record["cache"], record["settings"]
     control = record["context_dim"] is None
     name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction(record):.1%} less cache")
-    load = "import context_pythia  # registers the model\n"
-    if settings["ship_code"]:
+    shipped = settings["ship_code"] and not control  # a control is a plain GPT-NeoX, which every transformers knows
+    load = "" if control else "import context_pythia  # registers the model\n"
+    if shipped:
         load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
-    option = ", trust_remote_code=True" if settings["ship_code"] else ""
+    option = ", trust_remote_code=True" if shipped else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -56,8 +57,12 @@ def _what(record: dict[str, Any]) -> list[str]:
     if record["context_dim"] is None:
         text = f"The model of {record['original']}, not converted: the control of a healing."
         reduced = []
-    elif not record["layers"] or not record["layers"][0]["spectrum"]:
-        text = "Converted exactly: its predictions are the original's, up to rounding. No text was used."
+    elif record["exact"]:
+        condition = max(layer["condition"] for layer in record["layers"])
+        text = (
+            "Converted exactly: its predictions are the original's, up to rounding, which the way back from a context "
+            f"enlarges by at most {condition:,.3g} (the condition number). No text was used."
+        )
     else:
         text = (
             f"Converted without training; calibrated on {options['calibration_tokens']:,} tokens of {data['data']} "

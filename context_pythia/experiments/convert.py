@@ -8,10 +8,11 @@ progress lies in `.OUT.partial` beside the output, which appears whole at the en
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -31,13 +32,23 @@ from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import best_device, describe_cache, describe_parameters
 from context_pythia.experiments.conversion_card import reduction, write_card, write_spectrum
-from context_pythia.experiments.record import read_record, write_json
+from context_pythia.experiments.record import read_record
+from context_pythia.files import write_json
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.recipe import DataOptions
 from context_pythia.training.checkpoints import first_line, publish
 
 RECORD = "conversion.json"
 SHARD = "500MB"  # of the output: as much of it is in memory at a time
+# These change the result by rounding at most, so a conversion may go on with other values.
+FREE_OPTIONS = (
+    "convert.batch_size",
+    "convert.statistics_gb",
+    "heal.checkpoint_steps",
+    "heal.gradient_checkpointing",
+    "data.cache_dir",
+)
+MOST_ROUNDING = 0.02  # relative error of an exact conversion's keys and values that is worth a warning
 DECODED = 8  # tokens that are decoded to measure the cache: the weights are read from disk for each
 
 
@@ -67,8 +78,8 @@ def convert(
     """
     if control and not healing.steps:
         raise ValueError("convert: --control heals the original itself, so give --heal-steps")
-    settings = {"model": model, "control": control, "ship_code": ship_code, "convert": asdict(options)}
-    settings |= {"data": asdict(data), "heal": asdict(healing)}
+    settings = {"model": model, "files": _identity(model), "control": control, "ship_code": ship_code}
+    settings |= {"convert": asdict(options), "data": asdict(data), "heal": asdict(healing)}
     if held := _finished(out, settings):
         print(f"{out} holds this conversion already")
         return held
@@ -88,21 +99,54 @@ def convert(
 
 def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The record in `out` if it holds this very conversion; None if there is nothing there."""
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    difference = ""
     if (out / RECORD).is_file():
         held = read_record(out / RECORD)
-        if held.get("settings") == settings:
+        difference = _difference(held.get("settings", {}), settings)
+        if not difference:
             return held
-    raise ValueError(f"--out {out}: exists and holds something else; choose another folder")
+        difference = f", a conversion with {difference}"
+    raise ValueError(f"--out {out}: exists and holds something else{difference}; choose another folder")
+
+
+def _identity(model: str) -> dict[str, list[int]] | None:
+    """Size and date of the files of a model's folder, None for a Hub name, whose files do not change."""
+    if not Path(model).is_dir():
+        return None
+    files = [Path(model) / "config.json", *sorted(Path(model).glob("*.safetensors"))]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+
+
+def _difference(held: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The first setting whose value decides the result and was another, with both values; "" if there is none."""
+    old, new = _flat(held), _flat(settings)
+    for name, value in new.items():
+        if name not in FREE_OPTIONS and old.get(name) != value:
+            if name == "files":
+                return f"other files in {settings['model']} than are there now"
+            return f"{name} {old.get(name)}, not {value}"
+    return ""
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names that their errors have, `section.option`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name != "files":
+            flat |= {f"{name}.{option}": inner for option, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
     """Make the folder of work in progress, or check that it is of the same conversion."""
     partial.mkdir(parents=True, exist_ok=True)
     if (partial / "settings.json").is_file():
-        if read_record(partial / "settings.json") != settings:
-            raise ValueError(f"{partial} holds an unfinished conversion with other settings: finish it or delete it")
+        if difference := _difference(read_record(partial / "settings.json"), settings):
+            raise ValueError(f"{partial} holds an unfinished conversion with {difference}: finish it or delete it")
     else:
         write_json(partial / "settings.json", settings)
 
@@ -111,8 +155,14 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
 def _whole_writes(partial: Path) -> Iterator[None]:
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"cannot write to {partial}: {first_line(error)}; free some disk space and rerun") from error
+    except (SafetensorError, OSError) as error:
+        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or not partial.is_dir():
+            raise
+        raise OSError(
+            f"cannot write to {partial}: {first_line(error)}; free some disk space and run the same command again, "
+            "which goes on with what is there, or delete it"
+        ) from error
     finally:
         # A command that is refused must not lock the output.
         if partial.is_dir() and {path.name for path in partial.iterdir()} <= {"settings.json"}:
@@ -166,6 +216,7 @@ def _convert(
         record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
         if record.get("layers"):
             write_spectrum(converted, record)
+            _warn_of_rounding(record, options.dtype)
         write_json(converted / RECORD, record)
     if healing.steps:
         packed = packed or load_data(data, progress)
@@ -206,7 +257,12 @@ def _load_original(model: str) -> GPTNeoXForCausalLM:
     parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(best_device()))
     original = load_pretrained(model, torch.float32, parts)
     for name, place in original.state_dict().items():
-        weight = read_weight(original, name)
+        try:
+            weight = read_weight(original, name)
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(
+                f"the checkpoint in {model} is damaged ({first_line(error)}): download or train it again"
+            ) from error
         if weight.shape != place.shape:
             raise RuntimeError(
                 f"the checkpoint in {model} is damaged ({name} has the shape {list(weight.shape)}, not "
@@ -217,6 +273,20 @@ def _load_original(model: str) -> GPTNeoXForCausalLM:
                 f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again"
             )
     return original
+
+
+def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
+    """Say where the keys of an exact conversion are nearly dependent, so that rounding costs digits."""
+    layers = record["layers"] if record["exact"] else []
+    worst = max(range(len(layers)), key=lambda layer: layers[layer]["condition"], default=0)
+    lost = layers[worst]["condition"] * torch.finfo(getattr(torch, dtype)).eps if layers else 0.0
+    if lost > MOST_ROUNDING:
+        print(
+            f"warning: the rotary keys of layer {worst} nearly depend on each other (condition number "
+            f"{layers[worst]['condition']:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
+            f"{lost:.1g}; compare with the original by `context-pythia eval`",
+            file=sys.stderr,
+        )
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:

@@ -30,7 +30,8 @@ from context_pythia.evaluation.quantised import (
 )
 from context_pythia.experiments.build import best_device
 from context_pythia.experiments.evaluation_report import console_table, label, write_evaluation
-from context_pythia.experiments.record import provenance, write_json
+from context_pythia.experiments.record import provenance
+from context_pythia.files import write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.recipe import DataOptions
 

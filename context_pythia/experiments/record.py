@@ -25,6 +25,7 @@ import torch
 
 import context_pythia
 from context_pythia import processes
+from context_pythia.files import write_json
 from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_dict, save_recipe
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
@@ -174,12 +175,6 @@ def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
         if models.setdefault(model.name, model) != model:
             raise ValueError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
     return dataclasses.replace(held, models=list(models.values()))
-
-
-def write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read_record(path: Path) -> dict[str, Any]:

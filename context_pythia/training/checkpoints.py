@@ -151,11 +151,5 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RuntimeError(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__

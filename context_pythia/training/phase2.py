@@ -26,6 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
 from context_pythia import processes
+from context_pythia.files import write_json
 from context_pythia.recipe import TrainOptions
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.checkpoints import (
@@ -36,7 +37,6 @@ from context_pythia.training.checkpoints import (
     publish,
     read_json,
     run_settings,
-    write_json,
 )
 from context_pythia.training.shares import check_shares
 from context_pythia.training.trainer import LanguageModelTrainer, quiet_transformers, training_arguments, wide

@@ -160,7 +160,8 @@ def test_an_output_that_holds_something_else_is_refused(run, quarter, original, 
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     for out, options in ((quarter, BELOW), (tmp_path / "mine", BELOW)):
         assert run(original, out, *options) == 2
-        assert "exists and holds something else" in capsys.readouterr().err
+        assert "exists and holds something else" in (line := capsys.readouterr().err)
+        assert ("convert.context_dim None, not 24" in line) == (out == quarter)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
@@ -261,7 +262,7 @@ def test_healing_writes_the_healed_weights_and_its_record(healed, run, original,
 
 
 def test_the_control_heals_the_original_itself(run, original, tmp_path, capsys):
-    assert run(original, tmp_path / "control", "--control", *HEALING) == 0
+    assert run(original, tmp_path / "control", "--control", *HEALING, "--ship-code") == 0
     assert isinstance(load(tmp_path / "control"), GPTNeoXForCausalLM)
     record = record_of(tmp_path / "control")
     assert record["context_dim"] is None and record["healing"]["steps"] == 4
@@ -270,6 +271,7 @@ def test_the_control_heals_the_original_itself(run, original, tmp_path, capsys):
     assert record["cache"]["numbers_per_token"] == record["numbers_per_token_original"]
     card = (tmp_path / "control" / "README.md").read_text()
     assert "the control of a healing" in card and "# pythia-tiny, healed" in card and "one context" not in card
+    assert "trust_remote_code" not in card and "import context_pythia" not in card
 
 
 def interrupt_at(count, function):
@@ -333,8 +335,43 @@ def test_work_in_progress_of_other_settings_is_refused(run, original, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(compress, "collect", wrapped)
         assert run(original, tmp_path / "out", *BELOW, *GROUPS) == 130
-    assert run(original, tmp_path / "out", *BELOW) == 2
-    assert "unfinished conversion with other settings" in capsys.readouterr().err
+    assert run(original, tmp_path / "out", *BELOW, "--seed", 7) == 2
+    assert "unfinished conversion with convert.seed 0, not 7: finish it or delete it" in capsys.readouterr().err
+    # What changes only how the result is reached may change on the way.
+    assert run(original, tmp_path / "out", *BELOW, "--batch-size", 3, "--heal-checkpoint-steps", 2) == 0
+
+
+def test_work_in_progress_of_other_weights_is_refused(run, save, tmp_path, monkeypatch, capsys):
+    model = save(tmp_path / "model")
+    wrapped, _ = interrupt_at(2, compress.collect)
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "collect", wrapped)
+        assert run(model, tmp_path / "out", *BELOW, *GROUPS) == 130
+    save(model, std=0.11)
+    assert run(model, tmp_path / "out", *BELOW) == 2
+    assert f"an unfinished conversion with other files in {model} than are there now" in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_filled(run, original, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert run(original, tmp_path / "out", "--kv-reduction", 0.5, data=False) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_rotary_keys_that_nearly_depend_on_each_other_are_warned_of(run, original, save, tmp_path, capsys):
+    shutil.copytree(original, tmp_path / "near")
+    weights = load_file(tmp_path / "near" / "model.safetensors")
+    fused = weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
+    fused[1, 1, 0] = fused[0, 1, 0] * (1 + 1e-6)  # the first rotary dim of two heads' keys
+    fused[1, 1, 0, 0] += 1e-6
+    save_file(weights, tmp_path / "near" / "model.safetensors", {"format": "pt"})
+    assert run(original, tmp_path / "well", "--kv-reduction", 0.5, data=False) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert run(tmp_path / "near", tmp_path / "out", "--kv-reduction", 0.5, data=False) == 0
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("warning: the rotary keys of layer 1 nearly depend on each other (condition number")
+    condition = record_of(tmp_path / "out")["layers"][1]["condition"]
+    assert condition > 1e5 and f"{condition:,.3g}" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_refused_command_does_not_lock_the_output(run, original, tmp_path):
@@ -417,6 +454,14 @@ def test_a_checkpoint_with_a_missing_tensor(refused, damaged):
     assert "missing keys gpt_neox.layers.1.attention.dense.weight" in refused(1, damaged, "--kv-reduction", 0.5)
 
 
+def test_a_shard_that_was_cut_off(refused, original, tmp_path):
+    load(original).save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    AutoTokenizer.from_pretrained(original).save_pretrained(tmp_path / "shards")
+    path = sorted((tmp_path / "shards").glob("model-*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is damaged" in refused(1, tmp_path / "shards", "--kv-reduction", 0.5, data=False)
+
+
 def test_a_checkpoint_with_a_tensor_of_another_shape(refused, damaged):
     weights = load_file(damaged / "model.safetensors")
     name = "gpt_neox.layers.2.attention.dense.weight"
@@ -473,7 +518,8 @@ def test_a_full_disk(place, error, run, original, tmp_path, monkeypatch, capsys)
             patch.setattr(ContextPythiaForCausalLM, "save_pretrained", full)
         assert run(original, tmp_path / "out", *BELOW) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "No space left on device" in lines[0]
+    assert len(lines) == 1 and f"cannot write to {tmp_path / '.out.partial'}: " in lines[0]
+    assert "No space left on device" in lines[0] and "goes on with what is there, or delete it" in lines[0]
     assert not (tmp_path / "out").exists()
     assert run(original, tmp_path / "out", *BELOW) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

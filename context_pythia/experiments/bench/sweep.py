@@ -30,7 +30,8 @@ from context_pythia.experiments.bench.report import write_bench
 from context_pythia.experiments.bench.tables import cell_table, memory_table
 from context_pythia.experiments.bench.training import train_metrics
 from context_pythia.experiments.build import best_device
-from context_pythia.experiments.record import provenance, write_json
+from context_pythia.experiments.record import provenance
+from context_pythia.files import write_json
 from context_pythia.recipe import Recipe
 from context_pythia.training.trainer import quiet_transformers
 
