@@ -36,6 +36,7 @@ from context_pythia.experiments.record import read_record
 from context_pythia.files import write_json
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.recipe import DataOptions
+from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import first_line, publish
 
 RECORD = "conversion.json"
@@ -187,6 +188,7 @@ def _convert(
         print(f"goes on with the converted model in {converted}")
     else:
         started = time.perf_counter()
+        return_freed_memory()
         original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
         if vocabulary_rows(tokenizer) > config.vocab_size:

@@ -1,4 +1,5 @@
-"""Keeps the memory that a training step frees, instead of fetching it anew from the system in the next step.
+"""Keeps the memory that a training step frees, instead of fetching it anew from the system in the next step; or the
+contrary, where memory matters more than time.
 
 glibc's malloc maps each tensor above its mmap threshold (at most 32 MB) by itself and unmaps it when it is freed. A
 training step on a CPU frees and allocates gigabytes of such tensors (the logits above all), and each comes back as
@@ -12,7 +13,10 @@ import platform
 
 # From glibc's malloc.h: the option numbers are part of its ABI.
 M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
+OWN_MAPPING = 2**20  # bytes from which on an allocation gets a mapping of its own
+MOST_MAPPINGS = 65536  # glibc's own
 LARGEST_INT = 2**31 - 1
 
 
@@ -29,3 +33,19 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # No allocation gets a mapping of its own, so all come from the heap, and the heap's free top is never given back.
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, LARGEST_INT))
+
+
+def return_freed_memory() -> bool:
+    """Lets the process give large tensors back to the system as they are freed, from now on.
+
+    By itself glibc maps fewer of them as larger ones are freed, and what lies in the heap between tensors that live on
+    stays with the process: in a pass over a model whose weights are read layer by layer, far more than is alive.
+
+    Returns:
+        Whether the settings took hold (False off glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # A threshold that was set is no longer moved.
+    return bool(mallopt(M_MMAP_MAX, MOST_MAPPINGS)) and bool(mallopt(M_MMAP_THRESHOLD, OWN_MAPPING))

@@ -35,6 +35,32 @@ def test_a_freed_block_is_made_again_without_page_faults():
     assert page_faults(keep=True) < page_faults(keep=False) / 4
 
 
+# 16 blocks of 8 MiB are freed, each of which lies below a small one that stays.
+COUNT_RESIDENT = """
+import re
+import runpy
+from pathlib import Path
+
+letter = b"x"
+if {give}:
+    assert runpy.run_path({path!r})["return_freed_memory"]()
+letter * (30 * 2**20)
+blocks = [letter * size for _ in range(16) for size in (2**23, 2**18)]
+del blocks[::2]
+print(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_blocks_between_others_are_given_back():
+    resident = [
+        int(subprocess.check_output([sys.executable, "-c", COUNT_RESIDENT.format(give=give, path=allocator.__file__)]))
+        for give in (True, False)
+    ]
+    assert resident[0] + 100 * 1024 < resident[1]  # in KiB
+
+
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert allocator.keep_freed_memory() is False
+    assert allocator.return_freed_memory() is False

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from context_pythia.data.packing import load_data
 from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import compare
-from context_pythia.experiments.record import provenance, read_metrics, write_json
+from context_pythia.experiments.record import provenance, read_metrics
 from context_pythia.experiments.sweep.options import Setting, SweepPlan
 from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import sweep_metrics
@@ -27,6 +27,7 @@ from context_pythia.experiments.sweep.study import (
     open_storage,
     require_optuna,
 )
+from context_pythia.files import write_json
 from context_pythia.recipe import recipe_to_dict
 from context_pythia.training.phase2 import check_options
 
