@@ -170,14 +170,24 @@ def test_quantised_caches_make_rows_of_their_own(paths, data, capsys):
     metrics = evaluate(models, data, cached_tokens=70, caches=["int8", "int4"], progress=False)
     found = {(row["name"], row["quantised"]): row for row in metrics["models"]}
     assert len(found) == 9
-    for name in ("pythia", "layer-12-x2"):
+    for name in ("pythia", "shared", "layer-12-x2"):
         sizes = [found[name, kind]["cache"]["bytes_measured"] for kind in (None, "int8", "int4")]
         assert sizes == sorted(sizes, reverse=True)
         assert found[name, "int8"]["perplexity"] is None and found[name, "int8"]["cached"]["perplexity"] > 1
     assert found["pythia", "int8"]["kl"] < found["pythia", "int4"]["kl"] < found["layer-12-x2", None]["kl"]
-    assert "'shared' has no quantised cache" in found["shared", "int8"]["error"]
-    output = capsys.readouterr().out
-    assert "layer-12-x2 + int4" in output and "shared + int8: context source 'shared'" in output
+    assert "layer-12-x2 + int4" in capsys.readouterr().out
+
+
+def test_a_quantised_cache_that_fails_is_a_row_with_its_error(paths, data, capsys, monkeypatch):
+    pytest.importorskip("hqq")
+
+    def fail(*_):
+        raise RuntimeError("no kernel for this width\nand more")
+
+    monkeypatch.setattr(module, "quantised_cache", fail)
+    metrics = evaluate([paths[0]], data, cached_tokens=70, caches=["int8"], progress=False)
+    assert metrics["models"][1]["error"] == "no kernel for this width" and metrics["models"][1]["cached"] is None
+    assert "pythia + int8: no kernel for this width" in capsys.readouterr().out
 
 
 def test_a_model_in_hand_gives_the_same_rows(paths, data, rows):
