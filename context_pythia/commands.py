@@ -146,7 +146,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     )
     title = "data: the validation split is scored, with the options of the training the one that it held out"
     tokenizer = "a tokenizer.json, a folder, a Hub name or train (default: the first model's)"
-    add_flags(parser.add_argument_group(title), DataOptions, "data.", defaults=True, tokenizer=tokenizer)
+    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="samples a pass (default: 16)")
     parser.add_argument(
@@ -205,7 +205,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for figures, report, pictures (default: none)")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_flags(parser.add_argument_group("what is measured, and how often"), BenchOptions, "bench.", defaults=True)
+    add_flags(parser.add_argument_group("what is measured, and how often"), BenchOptions, "bench.")
     add_overrides(parser)
 
 
@@ -264,12 +264,11 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
         help="convert nothing: train the original itself for --heal-steps, as a control",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_flags(parser.add_argument_group("the context"), ConvertOptions, "convert.", defaults=True)
+    add_flags(parser.add_argument_group("the context"), ConvertOptions, "convert.")
     title = "data: the training split calibrates and heals, the validation split tells whether healing helped"
     tokenizer = "a tokenizer.json, a folder or a Hub name (default: the model's)"
-    add_flags(parser.add_argument_group(title), DataOptions, "data.", defaults=True, tokenizer=tokenizer)
-    heal = parser.add_argument_group("heal: distillation from the original")
-    add_flags(heal, HealOptions, "heal.", "heal-", defaults=True)
+    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer)
+    add_flags(parser.add_argument_group("heal: distillation from the original"), HealOptions, "heal.", "heal-")
 
 
 def _convert_keywords(args: argparse.Namespace) -> dict[str, Any]:

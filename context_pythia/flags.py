@@ -51,7 +51,7 @@ def add_flags(
     owner: type[Options],
     path: str,
     prefix: str = "",
-    defaults: bool = False,
+    defaults: bool = True,
     **other: str,
 ) -> None:
     """A flag for each option of `owner`; `other` gives some of them another help.
@@ -95,10 +95,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser.add_argument_group("the run, over what the recipe says"), Recipe, "")
+    add_flags(parser.add_argument_group("the run, over what the recipe says"), Recipe, "", defaults=False)
     for section, owner in SECTIONS.items():
         title = f"{section}: {(owner.__doc__ or '').splitlines()[0].rstrip('.')}"
         prefix = "phase1-" if section == "phase1" else ""
-        add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix)
+        add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix, defaults=False)
     of_models = parser.add_argument_group("model: every model of the recipe that has a context source")
-    add_flags(of_models, ModelOptions, "model.")
+    add_flags(of_models, ModelOptions, "model.", defaults=False)
