@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from context_pythia.files import write_bytes
 from context_pythia.options import Options, option, options_of, suggestion
 
 CONTEXT_SOURCES = ("input", "shared", "layer")
@@ -336,4 +337,4 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as a YAML file that `load_recipe` reads."""
-    path.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_bytes(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True).encode())

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+
+from context_pythia.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,16 @@ class Picture:
 
 
 Block = Heading | Paragraph | Table | Code | Picture
+
+
+def write_document(folder: Path, blocks: Iterable[Block], lang: str, pictures: Mapping[str, bytes]) -> list[Path]:
+    """Write the pictures, report.md and report.html (report.ja.md, ... unless `lang` is "en"); returns their paths."""
+    blocks = list(blocks)
+    suffix = "" if lang == "en" else f".{lang}"
+    files = dict(pictures)
+    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
+    files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
+    return [write_bytes(folder / name, content) for name, content in files.items()]
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

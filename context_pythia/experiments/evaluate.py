@@ -76,6 +76,7 @@ def evaluate(
     packed = load_data(data, progress)
     notes = _check_vocabularies(dict(zip(names, models, strict=True)), configs, packed)
     metrics: dict[str, Any] = {
+        "kind": "evaluation",
         "models": [],
         "data": packed.summary | {"tokens_validation": packed.validation.num_tokens},
         "settings": {"dtype": dtype, "batch_size": batch_size, "tasks": list(tasks), "limit": limit},

@@ -5,7 +5,6 @@ The report reads metrics.json and provenance.json of the folder and nothing else
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,7 @@ from context_pythia.experiments.document import (
     Picture,
     Table,
     to_console,
-    to_html,
-    to_markdown,
+    write_document,
 )
 from context_pythia.experiments.figures import Series, frontier, position_curves
 from context_pythia.experiments.positions import POSITIONS, position_blocks, position_table
@@ -71,18 +69,10 @@ def write_evaluation(folder: Path, lang: str = "en") -> list[Path]:
     """
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
     series = _series(metrics["models"])
-    files = {PICTURE: frontier(series)}
+    pictures = {PICTURE: frontier(series)}
     if any(one.positions for one in series):
-        files[POSITIONS] = position_curves(series)
-    blocks = list(_blocks(metrics, provenance, TRANSLATIONS[lang], files))
-    suffix = "" if lang == "en" else f".{lang}"
-    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
-    files[f"report{suffix}.html"] = to_html(blocks, lang, files).encode()
-    for name, content in files.items():
-        partial = folder / f".{name}.tmp"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-    return [folder / name for name in files]
+        pictures[POSITIONS] = position_curves(series)
+    return write_document(folder, _blocks(metrics, provenance, TRANSLATIONS[lang], pictures), lang, pictures)
 
 
 def _blocks(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import re
 import subprocess
@@ -116,9 +115,7 @@ class Run:
         """
         if not processes.is_main():
             return
-        partial = self.folder / ".recipe.yaml.tmp"
-        save_recipe(self.recipe, partial)
-        os.replace(partial, self.folder / "recipe.yaml")
+        save_recipe(self.recipe, self.folder / "recipe.yaml")
         write_json(self.folder / "metrics.json", self.metrics)
 
     def write_provenance(self, device: torch.device) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from context_pythia import processes
+from context_pythia.files import write_json
 from context_pythia.recipe import Phase1Options
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.interrupts import deferred_interrupt
@@ -344,11 +344,7 @@ class OacdRun:
             seconds=sum(entry["seconds"] for entry in self.history),
         )
         write_tensors(self.weights, self.block.state_dict(), {"format": "pt"})
-        temporary = self.record.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps(asdict(result) | {"identity": self.identity}, indent=2) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, self.record)
+        write_json(self.record, asdict(result) | {"identity": self.identity})
         drop_checkpoints(self.folder)
         processes.wait()
         return result

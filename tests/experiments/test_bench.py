@@ -13,10 +13,10 @@ from context_pythia.experiments.bench import models as bench_models
 from context_pythia.experiments.bench import sweep as module
 from context_pythia.experiments.bench.models import is_peer, share_parameters, sized_models, subjects
 from context_pythia.experiments.bench.options import SIZES, BenchOptions, Source, parse_sources
-from context_pythia.experiments.bench.report import write_bench
 from context_pythia.experiments.bench.sweep import bench
 from context_pythia.experiments.bench.tables import cell_table, crossover, paired_ratio, step_figures
 from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
+from context_pythia.experiments.report import write_report
 from context_pythia.model.cache import cache_bytes
 from context_pythia.recipe import ArchitectureOptions
 
@@ -275,7 +275,7 @@ def test_a_report_with_failures_can_be_written(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "provenance.json").write_text(json.dumps({"device": "CPU", "versions": {"torch": "2"}}))
     for lang in BENCH_TRANSLATIONS:
-        write_bench(tmp_path, lang)
+        write_report(tmp_path, lang)  # as the command `report` does, which knows a bench by its record
     assert "out of \\<memory\\>" in (tmp_path / "report.md").read_text()
     assert "out of &lt;memory&gt;" in (tmp_path / "report.ja.html").read_text()
 

@@ -15,6 +15,7 @@ from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments import evaluate as module
 from context_pythia.experiments.evaluate import compare_with_first, evaluate, evaluate_model
 from context_pythia.experiments.evaluation_report import console_table, write_evaluation
+from context_pythia.experiments.report import write_report
 from context_pythia.recipe import load_recipe
 from tests.evaluation.conftest import build
 
@@ -37,6 +38,13 @@ def evaluated(paths, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "eval"
     evaluate(paths, data, batch_size=4, cached_tokens=70, out=out, lang="ja", progress=False)
     return out
+
+
+def test_the_command_report_writes_the_report_of_an_evaluation_again(evaluated):
+    before = (evaluated / "report.ja.md").read_text(encoding="utf-8")
+    (evaluated / "report.ja.md").unlink()
+    assert evaluated / "report.ja.md" in write_report(evaluated, "ja")
+    assert (evaluated / "report.ja.md").read_text(encoding="utf-8") == before
 
 
 @pytest.fixture(scope="module")

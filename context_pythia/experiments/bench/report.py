@@ -5,7 +5,6 @@ It reads metrics.json and provenance.json of the folder and nothing else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from context_pythia.experiments.bench.tables import (
     step_figures,
 )
 from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
-from context_pythia.experiments.document import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from context_pythia.experiments.document import Block, Heading, Paragraph, Picture, Table, write_document
 from context_pythia.experiments.record import read_record
 
 DECODE_PICTURE, MEMORY_PICTURE, PARTS_PICTURE = "decode.png", "memory.png", "parts.png"
@@ -40,12 +39,7 @@ def write_bench(folder: Path, lang: str = "en") -> list[Path]:
     """
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
     pictures = _pictures(metrics)
-    blocks = list(_blocks(metrics, provenance, BENCH_TRANSLATIONS[lang], pictures))
-    suffix = "" if lang == "en" else f".{lang}"
-    files = dict(pictures)
-    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
-    files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
-    return [_write(folder / name, data) for name, data in files.items()]
+    return write_document(folder, _blocks(metrics, provenance, BENCH_TRANSLATIONS[lang], pictures), lang, pictures)
 
 
 def _blocks(
@@ -124,10 +118,3 @@ def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
 
 def _largest(metrics: dict[str, Any]) -> dict[str, Any]:
     return max(metrics["cells"], key=lambda cell: cell["batch_size"] * cell["length"])
-
-
-def _write(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return path

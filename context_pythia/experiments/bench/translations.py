@@ -68,8 +68,9 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "backward": "Backward",
         "optimizer": "Optimizer",
         "rest": "Rest",
-        "parts_note": "Means. Body, head and loss: forward alone. ContextBlock: its forward and backward, which body "
-        "and backward do not count. Optimizer: clipping included.",
+        "parts_note": "Means. Body: forward alone. Head and loss: forward, and with phase 2's Trainer backward too, "
+        "chunk by chunk. ContextBlock: its forward and backward, which body and backward do not count. Optimizer: "
+        "clipping included.",
         "parts_caption": "Seconds of a training step by part.",
         "provenance": "Where it ran",
         "item": "Item",
@@ -141,8 +142,9 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "backward": "逆伝播",
         "optimizer": "オプティマイザー",
         "rest": "その他",
-        "parts_note": "平均値。本体と出力層・損失は順伝播のみです。ContextBlock は順伝播と逆伝播の両方で、本体と"
-        "逆伝播には含めていません。オプティマイザーには勾配クリッピングを含みます。",
+        "parts_note": "平均値。本体は順伝播のみです。出力層・損失は順伝播で、フェーズ 2 の Trainer では"
+        "分割して同時に計算する逆伝播も含みます。ContextBlock は順伝播と逆伝播の両方で、"
+        "本体と逆伝播には含めていません。オプティマイザーには勾配クリッピングを含みます。",
         "parts_caption": "学習ステップの時間の内訳（秒）。",
         "provenance": "実行環境",
         "item": "項目",

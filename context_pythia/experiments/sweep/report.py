@@ -5,14 +5,13 @@ It reads metrics.json and provenance.json of the folder and nothing else, so it 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.sweep.figures import pareto
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
@@ -30,16 +29,7 @@ def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
     finished = [row for row in metrics["settings"] if row["n"]]
     pictures = {PICTURE: _picture(finished, metrics["searched"])} if finished else {}
-    blocks = list(_blocks(metrics, provenance, SWEEP_TRANSLATIONS[lang], pictures))
-    suffix = "" if lang == "en" else f".{lang}"
-    files = dict(pictures)
-    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
-    files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
-    for name, content in files.items():
-        partial = folder / f".{name}.{os.getpid()}.tmp"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
-    return [folder / name for name in files]
+    return write_document(folder, _blocks(metrics, provenance, SWEEP_TRANSLATIONS[lang], pictures), lang, pictures)
 
 
 def _blocks(
