@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from context_pythia.conversion.options import HealOptions
 from context_pythia.recipe import TrainOptions
+from context_pythia.training.loss import IGNORED
 from context_pythia.training.phase2 import train_language_model
 from context_pythia.training.trainer import LanguageModelTrainer
 
@@ -221,7 +222,7 @@ def token_losses(
     divergence = (p * (teacher_logits - logits)).sum(-1) + log_sum - teacher_log_sum
     cross_entropy = log_sum - logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     loss = (1 - ce_weight) * divergence + ce_weight * cross_entropy
-    return loss.where(labels != -100, 0.0)
+    return loss.where(labels != IGNORED, 0.0)
 
 
 def is_healed(name: str, parameters: str) -> bool:

@@ -38,9 +38,9 @@ def check_convertible(config: GPTNeoXConfig, name: str) -> None:
 
 
 def read_weight(model: GPTNeoXForCausalLM, name: str) -> torch.Tensor:
-    """A parameter, from the checkpoint where the model leaves it there."""
+    """A parameter on the CPU, from the checkpoint where the model leaves it there (accelerate reads that to a GPU)."""
     weight = model.get_parameter(name).detach()
-    return load_offloaded_parameter(model, name) if weight.is_meta else weight
+    return (load_offloaded_parameter(model, name) if weight.is_meta else weight).cpu()
 
 
 def split_projection(model: GPTNeoXForCausalLM, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor | None]:

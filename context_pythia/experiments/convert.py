@@ -230,7 +230,9 @@ def _convert(
         result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
         record["healing"] = asdict(result)
         for path in converted.iterdir():
-            if not (healed / path.name).exists():
+            # The converted model's weights, and the index of their shards, are those from before.
+            weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+            if not weights and not (healed / path.name).exists():
                 shutil.copy2(path, healed / path.name)
     return record
 

@@ -218,7 +218,8 @@ class ContextAttention(GPTNeoXAttention):
         return cos[..., columns], sin[..., columns]
 
     def _interface(self, query, key, value, attention_mask, **kwargs):
-        splits = splits_for(query, key, self.config._attn_implementation)
+        # Only absorbed attention has the same tensor for both.
+        splits = splits_for(query, key, self.config._attn_implementation) if value is key else 1
         if splits > 1:
             return attend_in_splits(query, key, attention_mask, self.scaling, splits), None
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -22,7 +22,7 @@ def _threads() -> int:
 
 def splits_for(query: torch.Tensor, context: torch.Tensor, implementation: str | None) -> int:
     """Parts to cut `context` `[B, 1, T, W]` into for queries `[B, 1, Q, W]`; 1 where the kernel does as well."""
-    if implementation != "sdpa" or query.device.type != "cpu" or query.shape[1] > 1 or torch.is_grad_enabled():
+    if implementation != "sdpa" or query.device.type != "cpu" or torch.is_grad_enabled():
         return 1
     idle = _threads() // query.shape[0]
     return max(1, min(idle, context.shape[2] // LEAST_TOKENS))

@@ -39,16 +39,19 @@ from context_pythia.training.checkpoints import (
     run_settings,
 )
 from context_pythia.training.shares import check_shares
-from context_pythia.training.trainer import LanguageModelTrainer, quiet_transformers, training_arguments, wide
+from context_pythia.training.trainer import (
+    LanguageModelTrainer,
+    faster_attention,
+    quiet_transformers,
+    training_arguments,
+    wide,
+)
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
 
 RESULT_FILE = "train.json"
 SETTINGS_FILE = "settings.json"
-# On a CPU the backward pass of PyTorch's fused attention costs more than all weights of so few tokens: at 128 tokens in
-# bfloat16 a step of Pythia-70M's size took 0.93 of its time without it, one of a quarter of the width 0.8.
-EAGER_ATTENTION_LENGTH = 512
 EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 
 
@@ -168,33 +171,30 @@ def run_trainer(
     arguments = training_arguments(options, seed, folder / "checkpoints", steps)
     # A checkpoint has the first evaluation in its log.
     arguments.eval_on_start = steps is not None and resume_from is None
-    attention = model.config._attn_implementation
     if arguments.device.type == "cpu":
         keep_freed_memory()
-        if attention == "sdpa" and data.train.sequence_length <= EAGER_ATTENTION_LENGTH:
-            model.set_attn_implementation("eager")
     report = EpochReport(name, options, progress)
     callbacks: list[TrainerCallback] = [report]
     if options.tensorboard:
         callbacks.append(TensorBoardCallback(summary_writer(folder / "tensorboard")))
     use_cache = model.config.use_cache
-    trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
-    try:
-        with checkpoint_on_interrupt(report):
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        if report.interrupted:
-            raise KeyboardInterrupt
-    finally:
-        report.close()
-        # The Trainer leaves these behind: a wrapped forward (float16), no cache in the config, gradients.
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        trainer.accelerator.free_memory()
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-        model.config.use_cache = use_cache
-        model.set_attn_implementation(attention)
-        model.zero_grad(set_to_none=True)
-        model.eval()
+    with faster_attention(model, arguments.device, data.train.sequence_length):
+        trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
+        try:
+            with checkpoint_on_interrupt(report):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            if report.interrupted:
+                raise KeyboardInterrupt
+        finally:
+            report.close()
+            # The Trainer leaves these behind: a wrapped forward (float16), no cache in the config, gradients.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            trainer.accelerator.free_memory()
+            if options.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+            model.config.use_cache = use_cache
+            model.zero_grad(set_to_none=True)
+            model.eval()
     return asdict(trainer.state)
 
 

@@ -261,6 +261,12 @@ def test_healing_writes_the_healed_weights_and_its_record(healed, run, original,
     assert isinstance(load(healed), ContextPythiaForCausalLM)
 
 
+def test_healed_weights_replace_all_shards_from_before(run, original, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARD", "20KB")
+    assert run(original, tmp_path / "out", *BELOW, *HEALING) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_the_control_heals_the_original_itself(run, original, tmp_path, capsys):
     assert run(original, tmp_path / "control", "--control", *HEALING, "--ship-code") == 0
     assert isinstance(load(tmp_path / "control"), GPTNeoXForCausalLM)

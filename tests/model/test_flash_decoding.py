@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from context_pythia.model import attention
 from context_pythia.model.flash_decoding import LEAST_TOKENS, attend_in_splits, splits_for
+
+from .conftest import build
 
 
 def masks(kind: str, batch: int, queries: int, length: int) -> torch.Tensor | None:
@@ -44,3 +47,12 @@ def test_a_long_sequence_is_cut_where_threads_would_stand_idle(monkeypatch):
     assert splits_for(query, context, "eager") == 1
     with torch.enable_grad():  # the kernel's logarithms carry no gradient
         assert splits_for(query, context, "sdpa") == 1
+
+
+@torch.no_grad()
+def test_expanded_attention_of_a_single_head_is_never_cut(monkeypatch):
+    model = build("layer", num_attention_heads=1, rotary_pct=0.25)
+    ids = torch.randint(2, 97, (1, 24), generator=torch.Generator().manual_seed(1))
+    whole = model(ids).logits
+    monkeypatch.setattr(attention, "splits_for", lambda *_: 2)
+    torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import TrainOptions
-from context_pythia.training import phase2
+from context_pythia.training import phase2, trainer
 from context_pythia.training.phase2 import EpochReport, LanguageModelTrainer, train_language_model
 
 VOCABULARY, LENGTH = 200, 20
@@ -222,7 +222,7 @@ def test_train_loss_is_the_mean_over_the_steps_of_the_epoch(tmp_path):
 
 @pytest.mark.parametrize(("limit", "used"), [(LENGTH, "eager"), (LENGTH - 1, "sdpa")])
 def test_short_samples_train_with_the_faster_attention_and_the_model_keeps_its_own(tmp_path, monkeypatch, limit, used):
-    monkeypatch.setattr(phase2, "EAGER_ATTENTION_LENGTH", limit)
+    monkeypatch.setattr(trainer, "EAGER_ATTENTION_LENGTH", limit)
     model, seen = make_model(), set()
     model.register_forward_hook(lambda module, *_: seen.add(module.config._attn_implementation))
     result = train(tmp_path, replace(OPTIONS, epochs=1), model=model)
