@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from context_pythia import processes
+
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of breaking into a half-done batch; a second one acts as usual.
+    """Within it ctrl-C sets the event, and says so, instead of breaking into half-done work; a second one acts at once.
 
     Only Python's own handler is replaced: a host that ignores or handles the signal itself keeps doing so.
     """
@@ -18,6 +21,8 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: object) -> None:
         asked.set()
+        if processes.is_main():
+            print("\nStopping at the next checkpoint; ctrl-C again stops at once.", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     ours = (

@@ -8,13 +8,11 @@ A folder in training holds `checkpoints/`; a finished one holds the best model i
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +36,7 @@ from context_pythia.training.checkpoints import (
     read_json,
     run_settings,
 )
+from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.shares import check_shares
 from context_pythia.training.trainer import (
     LanguageModelTrainer,
@@ -181,7 +180,7 @@ def run_trainer(
     with faster_attention(model, arguments.device, data.train.sequence_length):
         trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
         try:
-            with checkpoint_on_interrupt(report):
+            with deferred_interrupt() as report.asked_to_stop:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             if report.interrupted:
                 raise KeyboardInterrupt
@@ -214,7 +213,12 @@ class EpochReport(TrainerCallback, ExportableState):
         self.seconds = 0.0
         self.started: float | None = None
         self.train_loss: float | None = None
-        self.interrupted = False
+        self.asked_to_stop = threading.Event()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether ctrl-C was pressed, as far as this process knows."""
+        return self.asked_to_stop.is_set()
 
     def state(self) -> dict[str, Any]:
         attributes = {"loss_sum": float(self.loss_sum), "steps": self.steps, "seconds": self.seconds}
@@ -262,7 +266,8 @@ class EpochReport(TrainerCallback, ExportableState):
         self.steps += 1
         if self.bar is not None:
             self.bar.update()
-        self.interrupted = bool(processes.highest(int(self.interrupted)))
+        if processes.highest(int(self.interrupted)):
+            self.asked_to_stop.set()
         due = self.options.checkpoint_steps and state.global_step % self.options.checkpoint_steps == 0
         # At an epoch's end the checkpoint must wait for the evaluation: a resumed run would not make up for it.
         if (due or self.interrupted) and not at_epoch_end(state):
@@ -372,24 +377,3 @@ def describe_end(result: TrainResult, options: TrainOptions) -> str:
     if result.stop_reason == EARLY_STOP:
         return f"Early stop after epoch {len(result.history)} (patience {options.patience}): {best}"
     return f"All {len(result.history)} epochs done: {best}"
-
-
-@contextlib.contextmanager
-def checkpoint_on_interrupt(report: EpochReport) -> Iterator[None]:
-    """Within it the first ctrl-C only marks `report`: an optimizer step cut in two could not be saved."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or handler is not signal.default_int_handler:
-        yield
-        return
-
-    def mark(signum, frame) -> None:
-        report.interrupted = True
-        signal.signal(signal.SIGINT, handler)
-        if processes.is_main():
-            print("\nStopping at the next checkpoint; ctrl-C again stops at once.", file=sys.stderr)
-
-    signal.signal(signal.SIGINT, mark)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
