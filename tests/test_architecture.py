@@ -28,6 +28,7 @@ RANKS = {
 MODEL_RANKS = {
     "configuration": 0,
     "flash_decoding": 0,
+    "linear": 0,
     "scan": 0,
     "context": 1,
     "attention": 1,

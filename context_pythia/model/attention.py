@@ -26,8 +26,9 @@ from .flash_decoding import attend_in_splits, splits_for
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
-# Numbers of rotary keys that decoding turns at a time: what is written stays in a core's cache until it is read.
-TURNED_AT_ONCE = 2**18
+# Decoding turns so many numbers of rotary keys at a time, in so many tokens of a sequence: what is written is still in
+# the processor's cache when it is read, and each core has a sequence of its own to multiply.
+TURNED_NUMBERS, TURNED_TOKENS = 2**20, 2**11
 
 
 class RotaryUp(nn.Module):
@@ -194,8 +195,9 @@ class ContextAttention(GPTNeoXAttention):
             # The keys are affine in X too, but for the turned part, whose scores are added as a mask is.
             assert key_positions is not None
             keys = context[:, 0, :, : self.rotary_width]
-            scores = turned_scores(rotary.flatten(1, 2), keys, self.num_rotary_keys, self.columns(key_positions))
-            attention_mask = add_mask((self.scaling * scores).unsqueeze(1), attention_mask)
+            rotary = self.scaling * rotary.flatten(1, 2)
+            scores = turned_scores(rotary, keys, self.num_rotary_keys, self.columns(key_positions))
+            attention_mask = add_mask(scores.unsqueeze(1), attention_mask)
             query = content
         else:
             query = torch.cat([rotary, content], dim=-1)
@@ -254,24 +256,29 @@ def turned_scores(
 ) -> torch.Tensor:
     """Products of queries `[B, HQ, R]` with rotary keys `[B, T, R]` that are yet to be turned, `[B, HQ, T]`.
 
-    `q . (k cos + half(k) sin) = q . (k cos) - half(q) . (k sin)`, where half swaps real and imaginary parts: all that
+    `q . (k cos + half(k) sin) = [q ; -half(q)] . [k cos ; k sin]`, where half swaps real and imaginary parts: all that
     is done to a cached number are two products with tables that the sequences share.
     """
-    halves = rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)
+    queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        cos, sin = position_embeddings
+        return queries @ torch.cat([keys * cos, keys * sin], dim=-1).transpose(1, 2)
     batch, length, width = keys.shape
-    rows = max(1, TURNED_AT_ONCE // (length * width))
-    tokens = max(1, TURNED_AT_ONCE // (rows * width))
-    scores = []
+    tokens = min(length, TURNED_TOKENS)
+    rows = min(batch, max(1, TURNED_NUMBERS // (2 * width * tokens)))
+    room = keys.new_empty(rows, tokens, 2 * width)
+    scores = query.new_empty(*query.shape[:2], length)
     for i in range(0, batch, rows):
         some = slice(i, i + rows)
         cos, sin = (table if len(table) == 1 else table[some] for table in position_embeddings)
-        row = []
         for t in range(0, length, tokens):
             part = slice(t, t + tokens)
-            by_cos, by_sin = ((keys[some, part] * table[:, part]).transpose(1, 2) for table in (cos, sin))
-            row.append(torch.baddbmm(query[some] @ by_cos, halves[some], by_sin, alpha=-1))
-        scores.append(torch.cat(row, dim=-1))
-    return torch.cat(scores)
+            key = keys[some, part]
+            turned = room[: key.shape[0], : key.shape[1]]
+            torch.mul(key, cos[:, part], out=turned[..., :width])
+            torch.mul(key, sin[:, part], out=turned[..., width:])
+            torch.bmm(queries[some], turned.transpose(1, 2), out=scores[some, :, part])
+    return scores
 
 
 def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

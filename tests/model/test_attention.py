@@ -117,12 +117,15 @@ def test_rotary_keys_turned_in_parts_score_as_turned_whole(monkeypatch):
     weights = torch.randn(3, 4, 11, generator=generator)
     whole = query @ turn_rotary_keys(keys, 4, (cos[..., :6], sin[..., :6])).transpose(1, 2)
     expected = [whole, *torch.autograd.grad((whole * weights).sum(), (query, keys))]
-    for at_once in (24, 5 * 24, 11 * 24, 2 * 11 * 24, 10**6):
-        monkeypatch.setattr(attention_module, "TURNED_AT_ONCE", at_once)
-        parts = turned_scores(query, keys, 4, (cos, sin))
-        actual = [parts, *torch.autograd.grad((parts * weights).sum(), (query, keys))]
-        for one, other in zip(actual, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    plain = turned_scores(query, keys, 4, (cos, sin))
+    actual = [plain, *torch.autograd.grad((plain * weights).sum(), (query, keys))]
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for numbers, tokens in ((1, 1), (1, 4), (48, 100), (2 * 48 * 4, 4), (2 * 48 * 11, 100), (10**6, 5)):
+        monkeypatch.setattr(attention_module, "TURNED_NUMBERS", numbers)
+        monkeypatch.setattr(attention_module, "TURNED_TOKENS", tokens)
+        with torch.no_grad():
+            torch.testing.assert_close(turned_scores(query, keys, 4, (cos, sin)), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_absorbed_rotary_pairs_are_their_maps():
