@@ -30,8 +30,8 @@ FAILURES = (RuntimeError, MemoryError)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static` or `int4`, or
-    `compiled`, a static cache and a compiled decoding step."""
+    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static` (`onednn` for a
+    model with our linear maps), `int4`, or `compiled`, a static cache and a compiled decoding step."""
 
     name: str
     model: PreTrainedModel
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def is_static(self) -> bool:
-        return self.cache in ("static", "compiled")
+        return self.cache in ("static", "onednn", "compiled")
 
     @property
     def decoding_step(self) -> Callable[..., Any]:
@@ -191,6 +191,7 @@ def measure_cell(
     new_tokens: int,
     rounds: int,
     budget: float = float("inf"),
+    prefill: bool = True,
     done: Callable[[], None] = lambda: None,
 ) -> list[Speed]:
     """All figures of one batch size and length, a row a subject.
@@ -199,12 +200,17 @@ def measure_cell(
         length: tokens in the cache at the end, more than `new_tokens`.
         new_tokens: tokens that a timed run decodes.
         budget: seconds after which a row takes no further turn of a kind.
-        done: called after each turn; a row has `turns(rounds)` of them, fewer if it fails.
+        prefill: without it no cell reads its T tokens, which takes minutes where they are many: the cache that is
+            measured is then the one that `generate()` went on from, and there is no peak.
+        done: called after each turn; a row has `turns(rounds, prefill)` of them, fewer if it fails.
     """
     assert length > new_tokens >= 1
     rows = {subject.name: Speed(subject.name) for subject in subjects}
     for subject in subjects:
-        _first_run(subject, rows[subject.name], batch_size, length, new_tokens)
+        row = rows[subject.name]
+        row.error = _too_large(subject, batch_size, length)
+        if prefill and row.error is None:
+            _first_run(subject, row, batch_size, length, new_tokens)
         done()
     ready = [subject for subject in subjects if rows[subject.name].error is None]
 
@@ -215,16 +221,19 @@ def measure_cell(
             setattr(rows[name], kind, [value / tokens for value in values])
             rows[name].error = errors.get(name)
 
-    times("prefill", {subject.name: _prefill(subject, batch_size, length) for subject in ready})
+    if prefill:
+        times("prefill", {subject.name: _prefill(subject, batch_size, length) for subject in ready})
     decoding = _Decoding(ready, batch_size, length, new_tokens)
     times("decode", {subject.name: decoding.forward(subject) for subject in ready}, new_tokens)
     times("generate", {subject.name: decoding.generate(subject) for subject in ready}, new_tokens)
+    for name, cache in decoding.left.items():
+        rows[name].cache = rows[name].cache or cache
     return list(rows.values())
 
 
-def turns(rounds: int) -> int:
+def turns(rounds: int, prefill: bool = True) -> int:
     """Turns of a row in a cell: the warm-up, then prefill, forward and `generate()` in every round."""
-    return 1 + 3 * rounds
+    return 1 + (3 if prefill else 2) * rounds
 
 
 @torch.no_grad()
@@ -234,12 +243,16 @@ def measure_conversation(subject: Subject, length: int, new_tokens: int = 8) -> 
     return subject.measure(output.past_key_values)
 
 
+def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:
+    """The reason, where a cell does not fit the free memory."""
+    free, needed = free_memory(subject.device), subject.bytes_needed(batch_size, length)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / 2**30:.1f} GB beside the weights, {free / 2**30:.1f} GB are free"
+
+
 def _first_run(subject: Subject, row: Speed, batch_size: int, length: int, new_tokens: int) -> None:
     """`generate()` from an empty cache: the warm-up, the peak and the cache that it leaves."""
-    free, needed = free_memory(subject.device), subject.bytes_needed(batch_size, length)
-    if free is not None and needed > free:
-        row.error = f"needs about {needed / 2**30:.1f} GB beside the weights, {free / 2**30:.1f} GB are free"
-        return
     try:
         _generate(subject, 1, 4, 2, subject.empty_cache(8))  # what is allocated once and for all is no cell's peak
         output, row.peak_bytes = peak_during(
@@ -271,6 +284,7 @@ class _Decoding:
     def __init__(self, subjects: Sequence[Subject], batch_size: int, length: int, new_tokens: int):
         self.batch_size, self.length, self.new_tokens = batch_size, length, new_tokens
         self.kept: dict[str, FilledCache] = {}
+        self.left: dict[str, CacheMeasurement] = {}  # by the last `generate()` of a subject
         needed = 2 * sum(subject.bytes_needed(batch_size, length) for subject in subjects)
         free = free_memory(subjects[0].device) if subjects else None
         self.keep = free is None or needed < free
@@ -286,9 +300,12 @@ class _Decoding:
 
     def generate(self, subject: Subject) -> Callable[[], float]:
         prompt = self.length - self.new_tokens + 1
-        return lambda: self._run(
-            subject, lambda cache, tokens: _generate(subject, self.batch_size, prompt, tokens, cache)
-        )
+
+        def decode(cache: Cache, tokens: int) -> None:
+            _generate(subject, self.batch_size, prompt, tokens, cache)
+            self.left[subject.name] = subject.measure(cache)
+
+        return lambda: self._run(subject, decode)
 
     def _run(self, subject: Subject, decode: Callable[[Cache, int], Any]) -> float:
         filled = self.kept.get(subject.name)

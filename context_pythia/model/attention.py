@@ -277,7 +277,7 @@ def turned_scores(
             turned = room[: key.shape[0], : key.shape[1]]
             torch.mul(key, cos[:, part], out=turned[..., :width])
             torch.mul(key, sin[:, part], out=turned[..., width:])
-            torch.bmm(queries[some], turned.transpose(1, 2), out=scores[some, :, part])
+            scores[some, :, part] = queries[some] @ turned.transpose(1, 2)
     return scores
 
 

@@ -19,9 +19,10 @@ class Linear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _by_onednn(input, self.weight):
             return super().forward(input)
+        input = input.contiguous()  # the last states of a prefill lie far apart, which oneDNN takes seconds for
         rows = input.numel() // self.in_features
         if rows in FEW_ROWS:
-            output = _product(self.weight, input.reshape(rows, self.in_features)).t()
+            output = _product(self.weight, input.view(rows, self.in_features)).t()
             output = (
                 output.contiguous()
                 if self.bias is None
@@ -52,7 +53,7 @@ def _by_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and type(weight) is nn.Parameter  # not a shard of one, nor a quantised one
         and _HAS_OPERATOR
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -111,6 +111,20 @@ def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(mon
     assert len(ticks) == turns(2)
 
 
+def test_without_prefill_no_cell_reads_its_tokens():
+    one = subject("shared")
+    lengths = []
+    one.model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ticks = []
+    (row,) = measure_cell([one], 2, 16, new_tokens=4, rounds=2, prefill=False, done=lambda: ticks.append(1))
+    assert set(lengths) == {1}
+    assert not row.prefill and row.peak_bytes is None and len(row.decode) == len(row.generate) == 2
+    assert row.cache.length == 16 and row.cache.filled == cache_bytes(one.model.config, 16, 2)
+    assert len(ticks) == turns(2, prefill=False)
+
+
 @pytest.mark.parametrize("name", ["shared"])
 def test_a_compiled_row_is_timed_compiled(name, monkeypatch):
     settings = CompileConfig(backend="eager", mode=None, fullgraph=True)

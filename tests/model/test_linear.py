@@ -43,6 +43,16 @@ def test_strided_states_and_weights_are_read_right():
         torch.testing.assert_close(linear(states), plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(not X86, reason="this torch has no oneDNN")
+@pytest.mark.parametrize("batch", [3, 16])
+@torch.no_grad()
+def test_states_that_lie_apart_are_gathered_first(batch, monkeypatch):
+    operator, seen = torch.ops.mkldnn._linear_pointwise, []
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: seen.extend(args[:2]) or operator(*args))
+    Linear(12, 7)(torch.randn(batch, 100, 12)[:, -1:])
+    assert len(seen) == 2 and all(tensor.is_contiguous() for tensor in seen)
+
+
 def test_gradients_autocast_and_other_dtypes_are_torch_s(calls):
     linear, states = Linear(4, 3), torch.randn(2, 4)
     linear(states).sum().backward()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from context_pythia.options import Options, option, suggestion
 from context_pythia.recipe import PRECISIONS, ArchitectureOptions
 
-CACHES = ("dynamic", "static", "int4")
+ONEDNN = "onednn"  # a static cache and the linear maps of a Context-Pythia (model/linear.py)
+CACHES = ("dynamic", "static", ONEDNN, "int4")
 COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
 CONVERSATION = 2048  # tokens of the conversations that are counted into a given memory
 FORMS = ("heads", "exact")
@@ -90,6 +91,7 @@ class BenchOptions(Options):
     new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1")
     rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1")
     budget: float = option(120.0, "seconds of one kind of run after which a model sits out the rounds", bounds="> 0")
+    prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)")
     dtype: str = option("float32", "of weights and cache", PRECISIONS)
     threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1")
     memory_gb: float = option(4.0, "memory to fill with conversations (1 GB = 1024^3 bytes)", bounds="> 0")

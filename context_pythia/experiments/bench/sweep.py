@@ -119,7 +119,7 @@ def _decode_metrics(
     print(memory_table(metrics), flush=True)
     yield
     cells = [(batch, length) for length in options.lengths for batch in options.batch_sizes]
-    work = [batch * length * len(found) * turns(options.rounds) for batch, length in cells]
+    work = [batch * length * len(found) * turns(options.rounds, options.prefill) for batch, length in cells]
     bar_format = "{desc}: {percentage:3.0f}% [{elapsed}, about {remaining} to go]"
     with tqdm(total=sum(work), bar_format=bar_format, disable=None if progress else True) as bar:
         for i, (batch, length) in enumerate(cells):
@@ -131,6 +131,7 @@ def _decode_metrics(
                 new_tokens=options.new_tokens,
                 rounds=options.rounds,
                 budget=options.budget,
+                prefill=options.prefill,
                 done=lambda step=batch * length: bar.update(step),  # type: ignore[misc]
             )
             bar.update(sum(work[: i + 1]) - bar.n)  # a row that failed had fewer turns
