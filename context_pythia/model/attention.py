@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
-    apply_rotary_pos_emb,
     eager_attention_forward,
     rotate_half,
 )
@@ -108,7 +107,7 @@ class ContextAttention(GPTNeoXAttention):
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
-        query = rotate(query, position_embeddings)
+        query = turn_rotary_keys(query, 1, position_embeddings)
         if hasattr(self, "context"):
             new = self.context(hidden_states).unsqueeze(1)
             if not self.reuse_rotary_keys:
@@ -184,10 +183,11 @@ class ContextAttention(GPTNeoXAttention):
             # Each head sees its own rotary key: its query is zero in the columns of the others.
             own = torch.eye(heads, dtype=query.dtype, device=query.device)
             rotary = torch.einsum("bhqd,hr->bhqrd", rotary, own).flatten(-2)
-        content = query.new_zeros(batch, heads, queries, self.content_dim)
         if hasattr(self, "key_up"):
             key_up = self.key_up.weight.view(heads, -1, self.content_dim)
             content = torch.einsum("bhqd,hdc->bhqc", query_pass, key_up)
+        else:
+            content = query.new_zeros(batch, heads, queries, self.content_dim)
 
         if attention_mask is not None and queries > 1:
             attention_mask = attention_mask.expand(-1, heads, -1, -1).reshape(batch, 1, heads * queries, -1)
@@ -229,12 +229,6 @@ class ContextAttention(GPTNeoXAttention):
         )
         dropout = self.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
-
-
-def rotate(states: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
-    """Turn the rotary dims of `[B, heads, T, >= d]`."""
-    cos, sin = position_embeddings
-    return apply_rotary_pos_emb(states, states[:, :0], cos, sin)[0]
 
 
 def turn_rotary_keys(

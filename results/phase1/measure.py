@@ -1,6 +1,6 @@
 """Phase 1 against the report's own way: rate in turns on one machine, and peak memory at 6.4 million tokens.
 
-    python results/phase1/measure.py rate 1              (threads)
+    python results/phase1/measure.py rate 1 1152000      (threads, tokens of the stream)
     python results/phase1/measure.py memory float32      (or bfloat16: the contexts' dtype)
 
 The report's way, written out plainly: embeddings of the whole stream in memory, all contexts shifted and copied once an
@@ -87,7 +87,7 @@ def work(way: str, tokens: int, threads: int, pipe) -> None:
             pipe.send(1000 * (time.process_time() - began) / run.turns)
 
 
-def measure_rate(threads: int, rounds: int = 9, tokens: int = 100_096) -> dict:
+def measure_rate(threads: int, tokens: int, rounds: int = 3) -> dict:
     """Milliseconds of the processor for a batch of 5,000 tokens, the ways taking turns, the first of each not counted.
 
     Not the clock's: other work on the machine would count. Page faults do.
@@ -108,7 +108,8 @@ def measure_rate(threads: int, rounds: int = 9, tokens: int = 100_096) -> dict:
     median = {way: statistics.median(values) for way, values in times.items()}
     report = times[REPORT]
     ratio = {way: statistics.median(a / b for a, b in zip(report, times[way], strict=True)) for way in times}
-    return {"threads": threads, "milliseconds_a_batch": median, "all": times, "times_the_report": ratio}
+    figures = {"milliseconds_a_batch": median, "all": times, "times_the_report": ratio}
+    return {"threads": threads, "tokens": tokens} | figures
 
 
 def measure_memory(state_dtype: str) -> dict:
@@ -134,5 +135,5 @@ def peak() -> float:
 
 
 if __name__ == "__main__":
-    figures = measure_rate(int(sys.argv[2])) if sys.argv[1] == "rate" else measure_memory(sys.argv[2])
+    figures = measure_rate(int(sys.argv[2]), int(sys.argv[3])) if sys.argv[1] == "rate" else measure_memory(sys.argv[2])
     print(json.dumps(figures, indent=2))
