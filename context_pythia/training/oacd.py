@@ -62,9 +62,12 @@ def sweep_tokens(
 ) -> torch.Tensor:
     """`ContextBlock.sweep` over n tokens whose embeddings each layer has already projected.
 
-    Projected (a tensor a layer), contexts and noise are `[n, C]`, initial `[C]`; gives the new contexts `[n, C]`.
+    Projected (a tensor a layer), contexts and noise are `[n, C]`, initial `[C]`; gives the new contexts `[n, C]`. The
+    noise is written over.
     """
-    contexts = torch.cat([initial.unsqueeze(0), contexts[:-1]]) + noise
+    noise[0] += initial
+    noise[1:] += contexts[:-1]
+    contexts = noise
     for layer, rows in zip(layers, projected, strict=True):
         contexts = layer(contexts, rows)
     return contexts
@@ -115,7 +118,8 @@ class TokenProjections:
         """Add what was collected to the gradients of the layers' weights."""
         for chunk, embeddings in self._embeddings():
             for layer, gradient in zip(self.layers, self.gradients, strict=True):
-                layer.project(embeddings).backward(gradient[chunk])
+                product = layer.project(embeddings)
+                product.backward(gradient[chunk].to(product.dtype))  # under autocast it is narrower
 
     def _embeddings(self) -> Iterator[tuple[slice, torch.Tensor]]:
         for first in range(0, len(self.distinct), PROJECTED_TOKENS):

@@ -166,11 +166,12 @@ class OacdRun:
             "embeddings_crc32": zlib.crc32(embeddings),
         }
 
-    def normal(self, rows: int, iteration: int, batch: int) -> torch.Tensor:
-        """Standard normal numbers `[rows, C]`; iteration 0 is for the first contexts, later ones for the noise."""
+    def normal(self, rows: int, iteration: int, batch: int, deviation: float = 1.0) -> torch.Tensor:
+        """Normal numbers `[rows, C]` around 0; iteration 0 is for the first contexts, later ones for the noise."""
         words = np.random.SeedSequence((self.seed % 2**64, iteration, batch)).generate_state(1)
         generator = torch.Generator(self.device).manual_seed(int(words[0]))
-        return torch.randn(rows, self.block.context_dim, generator=generator, device=self.device)
+        numbers = torch.empty(rows, self.block.context_dim, device=self.device)
+        return numbers.normal_(0, deviation, generator=generator)
 
     def _ids(self, batch: int) -> torch.Tensor:
         first = batch * self.options.batch_tokens
@@ -185,7 +186,7 @@ class OacdRun:
     def start(self) -> None:
         self.contexts = self._empty_contexts()
         for batch, rows in zip(self.piece, self.contexts.split(self.options.batch_tokens), strict=True):
-            rows.copy_(0.01 * self.normal(len(rows), 0, batch))
+            rows.copy_(self.normal(len(rows), 0, batch, 0.01))
         self._begin_iteration()
 
     def _begin_iteration(self) -> None:
@@ -195,7 +196,12 @@ class OacdRun:
         self.boundary = before.to(self.contexts.dtype) if processes.index() else torch.zeros_like(self.contexts[0])
         for parameter in self.block.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.projections.refresh()
+        with self._precision():
+            self.projections.refresh()
+
+    def _precision(self) -> torch.autocast:
+        """That of the matrix products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     @property
     def finished(self) -> bool:
@@ -223,9 +229,9 @@ class OacdRun:
         rows, ids = self.contexts[first : first + options.batch_tokens], self._ids(batch).to(self.device)
         dtype = next(self.block.parameters()).dtype
         old, initial = rows.to(dtype), self.boundary.to(dtype)
-        noise = self.normal(len(rows), len(self.history) + 1, batch).to(dtype).mul_(options.noise)
+        noise = self.normal(len(rows), len(self.history) + 1, batch, options.noise).to(dtype)
         projected = self.projections.rows(ids)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        with self._precision():
             new = sweep_tokens(self.block.layers, projected, old, initial, noise)
         loss = fused_oacd_loss(new, options.mean_penalty)
         (loss / self.batches).backward()
@@ -241,7 +247,8 @@ class OacdRun:
 
     def _end_iteration(self) -> None:
         began = time.perf_counter()
-        self.projections.backward()
+        with self._precision():
+            self.projections.backward()
         for parameter in self.block.parameters():
             assert parameter.grad is not None
             processes.total(parameter.grad)
@@ -303,7 +310,8 @@ class OacdRun:
             for name, parameter in self.block.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
                 parameter.grad = tensors[f"gradient.{name}"]
-        self.projections.refresh()
+        with self._precision():
+            self.projections.refresh()
         for layer, gradient in enumerate(self.projections.gradients):
             gradient.copy_(tensors[f"projection_gradient.{layer}"])
 

@@ -180,7 +180,7 @@ def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(layers, monkeypatch)
             projections = TokenProjections(model, ids.unique())
             projections.refresh()
             rows = projections.rows(ids)
-            new = sweep_tokens(block.layers, rows, contexts, initial, noise)
+            new = sweep_tokens(block.layers, rows, contexts, initial, noise.clone())
         else:
             new = block.sweep(contexts, model.gpt_neox.embed_context_input(ids).detach(), initial, noise)
         oacd_loss(new, 0.1).backward()
