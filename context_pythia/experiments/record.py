@@ -151,8 +151,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
     }
+
+
+def _program(path: Path) -> str:
+    """As it is installed: `python -m context_pythia` is the command by another name."""
+    return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
 def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:

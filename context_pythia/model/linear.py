@@ -23,12 +23,10 @@ class Linear(nn.Linear):
         rows = input.numel() // self.in_features
         if rows in FEW_ROWS:
             output = _product(self.weight, input.view(rows, self.in_features)).t()
-            output = (
-                output.contiguous()
-                if self.bias is None
-                else torch.add(output, self.bias, out=output.new_empty(output.shape))
-            )
-            return output.view(*input.shape[:-1], self.out_features)
+            # A sum turns the result around by all threads, a copy by one.
+            turned = output.new_empty(output.shape)
+            torch.add(output, 0.0 if self.bias is None else self.bias, out=turned)
+            return turned.view(*input.shape[:-1], self.out_features)
         return _product(input, self.weight, self.bias)
 
 

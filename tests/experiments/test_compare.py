@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaForCausalLM
 from context_pythia.experiments import compare as module
 from context_pythia.experiments.compare import compare, run_phase1, train
+from context_pythia.experiments.record import provenance
 
 from .conftest import tiny_recipe
 
@@ -153,3 +155,9 @@ def test_damaged_metrics_are_named(tmp_path, content):
     (tmp_path / "run" / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match="metrics.json is damaged"):
         train(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("program", ["/env/bin/context-pythia", "/env/site-packages/context_pythia/__main__.py"])
+def test_provenance_names_the_command_as_it_is_installed(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "compare", "quick"])
+    assert provenance(torch.device("cpu"))["command"] == "context-pythia compare quick"
