@@ -199,9 +199,8 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(word.strip() for word in text.split(",")),
         default=BENCH_CACHES,
         metavar="A,B",
-        help=f"of the GPT-NeoX models (default: {','.join(BENCH_CACHES)}); onednn: static, with the linear maps that a "
-        "Context-Pythia has on a CPU in fp32; compiled: every model also with a "
-        "static cache and a compiled decoding step",
+        help=f"of the GPT-NeoX models (default: {','.join(BENCH_CACHES)}); onednn: static, with our linear maps; "
+        "compiled: every model also with a static cache and a compiled decoding step",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for figures, report, pictures (default: none)")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")

@@ -284,7 +284,7 @@ class _Decoding:
     def __init__(self, subjects: Sequence[Subject], batch_size: int, length: int, new_tokens: int):
         self.batch_size, self.length, self.new_tokens = batch_size, length, new_tokens
         self.kept: dict[str, FilledCache] = {}
-        self.left: dict[str, CacheMeasurement] = {}  # by the last `generate()` of a subject
+        self.left: dict[str, CacheMeasurement] = {}  # by a subject's last run
         needed = 2 * sum(subject.bytes_needed(batch_size, length) for subject in subjects)
         free = free_memory(subjects[0].device) if subjects else None
         self.keep = free is None or needed < free
@@ -301,21 +301,23 @@ class _Decoding:
     def generate(self, subject: Subject) -> Callable[[], float]:
         prompt = self.length - self.new_tokens + 1
 
-        def decode(cache: Cache, tokens: int) -> None:
-            _generate(subject, self.batch_size, prompt, tokens, cache)
-            self.left[subject.name] = subject.measure(cache)
-
-        return lambda: self._run(subject, decode)
+        return lambda: self._run(
+            subject, lambda cache, tokens: _generate(subject, self.batch_size, prompt, tokens, cache)
+        )
 
     def _run(self, subject: Subject, decode: Callable[[Cache, int], Any]) -> float:
         filled = self.kept.get(subject.name)
         if filled is None:
             filled = FilledCache(subject, self.batch_size, self.length - self.new_tokens, self.length)
-            decode(filled.restored(), 1)  # a cache that grows in place makes its room here, as it did long ago in use
+            # A cache that grows in place makes its room here, as it did long ago in use; and the second step is the
+            # one that `generate()` compiles.
+            decode(filled.restored(), min(2, self.new_tokens))
             if self.keep:
                 self.kept[subject.name] = filled
         cache = filled.restored()
-        return seconds_of(lambda: decode(cache, self.new_tokens), subject.device)
+        seconds = seconds_of(lambda: decode(cache, self.new_tokens), subject.device)
+        self.left[subject.name] = subject.measure(cache)
+        return seconds
 
 
 def _generate(subject: Subject, batch_size: int, prompt: int, new_tokens: int, cache: Cache) -> Any:

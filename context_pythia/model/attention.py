@@ -22,12 +22,13 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
+from .linear import only_values
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
-# Decoding turns so many numbers of rotary keys at a time, in so many tokens of a sequence: what is written is still in
-# the processor's cache when it is read, and each core has a sequence of its own to multiply.
-TURNED_NUMBERS, TURNED_TOKENS = 2**20, 2**11
+# Decoding makes so many turned numbers at a time, of one sequence for each thread, which multiplies it: what is written
+# is still in the processor's cache when it is read.
+TURNED_NUMBERS = 2**20
 
 
 class RotaryUp(nn.Module):
@@ -254,12 +255,12 @@ def turned_scores(
     is done to a cached number are two products with tables that the sequences share.
     """
     queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not only_values():
         cos, sin = position_embeddings
         return queries @ torch.cat([keys * cos, keys * sin], dim=-1).transpose(1, 2)
     batch, length, width = keys.shape
-    tokens = min(length, TURNED_TOKENS)
-    rows = min(batch, max(1, TURNED_NUMBERS // (2 * width * tokens)))
+    rows = min(batch, torch.get_num_threads())
+    tokens = min(length, max(1, TURNED_NUMBERS // (2 * width * rows)))
     room = keys.new_empty(rows, tokens, 2 * width)
     scores = query.new_empty(*query.shape[:2], length)
     for i in range(0, batch, rows):

@@ -1,12 +1,14 @@
 """Linear maps that infer in fp32 on a CPU by oneDNN, as torch's own do in bfloat16.
 
 In fp32 torch multiplies by MKL, which on some processors is far from what memory and cores allow: on an AMD EPYC (2
-cores) a head of 512 x 50,304 took 17.2 ms for 16 rows where oneDNN takes 8.3, 9.1 against 3.7 ms for one row, and a map
-of 512 x 2,048 took 23.7 against 19.7 ms for the 2,048 rows of a prefill.
+cores, the only processor tried) a head of 512 x 50,304 took 17.2 ms for 16 rows where oneDNN takes 8.3, 9.1 against 3.7
+ms for one row, and a map of 512 x 2,048 took 23.7 against 19.7 ms for the 2,048 rows of a prefill.
+`torch.backends.mkldnn.enabled = False` switches it off.
 """
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 # oneDNN copies what it takes for the weight into blocks of its own at each call. For so many rows it is faster to take
 # them for the weight, and to turn the result around: 6.3 ms for the 16 rows above.
@@ -14,10 +16,10 @@ FEW_ROWS = range(8, 33)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, to the rounding; transformers, PEFT and quantisers take it for one."""
+    """`nn.Linear`, to the rounding. What looks for that very type, as `torch.ao.quantization` does, passes it over."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _by_onednn(input, self.weight):
+        if not self._by_onednn(input):
             return super().forward(input)
         input = input.contiguous()  # the last states of a prefill lie far apart, which oneDNN takes seconds for
         rows = input.numel() // self.in_features
@@ -29,6 +31,20 @@ class Linear(nn.Linear):
             return turned.view(*input.shape[:-1], self.out_features)
         return _product(input, self.weight, self.bias)
 
+    def _by_onednn(self, input: torch.Tensor) -> bool:
+        weight = self.weight
+        return (
+            only_values()
+            and weight.dtype == input.dtype == torch.float32
+            and weight.device.type == input.device.type == "cpu"
+            and weight.layout == input.layout == torch.strided
+            and input.shape[-1:] == weight.shape[-1:] != (0,)
+            and not torch.is_autocast_enabled("cpu")
+            and type(weight) is nn.Parameter  # not a shard of one, nor a quantised one
+            and _HAS_OPERATOR
+            and bool(torch.backends.mkldnn.enabled)
+        )
+
 
 def use_onednn(model: nn.Module) -> None:
     """Make each plain `nn.Linear` in `model` a `Linear`: its parameters, names and hooks stay as they are."""
@@ -37,22 +53,20 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = Linear
 
 
+def only_values() -> bool:
+    """Whether nothing but values is computed now: no derivative of either kind, no batch by vmap, no trace."""
+    return not (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
 def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     # The operator that torch.compile puts in place of an nn.Linear.
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-
-
-def _by_onednn(input: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        weight.dtype == input.dtype == torch.float32
-        and weight.device.type == input.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and type(weight) is nn.Parameter  # not a shard of one, nor a quantised one
-        and _HAS_OPERATOR
-        and bool(torch.backends.mkldnn.enabled)
-    )
 
 
 # A torch without oneDNN has no such operator.

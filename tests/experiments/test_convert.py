@@ -255,7 +255,7 @@ def test_healing_writes_the_healed_weights_and_its_record(healed, run, original,
     assert {path.name for path in healed.iterdir()} == {
         "README.md", "config.json", "conversion.json", "generation_config.json", "model.safetensors", "spectrum.png",
         "tokenizer.json", "tokenizer_config.json", "attention.py", "cache.py", "configuration.py", "context.py",
-        "flash_decoding.py", "modeling.py", "scan.py", "train.json",
+        "flash_decoding.py", "linear.py", "modeling.py", "scan.py", "train.json",
     }  # fmt: skip
     assert "auto_map" in (healed / "config.json").read_text()
     assert isinstance(load(healed), ContextPythiaForCausalLM)

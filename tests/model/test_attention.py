@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM
@@ -121,11 +123,13 @@ def test_rotary_keys_turned_in_parts_score_as_turned_whole(monkeypatch):
     actual = [plain, *torch.autograd.grad((plain * weights).sum(), (query, keys))]
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    for numbers, tokens in ((1, 1), (1, 4), (48, 100), (2 * 48 * 4, 4), (2 * 48 * 11, 100), (10**6, 5)):
-        monkeypatch.setattr(attention_module, "TURNED_NUMBERS", numbers)
-        monkeypatch.setattr(attention_module, "TURNED_TOKENS", tokens)
-        with torch.no_grad():
-            torch.testing.assert_close(turned_scores(query, keys, 4, (cos, sin)), whole, rtol=1e-5, atol=1e-5)
+    for tables in ((cos, sin), (cos[:1], sin[:1])):  # of each sequence, or of all alike
+        whole = query @ turn_rotary_keys(keys, 4, tuple(table[..., :6] for table in tables)).transpose(1, 2)
+        for numbers, threads in itertools.product((1, 48 * 4, 10**6), (1, 2, 8)):
+            monkeypatch.setattr(attention_module, "TURNED_NUMBERS", numbers)
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            with torch.no_grad():
+                torch.testing.assert_close(turned_scores(query, keys, 4, tables), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_absorbed_rotary_pairs_are_their_maps():
