@@ -300,7 +300,6 @@ class _Decoding:
 
     def generate(self, subject: Subject) -> Callable[[], float]:
         prompt = self.length - self.new_tokens + 1
-
         return lambda: self._run(
             subject, lambda cache, tokens: _generate(subject, self.batch_size, prompt, tokens, cache)
         )

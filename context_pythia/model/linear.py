@@ -9,6 +9,7 @@ ms for one row, and a map of 512 x 2,048 took 23.7 against 19.7 ms for the 2,048
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from transformers.modeling_utils import PreTrainedModel
 
 # oneDNN copies what it takes for the weight into blocks of its own at each call. For so many rows it is faster to take
 # them for the weight, and to turn the result around: 6.3 ms for the 16 rows above.
@@ -46,8 +47,11 @@ class Linear(nn.Linear):
         )
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Make each plain `nn.Linear` in `model` a `Linear`: its parameters, names and hooks stay as they are."""
+def use_onednn(model: PreTrainedModel) -> None:
+    """Make each plain `nn.Linear` in `model` a `Linear`: its parameters, names and hooks stay as they are. A model that
+    is to be quantised keeps them, since quantisers look for them."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -59,8 +59,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 layer.attention = ContextAttention(config, layer_idx)
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
-        if getattr(config, "quantization_config", None) is None:
-            use_onednn(self)
+        use_onednn(self)
         self.post_init()
 
     def embed_context_input(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -162,8 +161,7 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         PreTrainedModel.__init__(self, config)
         self.gpt_neox = ContextPythiaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if getattr(config, "quantization_config", None) is None:
-            use_onednn(self)
+        use_onednn(self)
         self.post_init()
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
