@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 # Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection.
 LONGEST_WAIT = timedelta(hours=24)
+# Of accelerate's FSDP: checkpoints are whole ones, and every process reads weights by itself.
+FSDP_SETTINGS = {
+    "fsdp_version": "2",
+    "fsdp_state_dict_type": "FULL_STATE_DICT",
+    "fsdp_cpu_ram_efficient_loading": "false",
+}
 _first_failed: bool | None = None  # known once processes that have joined fail
 
 
@@ -29,6 +35,11 @@ def count() -> int:
 def index() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
+
+
+def divide_model() -> bool:
+    """Whether they divide the model among them (FSDP), where otherwise each holds the whole one."""
+    return count() > 1 and _launched_with("ACCELERATE_USE_FSDP")
 
 
 def is_main() -> bool:
@@ -46,17 +57,18 @@ def joined() -> Iterator[None]:
     """Within it the processes can exchange tensors, and those other than process 0 print nothing on stdout.
 
     Raises:
-        ValueError: more processes on this machine than GPUs, or models divided by FSDP or DeepSpeed.
+        ValueError: more processes on this machine than GPUs, DeepSpeed, or settings of FSDP that are not supported.
         SystemExit: in a process that failed after another one had said why.
     """
     if count() == 1:
         yield
         return
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(
-                f"accelerate's {name} is not supported: each process holds the whole model, drop the option"
-            )
+    if _launched_with("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("accelerate's DeepSpeed is not supported: divide the model with FSDP, or not at all")
+    if divide_model():
+        for setting, wanted in FSDP_SETTINGS.items():
+            if (given := os.environ.get(setting.upper(), "not given")).lower() != wanted.lower():
+                raise ValueError(f"accelerate's {setting} {given} is not supported: give {wanted}")
     import torch
     from torch import distributed
 
@@ -82,6 +94,10 @@ def joined() -> Iterator[None]:
                 raise SystemExit(1) from error
             raise
     distributed.destroy_process_group()
+
+
+def _launched_with(option: str) -> bool:
+    return os.environ.get(option, "false").lower() == "true"
 
 
 def _first_to_fail() -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from context_pythia import processes
 from context_pythia.recipe import TrainOptions
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")  # of a whole model, of one that FSDP has divided
 # These change neither the weights nor the metrics, so a run may go on with other values.
 FREE_OPTIONS = ("tensorboard", "checkpoint_steps", "gradient_checkpointing")
 
@@ -59,13 +61,21 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest sound checkpoint; newer ones that are not sound are removed.
 
     Raises:
+        ValueError: they hold an optimizer that is divided as that of this run is not, or conversely.
         RuntimeError: there are checkpoints, and all of them are damaged.
     """
     found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
     found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    optimizer, unlike = OPTIMIZER_FILES[:: -1 if processes.divide_model() else 1]
+    for checkpoint in found:
+        if (checkpoint / unlike).exists() and not (checkpoint / optimizer).exists():
+            held = "without" if processes.divide_model() else "with"
+            raise ValueError(
+                f"{checkpoint} was written {held} FSDP: go on {held} it, or delete {checkpoints} to train anew"
+            )
     unsound: dict[Path, str] = {}
     for checkpoint in found:
-        damage = find_damage(checkpoint)
+        damage = find_damage(checkpoint, optimizer)
         if damage is None:
             break
         unsound[checkpoint] = damage
@@ -83,8 +93,12 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return next((path for path in found if path not in unsound), None)
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled."""
+def find_damage(checkpoint: Path, optimizer: str) -> str | None:
+    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled.
+
+    Args:
+        optimizer: name of the file with the optimizer's state.
+    """
     try:
         best_step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
         weights = [checkpoint / WEIGHTS_FILE]
@@ -94,7 +108,7 @@ def find_damage(checkpoint: Path) -> str | None:
             # Opening compares the header with the file's length.
             with safe_open(path, framework="pt"):
                 pass
-        for path in [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
+        for path in [checkpoint / optimizer, checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
             with zipfile.ZipFile(path) as archive:
                 if member := archive.testzip():
                     return f"{path.name}: {member} is corrupt"
@@ -118,7 +132,13 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise RuntimeError(
             f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again"
         ) from error
-    model.load_state_dict(loaded.state_dict())
+    if processes.divide_model():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        # Each process has read the whole, and takes what is its part, or all where the model is not divided.
+        set_model_state_dict(model, loaded.state_dict(), options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(loaded.state_dict())
     model.eval()
 
 
