@@ -77,7 +77,10 @@ def compressed(
         pairs = [[original.config.num_attention_heads] * frequencies for _ in layers]
 
         def make(layer: int) -> Factors:
-            return exact_factors(keys_and_values(original, layer))
+            try:
+                return exact_factors(keys_and_values(original, layer))
+            except RuntimeError as error:
+                raise RuntimeError(f"layer {layer}: {error}") from error
 
     else:
         statistics = _statistics(original, options, packed.train, partial, progress)

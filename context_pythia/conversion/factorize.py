@@ -182,7 +182,8 @@ class LayerFactorizer:
         width, most = self.layer.weight.shape[1], self.worth.numel()
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
-        for total in sorted({max(1, most * step // grid) for step in range(1, grid + 1)}):
+        # One pair is always among them, so that whatever has room for a pair and a latent is finite.
+        for total in sorted({1, *(max(1, most * step // grid) for step in range(1, grid + 1))}):
             errors = self.errors(self.pair_counts(total))
             widths = torch.arange(2 * total, width + 1)
             better = errors < least[widths]
@@ -233,7 +234,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     up = content @ torch.linalg.pinv(context_weight)
     if float((content - up @ context_weight).norm()) > 1e-6 * float(content.norm()):
         raise RuntimeError(
-            f"a layer's rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
+            f"its rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
         )
     factors = rebuilt(
         layer,
@@ -298,6 +299,7 @@ def allocate(frontiers: list[torch.Tensor], total: int, multiple: int = 1) -> li
         widths.append(hull[0])
         segments += [(_slope(errors, a, b), layer, b - a) for a, b in zip(hull, hull[1:], strict=False)]
     left = total - sum(widths)
+    assert left >= 0, "the layers' least widths take more than there is"
     for _, layer, width in sorted(segments):
         taken = min(width, left)
         widths[layer] += taken

@@ -23,13 +23,19 @@ from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 CHANGING_ROPE = ("dynamic", "longrope")
 
 
-def check_convertible(config: GPTNeoXConfig, name: str) -> None:
-    """Raises ValueError, in one line, for a model that cannot be converted."""
-    if config.model_type != "gpt_neox":
+def check_family(model_type: str | None, name: str) -> None:
+    """Raises ValueError, in one line, for a model of another family; None is of no family yet."""
+    if model_type == ContextPythiaConfig.model_type:
+        raise ValueError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
+    if model_type not in (None, GPTNeoXConfig.model_type):
         raise ValueError(
-            f"{name} is a {config.model_type} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; "
-            "families with grouped or latent keys and values, such as Llama, Qwen, Mistral or DeepSeek, do not"
+            f"{name} is a {model_type} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
+            "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
         )
+
+
+def check_rope(config: GPTNeoXConfig, name: str) -> None:
+    """Raises ValueError, in one line, for a GPT-NeoX whose kind of RoPE cannot be converted."""
     kind = config.rope_parameters.get("rope_type", "default")
     if kind in CHANGING_ROPE:
         raise ValueError(

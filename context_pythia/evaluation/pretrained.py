@@ -4,6 +4,7 @@ import logging as standard_logging
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -49,7 +50,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         )
     except ConnectionError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RuntimeError(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error
     if wrong := [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[0]}" for kind, keys in state.items() if keys]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
 from context_pythia.conversion.options import ConvertOptions, HealOptions
-from context_pythia.conversion.transplant import check_convertible, read_weight
+from context_pythia.conversion.transplant import check_family, check_rope, read_weight
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import process_memory
@@ -40,6 +40,7 @@ from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import first_line, publish
 
 RECORD = "conversion.json"
+SETTINGS = "settings.json"
 SHARD = "500MB"  # of the output: as much of it is in memory at a time
 # These change the result by rounding at most, so a conversion may go on with other values.
 FREE_OPTIONS = (
@@ -49,7 +50,9 @@ FREE_OPTIONS = (
     "heal.gradient_checkpointing",
     "data.cache_dir",
 )
-MOST_ROUNDING = 0.02  # relative error of an exact conversion's keys and values that is worth a warning
+# Relative error of an exact conversion's keys and values that is worth a warning, and a condition number that is not:
+# in bfloat16 any model rounds that much.
+MOST_ROUNDING, MOST_CONDITION = 0.02, 16
 DECODED = 8  # tokens that are decoded to measure the cache: the weights are read from disk for each
 
 
@@ -79,12 +82,19 @@ def convert(
     """
     if control and not healing.steps:
         raise ValueError("convert: --control heals the original itself, so give --heal-steps")
+    if not healing.steps and (given := _changed(healing)):
+        raise ValueError(f"heal.{given}: nothing is healed without --heal-steps, give the number of steps")
+    if data.tokenizer == "train":
+        raise ValueError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
     settings = {"model": model, "files": _identity(model), "control": control, "ship_code": ship_code}
     settings |= {"convert": asdict(options), "data": asdict(data), "heal": asdict(healing)}
     if held := _finished(out, settings):
         print(f"{out} holds this conversion already")
         return held
-    partial = out.with_name(f".{out.name}.partial")
+    target = out.resolve()
+    if target.is_mount():
+        raise ValueError(f"--out {out}: is a mount point, which nothing can be moved to; give a folder in it")
+    partial = target.with_name(f".{target.name}.partial")
     with _whole_writes(partial):
         _open_partial(partial, settings)
         record = _convert(model, partial, options, data, healing, ship_code, control, progress)
@@ -92,7 +102,7 @@ def convert(
         record |= {"settings": settings}
         write_card(made, record)
         write_json(made / RECORD, record)
-        os.replace(made, out)
+        os.replace(made, target)
         shutil.rmtree(partial)
     print(_summary(record, out))
     return record
@@ -112,8 +122,14 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     raise ValueError(f"--out {out}: exists and holds something else{difference}; choose another folder")
 
 
+def _changed(healing: HealOptions) -> str:
+    """The first option that is not as it is by default, with its value; "" if there is none."""
+    default = asdict(HealOptions())
+    return next((f"{name} {value}" for name, value in asdict(healing).items() if value != default[name]), "")
+
+
 def _identity(model: str) -> dict[str, list[int]] | None:
-    """Size and date of the files of a model's folder, None for a Hub name, whose files do not change."""
+    """Size and date of the files of a model's folder; None for a Hub name, which is taken to mean the same files."""
     if not Path(model).is_dir():
         return None
     files = [Path(model) / "config.json", *sorted(Path(model).glob("*.safetensors"))]
@@ -143,13 +159,22 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of work in progress, or check that it is of the same conversion."""
+    """Make the folder of work in progress, or check that it is of the same conversion.
+
+    Other options of healing are refused only where healing has begun: what was converted stays good.
+    """
     partial.mkdir(parents=True, exist_ok=True)
-    if (partial / "settings.json").is_file():
-        if difference := _difference(read_record(partial / "settings.json"), settings):
+    if (partial / SETTINGS).is_file():
+        held, healed = read_record(partial / SETTINGS), partial / "healed"
+        if difference := _difference(held | {"heal": settings["heal"]}, settings):
             raise ValueError(f"{partial} holds an unfinished conversion with {difference}: finish it or delete it")
-    else:
-        write_json(partial / "settings.json", settings)
+        if healed.exists() and (difference := _difference(held, settings)):
+            raise ValueError(
+                f"{partial} holds an unfinished healing with {difference}: finish it, or delete {healed} to heal anew"
+            )
+    elif any(not path.name.startswith(f".{SETTINGS}") for path in partial.iterdir()):
+        raise ValueError(f"{partial} holds files that are not a conversion's: move them, it is for work in progress")
+    write_json(partial / SETTINGS, settings)
 
 
 @contextlib.contextmanager
@@ -165,8 +190,9 @@ def _whole_writes(partial: Path) -> Iterator[None]:
             "which goes on with what is there, or delete it"
         ) from error
     finally:
-        # A command that is refused must not lock the output.
-        if partial.is_dir() and {path.name for path in partial.iterdir()} <= {"settings.json"}:
+        # A command that is refused, or fails before there is anything to go on with, must not lock the output.
+        worth = [*partial.glob("statistics-*.safetensors"), *partial.glob(f"converted/{RECORD}")]
+        if (partial / SETTINGS).is_file() and not worth:
             shutil.rmtree(partial)
 
 
@@ -191,14 +217,15 @@ def _convert(
         return_freed_memory()
         original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
+        width = config.hidden_size if control else checked_width(options, original)
         if vocabulary_rows(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
                 f"{config.vocab_size}: give the model's own with --tokenizer"
             )
-        width = config.hidden_size if control else checked_width(options, original)
-        if width < config.hidden_size:
-            packed = load_data(data, progress)
+        _check_weights(original, model)
+        if width < config.hidden_size or healing.steps:
+            packed = _load_text(data, config, progress)
         record = {
             "original": model,
             "context_dim": None if control else width,
@@ -209,7 +236,8 @@ def _convert(
         if control:
             student = load_pretrained(model, getattr(torch, options.dtype))
         else:
-            student, details = compressed(original, width, options, packed, partial, progress)
+            text = packed if width < config.hidden_size else None
+            student, details = compressed(original, width, options, text, partial, progress)
             record |= details
         record["cache"] = describe_cache(student, min(128, config.max_position_embeddings), DECODED)
         converted.mkdir(exist_ok=True)
@@ -221,14 +249,14 @@ def _convert(
             _warn_of_rounding(record, options.dtype)
         write_json(converted / RECORD, record)
     if healing.steps:
-        packed = packed or load_data(data, progress)
+        packed = packed or _load_text(data, AutoConfig.from_pretrained(converted), progress)
         dtype = getattr(torch, options.dtype)
         student = load_pretrained(str(converted), dtype)
         # The original matches itself already; what it can learn equally long is the text.
         teacher = None if control else load_pretrained(model, dtype)
         healed = partial / "healed"
         result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
-        record["healing"] = asdict(result)
+        record |= {"healing": asdict(result), "peak_bytes": process_memory("VmHWM")}
         for path in converted.iterdir():
             # The converted model's weights, and the index of their shards, are those from before.
             weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
@@ -251,15 +279,21 @@ def _shipped_code(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _load_original(model: str) -> GPTNeoXForCausalLM:
-    """The model to convert, its weights left on disk; ValueError for other families, RuntimeError for a damaged
-    checkpoint."""
-    # What is wrong with the name itself is said where the weights are loaded.
+    """The model to convert, its weights left on disk; ValueError for other families and kinds."""
+    # The bare file first, which families have that transformers does not know. What is wrong with the name itself is
+    # said where the weights are loaded.
     with contextlib.suppress(OSError):
-        check_convertible(AutoConfig.from_pretrained(model), model)
+        check_family(PreTrainedConfig.get_config_dict(model)[0].get("model_type"), model)
     # Weights are read from disk as they are needed; on a GPU, a module that stays there makes it the one that computes.
     parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
     parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(best_device()))
     original = load_pretrained(model, torch.float32, parts)
+    check_rope(original.config, model)
+    return original
+
+
+def _check_weights(original: GPTNeoXForCausalLM, model: str) -> None:
+    """Raises RuntimeError for a damaged checkpoint, of which every weight is read."""
     for name, place in original.state_dict().items():
         try:
             weight = read_weight(original, name)
@@ -276,15 +310,25 @@ def _load_original(model: str) -> GPTNeoXForCausalLM:
             raise RuntimeError(
                 f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again"
             )
-    return original
+
+
+def _load_text(data: DataOptions, config: Any, progress: bool) -> PackedData:
+    """The text to calibrate and heal on; ValueError where its samples are longer than the model's positions."""
+    if data.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length {data.sequence_length}: the model has {config.max_position_embeddings} positions, give "
+            "at most so many"
+        )
+    return load_data(data, progress)
 
 
 def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
     """Say where the keys of an exact conversion are nearly dependent, so that rounding costs digits."""
     layers = record["layers"] if record["exact"] else []
     worst = max(range(len(layers)), key=lambda layer: layers[layer]["condition"], default=0)
-    lost = layers[worst]["condition"] * torch.finfo(getattr(torch, dtype)).eps if layers else 0.0
-    if lost > MOST_ROUNDING:
+    rounding = torch.finfo(getattr(torch, dtype)).eps
+    lost = layers[worst]["condition"] * rounding if layers else 0.0
+    if lost > max(MOST_ROUNDING, MOST_CONDITION * rounding):
         print(
             f"warning: the rotary keys of layer {worst} nearly depend on each other (condition number "
             f"{layers[worst]['condition']:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
@@ -294,14 +338,17 @@ def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:
-    cache = record["cache"]
-    lines = [
-        f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "
-        f"({-reduction(record):+.1%}), measured at {cache['length']} tokens: {cache['bytes_measured'] / 1024:,.1f} KB",
-        f"{record['seconds']:.0f} s"
-        + (f", {record['peak_bytes'] / 2**20:,.0f} MiB at most" if record["peak_bytes"] else ""),
-    ]
-    if healing := record.get("healing"):
+    cache, healing = record["cache"], record.get("healing")
+    lines = []
+    if record["context_dim"] is not None:
+        lines.append(
+            f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "
+            f"({-reduction(record):+.1%}), measured at {cache['length']} tokens: "
+            f"{cache['bytes_measured'] / 1024:,.1f} KB"
+        )
+    took = f"{record['seconds']:.0f} s" + (f" and {healing['seconds']:.0f} s of healing" if healing else "")
+    lines.append(took + (f", {record['peak_bytes'] / 2**20:,.0f} MiB at most" if record["peak_bytes"] else ""))
+    if healing:
         lines.append(
             f"healing: validation perplexity {healing['val_ppl_before']:.2f} -> {healing['val_ppl']:.2f} "
             f"(weights of step {healing['kept_step']} of {healing['steps']})"

@@ -30,7 +30,7 @@ from context_pythia.evaluation.quantised import (
 )
 from context_pythia.experiments.build import best_device
 from context_pythia.experiments.evaluation_report import console_table, label, write_evaluation
-from context_pythia.experiments.record import provenance
+from context_pythia.experiments.record import provenance, read_record
 from context_pythia.files import write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.recipe import DataOptions
@@ -66,8 +66,6 @@ def evaluate(
         RuntimeError: a damaged model, or a task that failed.
     """
     names = _names(models)
-    if out is not None and (out / "recipe.yaml").exists():
-        raise ValueError(f"--out {out}: holds a training run, whose metrics.json would be lost; choose another folder")
     if caches:
         require_quantiser()
     manager = require_tasks(tasks, tasks_path) if tasks else None
@@ -79,19 +77,30 @@ def evaluate(
         "kind": "evaluation",
         "models": [],
         "data": packed.summary | {"tokens_validation": packed.validation.num_tokens},
-        "settings": {"dtype": dtype, "batch_size": batch_size, "tasks": list(tasks), "limit": limit},
+        "settings": {
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "cached_tokens": cached_tokens,
+            "caches": list(caches),
+            "tasks": list(tasks),
+            "limit": limit,
+        },
         "notes": notes,
     }
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
+        _check_out(out, names, metrics)
         out.mkdir(parents=True, exist_ok=True)
     device = best_device()
     reference: PreTrainedModel | None = None
     for name, path in zip(names, models, strict=True):
         model = load(path).to(device)
-        rows = evaluate_model(
-            model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
-        )
+        try:
+            rows = evaluate_model(
+                model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from error
         metrics["models"] += rows
         if manager is not None:
             rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
@@ -224,6 +233,22 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
         "tasks": None,
         "error": None,
     }
+
+
+def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
+    """Raises ValueError where `out` holds something else than this evaluation, done before or begun."""
+    difference = None
+    if out.exists() and not out.is_dir():
+        difference = "is a file"
+    elif (out / "recipe.yaml").exists() or (out / "config.json").exists():
+        difference = f"holds a {'training run' if (out / 'recipe.yaml').exists() else 'model'}"
+    elif (out / "metrics.json").exists():
+        held = read_record(out / "metrics.json")
+        done = list(dict.fromkeys(row.get("name") for row in held.get("models", [])))
+        if done != names[: len(done)] or any(held.get(key) != metrics[key] for key in ("kind", "data", "settings")):
+            difference = "holds another evaluation"
+    if difference:
+        raise ValueError(f"--out {out}: {difference}; choose another folder")
 
 
 def _names(models: Sequence[str]) -> list[str]:

@@ -207,7 +207,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({reason}): restore it, or remove it and run `context-pythia compare` again")
+    return ValueError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")
 
 
 def _device_name(device: torch.device) -> str:

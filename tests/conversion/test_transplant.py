@@ -9,11 +9,12 @@ import warnings
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.conversion.factorize import exact_factors
 from context_pythia.conversion.transplant import (
-    check_convertible,
+    check_family,
+    check_rope,
     context_config,
     keys_and_values,
     split_projection,
@@ -232,10 +233,10 @@ def test_rope_whose_angles_change_with_the_length_is_refused(kind):
     config = GPTNeoXConfig(**SIZE)
     config.rope_parameters = TURNED | {"rope_type": kind, "factor": 2.0, "partial_rotary_factor": 0.25}
     with pytest.raises(ValueError, match=f"NAME has RoPE of the type '{kind}'"):
-        check_convertible(config, "NAME")
+        check_rope(config, "NAME")
 
 
 def test_other_families_are_refused_by_name():
     with pytest.raises(ValueError, match="NAME is a llama model: only GPT-NeoX checkpoints") as error:
-        check_convertible(LlamaConfig(), "NAME")
+        check_family("llama", "NAME")
     assert "\n" not in str(error.value)

@@ -385,6 +385,73 @@ def test_a_refused_command_does_not_lock_the_output(run, original, tmp_path):
     assert run(original, tmp_path / "out", "--context-dim", HIDDEN, data=False) == 0
 
 
+def test_rotary_keys_that_depend_on_each_other_are_not_exact_and_do_not_lock_the_output(run, damaged, tmp_path, capsys):
+    weights = load_file(damaged / "model.safetensors")
+    fused = weights["gpt_neox.layers.2.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
+    fused[1, 1] = fused[0, 1]
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    assert run(damaged, tmp_path / "out", "--kv-reduction", 0.5, data=False) == 1
+    line = capsys.readouterr().err
+    assert "layer 2: its rotary keys depend on each other, so 32 numbers are not exact: give a smaller" in line
+    assert run(damaged, tmp_path / "out", *BELOW) == 0
+
+
+def test_the_smallest_width_of_many_heads(run, save, tmp_path):
+    """More pairs than the width has room for are among those that are tried first."""
+    model = save(tmp_path / "heads", hidden_size=64, num_attention_heads=8, std=0.2)
+    for name, options in {"shared": (), "equal": ("--uniform",)}.items():
+        assert run(model, tmp_path / name, "--context-dim", 3, "--calibration-tokens", 256, *options) == 0
+        layers = record_of(tmp_path / name)["layers"]
+        assert sum(layer["width"] for layer in layers) == 3 * LAYERS
+        assert all(sum(layer["rotary_pairs"]) == 1 for layer in layers if layer["width"] == 3)
+
+
+def test_bfloat16_rounds_and_is_not_warned_of_for_that(run, original, tmp_path, capsys):
+    assert run(original, tmp_path / "out", "--kv-reduction", 0.5, "--dtype", "bfloat16", data=False) == 0
+    assert record_of(tmp_path / "out")["layers"][0]["condition"] > 2.56
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_link_to_an_empty_folder_is_followed_and_a_mount_point_refused(run, original, tmp_path, monkeypatch, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert run(original, tmp_path / "link", "--kv-reduction", 0.5, data=False) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "real")
+    assert run(original, ".", "--kv-reduction", 0.5, data=False) == 0
+    assert "holds this conversion already" in capsys.readouterr().out
+    assert run(original, "/proc", "--kv-reduction", 0.5, data=False) == 2
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "mounted")
+    assert run(original, tmp_path / "mounted", "--kv-reduction", 0.5, data=False) == 2
+    assert "is a mount point, which nothing can be moved to" in capsys.readouterr().err
+
+
+def test_files_in_the_place_of_work_in_progress_are_left_alone(run, original, tmp_path, capsys):
+    mine = tmp_path / ".out.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert run(original, tmp_path / "out", "--kv-reduction", 0.5, data=False) == 2
+    assert "holds files that are not a conversion's" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_healing_that_went_wrong_is_done_anew_with_the_converted_model(run, original, tmp_path, monkeypatch, capsys):
+    def options(rate):
+        return (*BELOW, "--heal-steps", 4, "--heal-batch-size", 9, "--heal-learning-rate", rate)
+
+    assert run(original, tmp_path / "out", *options(1e30)) == 1
+    assert "try a heal.learning_rate below 1e+30" in capsys.readouterr().err
+    assert run(original, tmp_path / "out", *options(1e-3)) == 2
+    partial = tmp_path / ".out.partial"
+    line = capsys.readouterr().err
+    assert "an unfinished healing with heal.learning_rate 1e+30, not 0.001" in line
+    assert f"or delete {partial / 'healed'} to heal anew" in line
+    shutil.rmtree(partial / "healed")
+    monkeypatch.setattr(compress, "collect", lambda *_, **__: pytest.fail("it is calibrated again"))
+    assert run(original, tmp_path / "out", *options(1e-3)) == 0
+    assert record_of(tmp_path / "out")["settings"]["heal"]["learning_rate"] == 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -400,6 +467,9 @@ def test_a_refused_command_does_not_lock_the_output(run, original, tmp_path):
         (("--control", "--context-dim", 16), "--heal-steps"),
         (("--control",), "--control heals the original itself, so give --heal-steps"),
         (("--context-dim", 16, "--heal-steps", 1, "--heal-ce-weight", 2), "2"),
+        (("--context-dim", 16, "--heal-learning-rate", 0.1), "heal.learning_rate 0.1: nothing is healed without"),
+        (("--context-dim", 16, "--tokenizer", "train"), "tokenizer train: a trained model has its own"),
+        (("--context-dim", 16, "--sequence-length", 65), "sequence_length 65: the model has 64 positions"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_one_line(options, says, refused, original):
@@ -426,7 +496,22 @@ def test_models_of_other_families_are_named(refused, quarter, tmp_path, tokenize
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     line = refused(2, tmp_path / "llama", "--kv-reduction", 0.5, data=False)
     assert "llama is a llama model: only GPT-NeoX checkpoints" in line
-    assert "is a context_pythia model" in refused(2, quarter, "--kv-reduction", 0.5, data=False)
+    assert "is a Context-Pythia already" in refused(2, quarter, "--kv-reduction", 0.5, data=False)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text('{"model_type": "of_tomorrow"}')
+    line = refused(2, tmp_path / "new", "--kv-reduction", 0.5, data=False)
+    assert "new is a of_tomorrow model: only GPT-NeoX checkpoints" in line
+
+
+def test_a_configuration_that_contradicts_itself(refused, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    assert "damaged" in refused(1, damaged, "--kv-reduction", 0.5, data=False)
+
+
+def test_a_folder_without_a_configuration(refused, damaged):
+    (damaged / "config.json").unlink()
+    assert "holds no config.json" in refused(2, damaged, "--kv-reduction", 0.5, data=False)
 
 
 def test_a_model_that_is_not_there(refused, tmp_path):

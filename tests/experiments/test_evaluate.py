@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,6 +246,32 @@ def test_a_training_run_is_not_written_over(paths, data, finished_run):
     with pytest.raises(ValueError, match="holds a training run"):
         evaluate(paths[:1], data, out=finished_run, progress=False)
     assert (finished_run / "metrics.json").read_bytes() == held
+
+
+def test_neither_models_nor_files_nor_other_evaluations_are_written_over(paths, data, tmp_path):
+    def again(models, out, **options):
+        return evaluate(models, data, cached_tokens=1, out=out, progress=False, **options)
+
+    again(paths[:2], tmp_path / "eval")
+    again(paths[:2], tmp_path / "eval")
+    for models, options in [(paths[:1] + paths[2:3], {}), (paths[:2], {"batch_size": 3}), (paths[:1], {})]:
+        with pytest.raises(ValueError, match="eval: holds another evaluation; choose another folder"):
+            again(models, tmp_path / "eval", **options)
+    again(paths[:3], tmp_path / "eval")  # one more of the same is an evaluation that goes on
+    with pytest.raises(ValueError, match="holds a model; choose another folder"):
+        again(paths[:1], Path(paths[1]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file; choose another folder"):
+        again(paths[:1], tmp_path / "file")
+
+
+def test_a_model_whose_loss_is_not_a_number_is_named(paths, data, tmp_path):
+    shutil.copytree(paths[0], tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["gpt_neox.final_layer_norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="broken: the validation loss is nan"):
+        evaluate([paths[0], str(tmp_path / "broken")], data, cached_tokens=1, progress=False)
 
 
 def test_an_interrupt_is_one_line_and_keeps_what_was_found(paths, data, tmp_path, capsys, monkeypatch):
