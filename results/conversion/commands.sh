@@ -26,5 +26,6 @@ HEAL="$DATA --heal-steps 60 --heal-precision bfloat16 --heal-learning-rate 3e-4"
 for r in 0.75 0.875; do
     context-pythia convert $M --kv-reduction $r $HEAL --out healed-$r
 done
-context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
+# Not run for this folder yet:
+# context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
 # Of the healed models the folder keeps conversion.json, of gradients-0.875 and gradients-0.75 spectrum.png.
