@@ -66,6 +66,8 @@ def evaluate(
         RuntimeError: a damaged model, or a task that failed.
     """
     names = _names(models)
+    if out is not None:
+        _check_out(out)
     if caches:
         require_quantiser()
     manager = require_tasks(tasks, tasks_path) if tasks else None
@@ -89,7 +91,7 @@ def evaluate(
     }
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
-        _check_out(out, names, metrics)
+        _check_same_evaluation(out, names, metrics)
         out.mkdir(parents=True, exist_ok=True)
     device = best_device()
     reference: PreTrainedModel | None = None
@@ -235,20 +237,27 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
     }
 
 
-def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
-    """Raises ValueError where `out` holds something else than this evaluation, done before or begun."""
-    difference = None
+def _check_out(out: Path) -> None:
+    """Raises ValueError where `out` is or holds what cannot be an evaluation."""
     if out.exists() and not out.is_dir():
-        difference = "is a file"
-    elif (out / "recipe.yaml").exists() or (out / "config.json").exists():
-        difference = f"holds a {'training run' if (out / 'recipe.yaml').exists() else 'model'}"
-    elif (out / "metrics.json").exists():
-        held = read_record(out / "metrics.json")
-        done = list(dict.fromkeys(row.get("name") for row in held.get("models", [])))
-        if done != names[: len(done)] or any(held.get(key) != metrics[key] for key in ("kind", "data", "settings")):
-            difference = "holds another evaluation"
-    if difference:
-        raise ValueError(f"--out {out}: {difference}; choose another folder")
+        raise _held(out, "is a file")
+    for file, kind in {"recipe.yaml": "training run", "config.json": "model"}.items():
+        if (out / file).exists():
+            raise _held(out, f"holds a {kind}")
+
+
+def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
+    """Raises ValueError where `out` holds another evaluation than this one, done before or begun."""
+    if not (out / "metrics.json").exists():
+        return
+    held = read_record(out / "metrics.json")
+    done = list(dict.fromkeys(row.get("name") for row in held.get("models", [])))
+    if done != names[: len(done)] or any(held.get(key) != metrics[key] for key in ("kind", "data", "settings")):
+        raise _held(out, "holds another evaluation")
+
+
+def _held(out: Path, what: str) -> ValueError:
+    return ValueError(f"--out {out}: {what}; choose another folder")
 
 
 def _names(models: Sequence[str]) -> list[str]:

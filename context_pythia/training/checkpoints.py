@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")  # of a whole model, of one that FSDP has divided
+OPTIMIZER_FILES = (("optimizer.pt", "without"), ("optimizer.bin", "with"))  # FSDP, which divides the model
 # These change neither the weights nor the metrics, so a run may go on with other values.
 FREE_OPTIONS = ("tensorboard", "checkpoint_steps", "gradient_checkpointing")
 
@@ -66,10 +66,9 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """
     found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
     found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    optimizer, unlike = OPTIMIZER_FILES[:: -1 if processes.divide_model() else 1]
+    (optimizer, _), (unlike, held) = OPTIMIZER_FILES[:: -1 if processes.divide_model() else 1]
     for checkpoint in found:
         if (checkpoint / unlike).exists() and not (checkpoint / optimizer).exists():
-            held = "without" if processes.divide_model() else "with"
             raise ValueError(
                 f"{checkpoint} was written {held} FSDP: go on {held} it, or delete {checkpoints} to train anew"
             )

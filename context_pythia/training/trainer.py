@@ -52,7 +52,6 @@ class LanguageModelTrainer(Trainer):
         self.report = report
         self.bfloat16 = options.precision == "bfloat16"
         self.batch_size = options.batch_size
-        self.section = options.section  # that errors name
 
     def get_train_dataloader(self) -> DataLoader:
         if processes.count() == 1:
@@ -179,9 +178,8 @@ class LanguageModelTrainer(Trainer):
         step = self.state.global_step + 1
         kept = self.args.output_dir if self.state.best_global_step is not None else "not yet written"
         return RuntimeError(
-            f"{what} became {value} at or before step {step}: try a {self.section}.learning_rate below "
-            f"{self.args.learning_rate} "
-            f"(last good checkpoint and best weights: {kept})"
+            f"{what} became {value} at or before step {step}: try a {self.report.options.section}.learning_rate "
+            f"below {self.args.learning_rate} (last good checkpoint and best weights: {kept})"
         )
 
 

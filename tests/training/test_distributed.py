@@ -72,6 +72,11 @@ def run_pair(folder, function, *arguments):
     return [process.exitcode for process in pair], [(folder / f"err{rank}").read_text() for rank in (0, 1)]
 
 
+def errors_said(errors):
+    """The command's own lines of error, of both processes."""
+    return [text for error in errors for text in error.splitlines() if text.startswith("context-pythia: error")]
+
+
 def make_language_model(source):
     if source is None:
         model = test_phase2.make_model()
@@ -249,7 +254,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path, own_cache, flags, line):
     arguments = ["info", "gone"] if flags == ("info",) else command(tmp_path, *flags)
     codes, errors = run_pair(tmp_path, main, arguments)
     assert 2 in codes
-    said = [text for error in errors for text in error.splitlines() if text.startswith("context-pythia: error")]
+    said = errors_said(errors)
     assert len(said) == 1 and line in said[0], errors
 
 

@@ -19,7 +19,14 @@ from context_pythia import processes
 from context_pythia.cli import main
 from context_pythia.training.phase2 import EpochReport
 
-from .test_distributed import assert_same_training, command, run_pair, train_phase2, train_phase2_quietly
+from .test_distributed import (
+    assert_same_training,
+    command,
+    errors_said,
+    run_pair,
+    train_phase2,
+    train_phase2_quietly,
+)
 
 CONFIG = Path(__file__).parents[2] / "docs" / "fsdp.yaml"
 
@@ -80,7 +87,7 @@ def test_without_gpus_one_line_says_that_nothing_is_divided(tmp_path, own_cache)
     arguments = command(tmp_path, "train", "--model", "Pythia", "--batch-size", "6")
     codes, errors = run_pair(tmp_path, train_with_the_launchers_environment, arguments)
     assert 2 in codes
-    said = [text for error in errors for text in error.splitlines() if text.startswith("context-pythia: error")]
+    said = errors_said(errors)
     assert len(said) == 1 and "accelerate divides a model (FSDP) only among GPUs or the like" in said[0], errors
 
 
