@@ -1,10 +1,12 @@
 """What a conversion must know of the text: each layer's inputs, and how much its keys and values matter.
 
-One pass over calibration text through the original model. A layer's input moments weigh the errors of a factorization
-by what the layer really reads; the moments of the loss's gradients weigh them by what they do to the predictions
-(the true Fisher information, labels drawn from the model's own predictions, as in K-FAC, arXiv 1503.05671).
+One pass over calibration text through the original model. A layer's input moments say what it reads; the moments of
+its weights' gradients, sample by sample, say what errors do to the predictions. Labels are drawn from the model's own
+predictions, so that this is the true Fisher information, and a sample's gradient is the sum over its tokens, so that
+errors which add up along a text count as such. The two moments are those of Shampoo (arXiv 1802.09568); the loss of
+tokens taken one by one, as in K-FAC (arXiv 1503.05671), foretold less of the loss of a conversion.
 
-Shapes: N tokens, D hidden size, H heads.
+Shapes: B samples, T tokens of each, D hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from context_pythia.data.packing import PackedDataset
 HEAD_TOKENS = 256  # tokens whose predictions are held at once
 
 
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass
 class LayerStatistics:
     """Sums over the calibration tokens, in float64.
@@ -37,19 +42,22 @@ class LayerStatistics:
         tokens: number of tokens, `[]`.
         input_sum: of the normalised inputs, `[D]`.
         input_moment: of their outer products, `[D, D]`.
-        gradient_moment: of the outer products of the loss's gradients by keys (not yet turned) and values,
-            `[2 D, 2 D]`; keys come first, head by head.
+        column_moment: of `dWᵀ dW` over the samples, `[D + 1, D + 1]`. `dW`, `[2 D, D + 1]`, is the gradient of a
+            sample's summed loss by the weight of keys (not yet turned; they come first) and values, head by head, and
+            in its last column by their bias.
+        row_moment: of `dW dWᵀ` likewise, without the bias, `[2 D, 2 D]`.
     """
 
     tokens: torch.Tensor
     input_sum: torch.Tensor
     input_moment: torch.Tensor
-    gradient_moment: torch.Tensor
+    column_moment: torch.Tensor
+    row_moment: torch.Tensor
 
     @classmethod
     def zeros(cls, hidden_size: int) -> LayerStatistics:
-        shapes = (), (hidden_size,), (hidden_size, hidden_size), (2 * hidden_size, 2 * hidden_size)
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        moments = ((size, size) for size in (hidden_size, hidden_size + 1, 2 * hidden_size))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), (hidden_size,), *moments)))
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".partial")
@@ -73,15 +81,30 @@ class LayerStatistics:
         mean = self.input_sum / self.tokens
         return mean, self.input_moment / self.tokens - mean[:, None] * mean
 
+    def fisher_factors(self) -> Moments:
+        """Mean `[D]` of the inputs, and covariance `[D, D]` and metric `[2 D, 2 D]` whose Kronecker product stands for
+        the Fisher information of the weight, a token's share of it.
+
+        The bias is rebuilt at will, so its column is taken out, by the Schur complement. Of a Kronecker product each
+        moment holds one factor whole and of the other its trace. The covariance gets the trace that the inputs' has.
+        """
+        mean, covariance = self.input_moments()
+        bias, of_bias = self.column_moment[:-1, -1], self.column_moment[-1, -1]
+        columns = self.column_moment[:-1, :-1] - bias[:, None] * bias / of_bias
+        variance = covariance.trace()
+        if not (variance > 0 and columns.trace() > 0):
+            return mean, covariance, self.row_moment / self.tokens  # nothing varies, or nothing matters
+        share = columns.trace() / variance
+        return mean, columns / share, self.row_moment * (share / (self.row_moment.trace() * self.tokens))
+
     def identity(self) -> torch.Tensor:
-        return torch.eye(len(self.gradient_moment), dtype=torch.float64)
+        return torch.eye(len(self.row_moment), dtype=torch.float64)
 
 
-Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # What a factorization takes for the inputs' mean and covariance and for the errors' metric. All but the first are there
 # to compare with: principal components of keys and values, and the singular values of the weights alone.
 WEIGHTINGS: dict[str, Callable[[LayerStatistics], Moments]] = {
-    "gradients": lambda held: (*held.input_moments(), held.gradient_moment / held.tokens),
+    "gradients": LayerStatistics.fisher_factors,
     "inputs": lambda held: (*held.input_moments(), held.identity()),
     "none": lambda held: (
         torch.zeros_like(held.input_sum),
@@ -106,7 +129,7 @@ def collect(
     weights are read from disk (`load_pretrained`), one layer's weights at a time.
 
     Args:
-        layers: those whose statistics are held at once; a layer takes `40 D^2` bytes.
+        layers: those whose statistics are held at once; a layer takes `48 D^2` bytes.
         batch_size: samples a pass; but for rounding it changes nothing.
         seed: of the labels drawn from the model's predictions.
 
@@ -159,12 +182,18 @@ def _seed_of(seed: int, sample: int) -> int:
     return (seed * 1_000_003 + sample) % 2**32
 
 
+def _sandwich(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+    """The sum over samples of `outerᵀ (inner innerᵀ) outer`, `[X, X]`, of `[B, T, X]` and `[B, T, Y]`."""
+    weighed = (inner @ inner.mT) @ outer
+    return outer.flatten(0, 1).T @ weighed.flatten(0, 1)
+
+
 @contextmanager
 def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) -> Iterator[Event]:
     """Within it a forward pass, while the given event is set, and its backward pass add to `statistics`.
 
-    Gradients reach activations alone, no weights. The event must not be set in the backward pass, which runs layers
-    forward once more.
+    Gradients reach activations alone, no weights. The event must not be set in the backward pass, which runs each layer
+    forward once more: that is where its inputs are taken to meet the gradients, so that no others are held meanwhile.
     """
     heads = model.config.num_attention_heads
     required = [parameter.requires_grad for parameter in model.parameters()]
@@ -172,8 +201,11 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
     recording = Event()
 
     def watch(held: LayerStatistics):
+        computed_anew: list[torch.Tensor] = []
+
         def forward(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if not recording.is_set():
+                computed_anew[:] = [inputs[0].detach().float()]
                 return
             states = inputs[0].detach().flatten(0, 1).float()
             held.tokens += states.shape[0]
@@ -182,10 +214,13 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
             output.register_hook(backward)
 
         def backward(gradient: torch.Tensor) -> None:
-            # [N, H, (query, key, value), head size] -> [N, 2 D]
-            parts = gradient.flatten(0, 1).float().unflatten(-1, (heads, 3, -1))
-            kept = parts[:, :, 1:].transpose(1, 2).flatten(1)
-            held.gradient_moment += (kept.T @ kept).double().cpu()
+            # [B, T, H * (query, key, value) * head size] -> [B, T, 2 D]
+            parts = gradient.float().unflatten(-1, (heads, 3, -1))
+            kept = parts[..., 1:, :].transpose(2, 3).flatten(2)
+            states = nn.functional.pad(computed_anew.pop(), (0, 1), value=1.0)
+            # dW is keptᵀ states; through products of tokens, neither it nor its products are formed for each sample.
+            held.column_moment += _sandwich(states, kept).double().cpu()
+            held.row_moment += _sandwich(kept, states[..., :-1]).double().cpu()
 
         return forward
 

@@ -23,7 +23,7 @@ from context_pythia.evaluation.memory import free_memory
 from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # widths that memory and vector units like
-STATISTICS_BYTES = 40  # of a layer, times D^2
+STATISTICS_BYTES = 48  # of a layer, times D^2
 PASS_TOKENS = 4096  # each layer's weights are read twice a pass, so a pass should not be short
 
 

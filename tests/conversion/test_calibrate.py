@@ -31,7 +31,7 @@ def gather(model, text, layers=range(LAYERS), batch_size=3, seed=0):
 
 
 def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerStatistics:
-    """A token at a time, from torch.autograd.grad of the loss of labels drawn as `collect` draws them."""
+    """A sample at a time, from torch.autograd.grad of the loss of labels drawn as `collect` draws them."""
     attention = model.gpt_neox.layers[layer].attention
     held = LayerStatistics.zeros(HIDDEN)
     for start in range(0, len(text), batch_size):
@@ -49,13 +49,16 @@ def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerS
         labels = torch.cat(drawn)[:, 0]
         losses = -logits.log_softmax(-1).flatten(0, 1)[torch.arange(len(labels)), labels]
         (gradient,) = torch.autograd.grad(losses.sum(), seen["output"])
-        for states, by_head in zip(seen["input"].flatten(0, 1), gradient.flatten(0, 1), strict=True):
-            _, keys, values = by_head.double().view(HEADS, 3, -1).unbind(1)
-            both, states = torch.cat([keys.flatten(), values.flatten()]), states.detach().double()
-            held.tokens += 1
-            held.input_sum += states
-            held.input_moment += torch.outer(states, states)
-            held.gradient_moment += torch.outer(both, both)
+        for sample, by_head in zip(seen["input"].detach().double(), gradient.double(), strict=True):
+            held.tokens += len(sample)
+            held.input_sum += sample.sum(0)
+            held.input_moment += sample.T @ sample
+            _, keys, values = by_head.view(-1, HEADS, 3, HIDDEN // HEADS).unbind(2)
+            both = torch.cat([keys.flatten(1), values.flatten(1)], dim=1)
+            weight_gradient = sum(torch.outer(g, h) for g, h in zip(both, sample, strict=True))
+            with_bias = torch.cat([weight_gradient, both.sum(0)[:, None]], dim=1)
+            held.column_moment += with_bias.T @ with_bias
+            held.row_moment += weight_gradient @ weight_gradient.T
     return held
 
 
@@ -69,7 +72,7 @@ def test_moments_are_those_of_plain_hooks_and_autograd(batch_size, model, text):
     found = gather(model, text, batch_size=batch_size, seed=5)
     for layer, held in found.items():
         assert held.tokens == text.num_tokens == 84
-        assert held.gradient_moment.norm() > 0
+        assert held.row_moment.norm() > 0 and held.column_moment.norm() > 0
         assert_same(held, plain_moments(model, text, layer, batch_size, seed=5), rtol=1e-4)
 
 
@@ -86,7 +89,7 @@ def test_the_size_of_batches_only_rounds_and_the_seed_draws_other_labels(model, 
     assert_same(gather(model, text, batch_size=5)[1], first, rtol=1e-5)
     other = gather(model, text, seed=1)[1]
     assert torch.equal(other.input_moment, first.input_moment)
-    assert not torch.allclose(other.gradient_moment, first.gradient_moment, rtol=1e-2)
+    assert not torch.allclose(other.row_moment, first.row_moment, rtol=1e-2)
 
 
 def test_predictions_of_few_tokens_at_once_draw_from_the_same_distribution(model, text, monkeypatch):
@@ -94,7 +97,7 @@ def test_predictions_of_few_tokens_at_once_draw_from_the_same_distribution(model
     monkeypatch.setattr(calibrate, "HEAD_TOKENS", 5)
     parts = gather(model, text)[0]
     assert torch.equal(parts.input_moment, whole.input_moment)
-    assert float(parts.gradient_moment.trace() / whole.gradient_moment.trace()) == pytest.approx(1, rel=0.2)
+    assert float(parts.row_moment.trace() / whole.row_moment.trace()) == pytest.approx(1, rel=0.2)
 
 
 @pytest.fixture
@@ -191,15 +194,47 @@ def test_a_damaged_file_is_one_line_that_says_what_to_do(damage, tmp_path):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_weightings_are_means_over_the_tokens(model, text):
+def test_weightings_compare_with_the_inputs_moments_or_with_nothing(model, text):
     held = gather(model, text, [1])[1]
-    mean, covariance, metric = WEIGHTINGS["gradients"](held)
+    mean, covariance, metric = WEIGHTINGS["inputs"](held)
     torch.testing.assert_close(mean, held.input_sum / 84)
     torch.testing.assert_close(covariance + torch.outer(mean, mean), held.input_moment / 84)
-    torch.testing.assert_close(metric, held.gradient_moment / 84)
-    assert torch.equal(WEIGHTINGS["inputs"](held)[2], torch.eye(2 * HIDDEN, dtype=torch.float64))
+    assert torch.equal(metric, torch.eye(2 * HIDDEN, dtype=torch.float64))
     plain = WEIGHTINGS["none"](held)
     assert not plain[0].any() and torch.equal(plain[1], torch.eye(HIDDEN, dtype=torch.float64))
+
+
+def test_fisher_factors_are_those_of_gradients_that_are_a_kronecker_product():
+    """dW = B Z A with Z of independent numbers: its moments are tr(Aᵀ A) B Bᵀ and tr(B Bᵀ) Aᵀ A."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, n, generator=generator, dtype=torch.float64) for n in (HIDDEN + 1, 2 * HIDDEN))
+    columns, rows = a.T @ a, b @ b.T
+    inputs = torch.randn(50, HIDDEN, generator=generator, dtype=torch.float64)
+    free_of_bias = columns.inverse()[:-1, :-1].inverse()
+    held = LayerStatistics(
+        torch.tensor(50.0, dtype=torch.float64),
+        inputs.sum(0),
+        inputs.T @ inputs,
+        rows.trace() * columns,
+        columns[:-1, :-1].trace() * rows,
+    )
+    mean, covariance, metric = WEIGHTINGS["gradients"](held)
+    torch.testing.assert_close(mean, inputs.mean(0))
+    torch.testing.assert_close(covariance.trace(), inputs.var(0, correction=0).sum())
+    ratio = free_of_bias.trace() / covariance.trace()
+    torch.testing.assert_close(covariance * ratio, free_of_bias)
+    torch.testing.assert_close(metric / ratio, rows / 50)
+
+
+@pytest.mark.parametrize("nothing", ["gradients", "inputs"])
+def test_statistics_of_nothing_have_finite_factors(nothing):
+    held = LayerStatistics.zeros(HIDDEN)
+    held.tokens += 5
+    if nothing == "gradients":
+        held.input_moment += torch.eye(HIDDEN)
+    else:
+        held.column_moment[-1, -1] = held.row_moment[0, 0] = 1.0
+    assert all(bool(part.isfinite().all()) for part in held.fisher_factors())
 
 
 def test_the_bytes_that_a_conversion_plans_for_are_those_of_a_layers_statistics():

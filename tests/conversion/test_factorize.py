@@ -232,8 +232,12 @@ def test_no_other_pairs_of_the_same_number_keep_more_of_the_rotary_keys(layer, i
 
 @pytest.mark.parametrize("rival", ["inputs", "none"])
 def test_the_gradients_weighting_is_the_best_of_the_three_under_its_metric(rival, layer, inputs, metric):
+    # Gradients whose moments are the metric's and the inputs': of tokens that are independent.
+    covariance = torch.cov(inputs.T, correction=0)
+    columns = torch.block_diag(covariance, torch.ones(1, 1, dtype=torch.float64))
+    rows = TOKENS * covariance.trace() * metric
     held = LayerStatistics(
-        torch.tensor(float(TOKENS), dtype=torch.float64), inputs.sum(0), inputs.T @ inputs, TOKENS * metric
+        torch.tensor(float(TOKENS), dtype=torch.float64), inputs.sum(0), inputs.T @ inputs, columns, rows
     )
     turned = averaged(layer, metric)
     for pairs, latent in (([4, 4], 4), ([3, 2], 6), ([1, 1], 10)):

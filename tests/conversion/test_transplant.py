@@ -117,9 +117,10 @@ def test_logits_are_the_originals_in_parallel_and_through_the_cache(original, id
     torch.testing.assert_close(logits(double, ids).float(), expected, rtol=0, atol=5e-5)
 
 
-def test_a_whole_context_of_2048_tokens(exact):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_context_of_2048_tokens(kind, exact):
     ids = torch.randint(2, 97, (1, 2048), generator=torch.Generator().manual_seed(2))
-    original = make_original(max_position_embeddings=2048)
+    original = make_original(**KINDS[kind], max_position_embeddings=2048)
     expected = logits(original, ids)
     converted = exact(original)
     torch.testing.assert_close(logits(converted, ids), expected, rtol=0, atol=1e-3)
