@@ -146,7 +146,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     )
     title = "data: the validation split is scored, with the options of the training the one that it held out"
     tokenizer = "a tokenizer.json, a folder, a Hub name or train (default: the first model's)"
-    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer)
+    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer, vocab_size=None)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--batch-size", type=at_least(1), default=16, metavar="N", help="samples a pass (default: 16)")
     parser.add_argument(
@@ -267,7 +267,7 @@ def _convert_options(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("the context"), ConvertOptions, "convert.")
     title = "data: the training split calibrates and heals, the validation split tells whether healing helped"
     tokenizer = "a tokenizer.json, a folder or a Hub name (default: the model's)"
-    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer)
+    add_flags(parser.add_argument_group(title), DataOptions, "data.", tokenizer=tokenizer, vocab_size=None)
     add_flags(parser.add_argument_group("heal: distillation from the original"), HealOptions, "heal.", "heal-")
 
 

@@ -52,20 +52,21 @@ def add_flags(
     path: str,
     prefix: str = "",
     defaults: bool = True,
-    **other: str,
+    **other: str | None,
 ) -> None:
-    """A flag for each option of `owner`; `other` gives some of them another help.
+    """A flag for each option of `owner`; `other` gives some of them another help, or None for no flag.
 
     Args:
         defaults: whether the dataclass's defaults hold where a flag is not given, so that the help names them.
     """
     for option in options_of(owner):
-        if option.name == "name":
+        text = other.get(option.name, option.help)
+        if option.name == "name" or text is None:
             continue
         settings: dict[str, Any] = {
             "dest": OVERRIDE + path + option.name,
             "default": argparse.SUPPRESS,
-            "help": _help(option, other.get(option.name, option.help), defaults),
+            "help": _help(option, text, defaults),
         }
         if option.kind is bool:
             settings["action"] = argparse.BooleanOptionalAction

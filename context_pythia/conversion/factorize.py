@@ -5,8 +5,8 @@ both linear in h, and y is rebuilt affinely from them (`model/attention.py`). Be
 
     E (y - y')^T G (y - y'),
 
-G being the gradients' second moment (`conversion/calibrate.py`): the quadratic model of the loss with inputs and
-gradients taken as independent (K-FAC, arXiv 1503.05671). All in float64.
+with moments of h and a metric G of which `conversion/calibrate.py` has several: by default the Kronecker factors of the
+Fisher information, so that this is the quadratic model of the loss. All in float64.
 
 Shapes: D hidden size, H heads, d rotary dims of a head, F = d / 2 frequencies, P pairs, R = 2 P, L latent, C content.
 """
@@ -74,7 +74,8 @@ class Factors:
         rotary_up: `[H, P, 2]`.
         key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L: the rotary keys are reused.
         error: E (y - y')^T G (y - y') / 2 of the inputs' moments. With the gradients' G it stands for nats a token, but
-            leaves out that the errors of a text's tokens add up: it ranks factorizations and does not foretell losses.
+            layers' errors add up and a Kronecker product is not the whole Fisher information: measured losses were five
+            times as large. It ranks factorizations and does not foretell losses.
         spectrum: what each direction of the input that the pairs do not read adds to the error if the latent leaves it
             out, `[D - R]`, descending; the latent has the first L. Empty where nothing is left out.
         condition: condition number of an exact context, by which rounding it is enlarged on the way back; None for

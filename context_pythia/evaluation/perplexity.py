@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from context_pythia.data.positions import perplexity_by_position
+from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 
@@ -199,9 +200,7 @@ def _batches(
     model: PreTrainedModel, dataset: Dataset[dict[str, Tensor]], batch_size: int, what: str, progress: bool
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index of each batch's first sample, its inputs and its labels `[B, S]` on the model's device."""
-    length, positions = dataset[0]["input_ids"].shape[-1], model.config.max_position_embeddings
-    if length > positions:
-        raise ValueError(f"sequence_length {length}: is more than the model's {positions} positions")
+    check_length(dataset[0]["input_ids"].shape[-1], model.config)
     model.eval()
     first = 0
     for batch in tqdm(DataLoader(dataset, batch_size), desc=what, leave=False, disable=not progress):

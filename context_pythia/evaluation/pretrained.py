@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 import context_pythia.model  # noqa: F401  registers the model with the Auto classes
@@ -56,3 +56,11 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     if wrong := [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[0]}" for kind, keys in state.items() if keys]:
         raise RuntimeError(f"the checkpoint in {name} is damaged ({wrong[0]}): train or download it again")
     return model.eval()
+
+
+def check_length(length: int, config: PreTrainedConfig) -> None:
+    """Raises ValueError for samples of more tokens than the model has positions."""
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequence_length {length}: the model has {config.max_position_embeddings} positions, give at most so many"
+        )

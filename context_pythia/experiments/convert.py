@@ -29,7 +29,7 @@ from context_pythia.conversion.transplant import check_family, check_rope, read_
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import process_memory
-from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.pretrained import check_length, load_pretrained
 from context_pythia.experiments.build import best_device, describe_cache, describe_parameters
 from context_pythia.experiments.conversion_card import reduction, write_card, write_spectrum
 from context_pythia.experiments.record import read_record
@@ -314,11 +314,7 @@ def _check_weights(original: GPTNeoXForCausalLM, model: str) -> None:
 
 def _load_text(data: DataOptions, config: Any, progress: bool) -> PackedData:
     """The text to calibrate and heal on; ValueError where its samples are longer than the model's positions."""
-    if data.sequence_length > config.max_position_embeddings:
-        raise ValueError(
-            f"sequence_length {data.sequence_length}: the model has {config.max_position_embeddings} positions, give "
-            "at most so many"
-        )
+    check_length(data.sequence_length, config)
     return load_data(data, progress)
 
 

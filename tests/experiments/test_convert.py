@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -102,6 +103,14 @@ def record_of(folder):
 
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@contextmanager
+def edited(folder):
+    """The weights in a model's folder, saved as they are left."""
+    weights = load_file(folder / "model.safetensors")
+    yield weights
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def assert_same_weights(folder, other):
@@ -207,6 +216,7 @@ def test_shipped_code_loads_where_the_package_is_absent(run, original, tmp_path,
     torch.save({"ids": ids, "logits": load(out)(ids).logits.detach()}, tmp_path / "expected.pt")
     script = f"""
 import sys
+from contextlib import contextmanager
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -367,11 +377,10 @@ def test_an_empty_folder_is_filled(run, original, tmp_path):
 
 def test_rotary_keys_that_nearly_depend_on_each_other_are_warned_of(run, original, save, tmp_path, capsys):
     shutil.copytree(original, tmp_path / "near")
-    weights = load_file(tmp_path / "near" / "model.safetensors")
-    fused = weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
-    fused[1, 1, 0] = fused[0, 1, 0] * (1 + 1e-6)  # the first rotary dim of two heads' keys
-    fused[1, 1, 0, 0] += 1e-6
-    save_file(weights, tmp_path / "near" / "model.safetensors", {"format": "pt"})
+    with edited(tmp_path / "near") as weights:
+        fused = weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
+        fused[1, 1, 0] = fused[0, 1, 0] * (1 + 1e-6)  # the first rotary dim of two heads' keys
+        fused[1, 1, 0, 0] += 1e-6
     assert run(original, tmp_path / "well", "--kv-reduction", 0.5, data=False) == 0
     assert "warning" not in capsys.readouterr().err
     assert run(tmp_path / "near", tmp_path / "out", "--kv-reduction", 0.5, data=False) == 0
@@ -387,10 +396,9 @@ def test_a_refused_command_does_not_lock_the_output(run, original, tmp_path):
 
 
 def test_rotary_keys_that_depend_on_each_other_are_not_exact_and_do_not_lock_the_output(run, damaged, tmp_path, capsys):
-    weights = load_file(damaged / "model.safetensors")
-    fused = weights["gpt_neox.layers.2.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
-    fused[1, 1] = fused[0, 1]
-    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with edited(damaged) as weights:
+        fused = weights["gpt_neox.layers.2.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
+        fused[1, 1] = fused[0, 1]
     assert run(damaged, tmp_path / "out", "--kv-reduction", 0.5, data=False) == 1
     line = capsys.readouterr().err
     assert "layer 2: its rotary keys depend on each other, so 32 numbers are not exact: give a smaller" in line
@@ -408,9 +416,8 @@ def test_the_smallest_width_of_many_heads(run, save, tmp_path):
 
 
 def test_bfloat16_rounds_and_is_not_warned_of_for_that(run, damaged, tmp_path, capsys):
-    weights = load_file(damaged / "model.safetensors")
-    weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))[0, 1, 0] *= 0.2
-    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with edited(damaged) as weights:
+        weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))[0, 1, 0] *= 0.2
     assert run(damaged, tmp_path / "out", "--kv-reduction", 0.5, "--dtype", "bfloat16", data=False) == 0
     assert max(layer["condition"] for layer in record_of(tmp_path / "out")["layers"]) * 2**-7 > module.MOST_ROUNDING
     assert "warning" not in capsys.readouterr().err
@@ -535,17 +542,15 @@ def damaged(original, tmp_path):
 
 
 def test_a_checkpoint_with_nan(refused, damaged):
-    weights = load_file(damaged / "model.safetensors")
-    weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][2, 3] = torch.nan
-    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with edited(damaged) as weights:
+        weights["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][2, 3] = torch.nan
     line = refused(1, damaged, "--kv-reduction", 0.5, data=False)
     assert "gpt_neox.layers.1.mlp.dense_h_to_4h.weight is not finite" in line
 
 
 def test_a_checkpoint_with_a_missing_tensor(refused, damaged):
-    weights = load_file(damaged / "model.safetensors")
-    del weights["gpt_neox.layers.1.attention.dense.weight"]
-    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with edited(damaged) as weights:
+        del weights["gpt_neox.layers.1.attention.dense.weight"]
     assert "missing keys gpt_neox.layers.1.attention.dense.weight" in refused(1, damaged, "--kv-reduction", 0.5)
 
 
@@ -558,10 +563,9 @@ def test_a_shard_that_was_cut_off(refused, original, tmp_path):
 
 
 def test_a_checkpoint_with_a_tensor_of_another_shape(refused, damaged):
-    weights = load_file(damaged / "model.safetensors")
-    name = "gpt_neox.layers.2.attention.dense.weight"
-    weights[name] = weights[name][:5].clone()
-    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    with edited(damaged) as weights:
+        name = "gpt_neox.layers.2.attention.dense.weight"
+        weights[name] = weights[name][:5].clone()
     line = refused(1, damaged, "--kv-reduction", 0.5, data=False)
     assert f"{name} has the shape [5, 32], not [32, 32]" in line
 
