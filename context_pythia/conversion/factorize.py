@@ -143,10 +143,15 @@ class LayerFactorizer:
             self.inward[f] = inward / size[:, None]
             self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
+    @cached_property
+    def order(self) -> torch.Tensor:
+        """All components, those of most worth first, as indices into the flattened `[F, H]`."""
+        return self.worth.flatten().argsort(descending=True, stable=True)
+
     def pair_counts(self, total: int) -> list[int]:
         """The counts a frequency that keep the `total` components of most worth."""
-        order = self.worth.flatten().argsort(descending=True)[:total]
-        return torch.bincount(order // self.worth.shape[1], minlength=self.worth.shape[0]).tolist()
+        frequencies, heads = self.worth.shape
+        return torch.bincount(self.order[:total] // heads, minlength=frequencies).tolist()
 
     def _rotary(self, pairs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the pairs, `[R, D]` and `[R]`, real parts first."""
@@ -181,11 +186,17 @@ class LayerFactorizer:
             least error at widths 0, 1, … D, `[D + 1]` (infinite where there is no room), and the pairs that reach it.
         """
         width, most = self.layer.weight.shape[1], self.worth.numel()
+        weight, _ = self.layer.rotary
+        pairs = (self.inward @ weight).flatten(0, 1)[self.order] @ self.root.to(weight.dtype)  # [P, D]
+        # What the first pairs do not see is what the last columns span, so one basis serves all numbers of pairs.
+        basis = torch.linalg.qr(torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T, mode="complete")[0]
+        gram = basis.T @ self.gram @ basis
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # One pair is always among them, so that whatever has room for a pair and a latent is finite.
         for total in sorted({1, *(max(1, most * step // grid) for step in range(1, grid + 1))}):
-            errors = self.errors(self.pair_counts(total))
+            values = torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0)
+            errors = self._errors(self.pair_counts(total), values)
             widths = torch.arange(2 * total, width + 1)
             better = errors < least[widths]
             least[widths[better]], choice[widths[better]] = errors[better], total
