@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,8 @@ EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 
 @dataclass
 class TrainResult:
-    """What phase 2 reached. `stop_reason` is `"early stop"` or `"all epochs"`; seconds are those of training alone.
+    """What phase 2 reached. `stop_reason` is `"early stop"` or `"all epochs"`; seconds are those of training alone,
+    and of an epoch their median.
 
     `val_ppl_by_position` is `best_val_ppl` in bands (see `perplexity_by_position`); None from an older version.
     A row of `history` has epoch, step, train_loss (mean over the epoch's steps), val_ppl, val_accuracy, seconds and
@@ -371,10 +373,17 @@ def make_result(log_history: list[dict[str, Any]], options: TrainOptions) -> Tra
         best_epoch=best["epoch"],
         val_accuracy=best["val_accuracy"],
         history=history,
-        seconds_per_epoch=sum(row["seconds"] for row in history) / history[-1]["epoch"],
+        seconds_per_epoch=seconds_per_epoch(history),
         stop_reason=stop_reason(history, options, at_end=True) or ALL_EPOCHS,
         val_ppl_by_position=logged.get("eval_by_position"),
     )
+
+
+def seconds_per_epoch(history: list[dict[str, Any]]) -> float:
+    """The median, so that an epoch in which the machine was stopped or busy with other work does not count."""
+    trained = [row for row in history if row["step"] > 0]
+    starts = [0, *(row["epoch"] for row in trained)]
+    return median(row["seconds"] / (row["epoch"] - start) for row, start in zip(trained, starts, strict=False))
 
 
 def describe_end(result: TrainResult, options: TrainOptions) -> str:
