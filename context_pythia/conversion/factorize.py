@@ -20,6 +20,8 @@ import torch
 
 # Directions in which inputs or gradients hardly vary have no say, but must not make a whitening infinite.
 RIDGE = 1e-9
+# What a pair reads of the input beyond the other pairs, or the error that it saves, is rounding below this share.
+ROUNDING = 1e-11
 
 
 @dataclass
@@ -73,11 +75,11 @@ class Factors:
         context_weight, context_bias: `[R + L, D]`, `[R + L]`.
         rotary_up: `[H, P, 2]`.
         key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L: the rotary keys are reused.
-        error: E (y - y')^T G (y - y') / 2 of the inputs' moments. With the gradients' G it stands for nats a token, but
-            layers' errors add up and a Kronecker product is not the whole Fisher information: measured losses were five
-            times as large. It ranks factorizations and does not foretell losses.
+        error: E (y - y')^T G (y - y') / 2. With the gradients' moments it stands for nats a token, but layers' errors
+            add up and a Kronecker product is not the whole Fisher information: it ranks factorizations and does not
+            foretell losses.
         spectrum: what each direction of the input that the pairs do not read adds to the error if the latent leaves it
-            out, `[D - R]`, descending; the latent has the first L. Empty where nothing is left out.
+            out, `[D - rank]`, descending; the latent has the first L. Empty where nothing is left out.
         condition: condition number of an exact context, by which rounding it is enlarged on the way back; None for
             others.
     """
@@ -162,12 +164,15 @@ class LayerFactorizer:
         return torch.cat([weight.real, weight.imag]), torch.cat([bias.real, bias.imag])
 
     def _free(self, rotary_weight: torch.Tensor) -> torch.Tensor:
-        """Orthonormal directions of the whitened input that the pairs do not see, `[D, D - R]`."""
-        reads = (rotary_weight @ self.root).T
-        return torch.linalg.svd(reads, full_matrices=True)[0][:, reads.shape[1] :]
+        """Orthonormal directions of the whitened input that the pairs do not see, `[D, D - rank]`.
+
+        Pairs that depend on each other, as those of heads with equal keys or with none, see fewer than R.
+        """
+        directions, sizes, _ = torch.linalg.svd((rotary_weight @ self.root).T, full_matrices=True)
+        return directions[:, int((sizes > ROUNDING * sizes[0]).sum()) :]
 
     def errors(self, pairs: list[int]) -> torch.Tensor:
-        """Error with latents of 0, 1, … D - R dims beside the pairs, `[D - R + 1]`."""
+        """Error with latents of 0, 1, … D - rank dims beside the pairs, `[D - rank + 1]`."""
         free = self._free(self._rotary(pairs)[0])
         return self._errors(pairs, torch.linalg.eigvalsh(free.T @ self.gram @ free).clamp(min=0))
 
@@ -188,17 +193,25 @@ class LayerFactorizer:
         width, most = self.layer.weight.shape[1], self.worth.numel()
         weight, _ = self.layer.rotary
         pairs = (self.inward @ weight).flatten(0, 1)[self.order] @ self.root.to(weight.dtype)  # [P, D]
-        # What the first pairs do not see is what the last columns span, so one basis serves all numbers of pairs.
-        basis = torch.linalg.qr(torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T, mode="complete")[0]
+        reads = torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T  # [D, 2 P]
+        # What the first pairs do not see is what the last columns span, so one basis serves all numbers of pairs. Where
+        # pairs depend on each other, it spans less than that.
+        basis, triangle = torch.linalg.qr(reads, mode="complete")
+        independent = bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
         gram = basis.T @ self.gram @ basis
+        rounding = ROUNDING * float(gram.trace() + self.worth.sum())
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # One pair is always among them, so that whatever has room for a pair and a latent is finite.
         for total in sorted({1, *(max(1, most * step // grid) for step in range(1, grid + 1))}):
-            values = torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0)
-            errors = self._errors(self.pair_counts(total), values)
+            counts = self.pair_counts(total)
+            if independent:
+                errors = self._errors(counts, torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0))
+            else:
+                errors = self.errors(counts)
             widths = torch.arange(2 * total, width + 1)
-            better = errors < least[widths]
+            errors = errors[: len(widths)]
+            better = errors < least[widths] - rounding
             least[widths[better]], choice[widths[better]] = errors[better], total
         return least, choice
 

@@ -91,9 +91,9 @@ def _layers(record: dict[str, Any]) -> list[str]:
 
 def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
     """The picture: what each direction of a layer's input is worth, and how many the latent keeps."""
-    if not any(layer["spectrum"] for layer in record["layers"]):
-        return
     positive = [value for layer in record["layers"] for value in layer["spectrum"] if value > 0]
+    if not positive:
+        return
     with drawing_style():
         figure = new_figure(height=4.9)
         axes = figure.subplots()

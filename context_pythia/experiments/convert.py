@@ -164,6 +164,7 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
     Other options of healing are refused only where healing has begun: what was converted stays good.
     """
     partial.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = {}
     if (partial / SETTINGS).is_file():
         held, healed = read_record(partial / SETTINGS), partial / "healed"
         if difference := _difference(held | {"heal": settings["heal"]}, settings):
@@ -174,7 +175,7 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
             )
     elif any(not path.name.startswith(f".{SETTINGS}") for path in partial.iterdir()):
         raise ValueError(f"{partial} holds files that are not a conversion's: move them, it is for work in progress")
-    write_json(partial / SETTINGS, settings)
+    write_json(partial / SETTINGS, held | settings)
 
 
 @contextlib.contextmanager
@@ -225,9 +226,10 @@ def _convert(
             )
         _check_weights(original, model)
         if width < config.hidden_size or healing.steps:
-            packed = _load_text(data, config, progress)
+            packed = _load_text(data, config, partial, progress)
         record = {
             "original": model,
+            "data_fingerprint": packed.summary["fingerprint"] if packed else None,
             "context_dim": None if control else width,
             "numbers_per_token_original": cached_numbers_per_token(config),
             **describe_parameters(original),
@@ -249,7 +251,7 @@ def _convert(
             _warn_of_rounding(record, options.dtype)
         write_json(converted / RECORD, record)
     if healing.steps:
-        packed = packed or _load_text(data, AutoConfig.from_pretrained(converted), progress)
+        packed = packed or _load_text(data, AutoConfig.from_pretrained(converted), partial, progress)
         dtype = getattr(torch, options.dtype)
         student = load_pretrained(str(converted), dtype)
         # The original matches itself already; what it can learn equally long is the text.
@@ -312,10 +314,21 @@ def _check_weights(original: GPTNeoXForCausalLM, model: str) -> None:
             )
 
 
-def _load_text(data: DataOptions, config: Any, progress: bool) -> PackedData:
-    """The text to calibrate and heal on; ValueError where its samples are longer than the model's positions."""
+def _load_text(data: DataOptions, config: Any, partial: Path, progress: bool) -> PackedData:
+    """The text to calibrate and heal on.
+
+    Raises ValueError where its samples are longer than the model's positions, or where the work in `partial` was begun
+    on another text.
+    """
     check_length(data.sequence_length, config)
-    return load_data(data, progress)
+    packed = load_data(data, progress)
+    settings = read_record(partial / SETTINGS)
+    if settings.setdefault("data_fingerprint", packed.summary["fingerprint"]) != packed.summary["fingerprint"]:
+        raise ValueError(
+            f"{partial} holds an unfinished conversion by other text than is now in {data.data}: delete it"
+        )
+    write_json(partial / SETTINGS, settings)
+    return packed
 
 
 def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:

@@ -104,11 +104,13 @@ def evaluate(
         except RuntimeError as error:
             raise RuntimeError(f"{name}: {error}") from error
         metrics["models"] += rows
-        if manager is not None:
-            rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
         compare_with_first(metrics["models"])
         if out is not None:
             write_json(out / "metrics.json", metrics)
+        if manager is not None:
+            rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
+            if out is not None:
+                write_json(out / "metrics.json", metrics)
         if progress:
             print("\n".join(_summary(row) for row in rows), file=sys.stderr, flush=True)
         reference = reference or model

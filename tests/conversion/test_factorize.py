@@ -272,6 +272,27 @@ def test_the_frontier_is_the_best_of_all_splits(factorizer):
     assert least[-1] < 1e-6 * least[2] and least[:2].isinf().all()
 
 
+@pytest.mark.parametrize("kind", ["equal dims", "equal heads", "pruned heads"])
+@pytest.mark.parametrize("width", [2, 16, 20, 24, 28, HIDDEN])
+def test_pairs_that_depend_on_each_other_leave_the_rest_to_the_latent(kind, width, layer, inputs, metric):
+    size = HIDDEN // HEADS
+    if kind == "equal dims":
+        layer.weight[1] = layer.weight[0]
+    elif kind == "equal heads":
+        layer.weight[size : 2 * size], layer.bias[size : 2 * size] = layer.weight[:size], layer.bias[:size]
+    else:
+        layer.weight[: 2 * size], layer.bias[: 2 * size] = 0, 0
+    factorizer = LayerFactorizer(layer, *moments(inputs), metric)
+    least, choice = factorizer.frontier()
+    pairs = factorizer.pair_counts(int(choice[width]))
+    factors = factorizer.factors(pairs, width - 2 * sum(pairs))
+    rounding = 1e-7 * float(least[2])
+    assert factors.error == pytest.approx(float(least[width]), rel=1e-5, abs=rounding)
+    assert brute_force(layer, factors, inputs, averaged(layer, metric)) == pytest.approx(
+        factors.error, rel=1e-5, abs=rounding
+    )
+
+
 def test_a_coarse_grid_of_pairs_still_tries_one_and_all(factorizer):
     least, choice = factorizer.frontier(grid=2)
     assert set(choice[2:].tolist()) <= {1, 4, 8} and least[2:].isfinite().all()

@@ -323,6 +323,26 @@ def test_an_interrupted_calibration_goes_on_with_the_layers_that_are_left(run, o
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_an_interrupted_calibration_does_not_go_on_with_another_text(
+    run, original, corpus, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(corpus, tmp_path / "text")
+    command = (original, tmp_path / "out", *BELOW, *GROUPS, "--data", tmp_path / "text")
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "collect", interrupt_at(2, compress.collect)[0])
+        assert run(*command) == 130
+    changed = sorted((tmp_path / "text").iterdir())[0]
+    words = changed.read_text()
+    changed.write_text(words[::-1])
+    assert run(*command) == 2
+    assert "holds an unfinished conversion by other text than is now in" in capsys.readouterr().err
+    changed.write_text(words)
+    assert run(*command) == 0
+    fingerprint = record_of(tmp_path / "out")["data_fingerprint"]
+    assert run(original, tmp_path / "other", *BELOW) == 0
+    assert record_of(tmp_path / "other")["data_fingerprint"] == fingerprint
+
+
 def test_statistics_in_groups_or_at_once_convert_alike(run, original, tmp_path):
     assert run(original, tmp_path / "groups", *BELOW, *GROUPS) == 0
     assert run(original, tmp_path / "once", *BELOW) == 0
