@@ -3,8 +3,8 @@
 One pass over calibration text through the original model. A layer's input moments say what it reads; the moments of
 its weights' gradients, sample by sample, say what errors do to the predictions. Labels are drawn from the model's own
 predictions, so that this is the true Fisher information, and a sample's gradient is the sum over its tokens, so that
-errors which add up along a text count as such. The two moments are those of Shampoo (arXiv 1802.09568); the loss of
-tokens taken one by one, as in K-FAC (arXiv 1503.05671), foretold less of the loss of a conversion.
+errors which add up along a text count as such. The two moments are those of Shampoo (arXiv 1802.09568); those of tokens
+taken one by one, as in K-FAC (arXiv 1503.05671), lost a tenth more at an eighth of the cache.
 
 Shapes: B samples, T tokens of each, D hidden size, H heads.
 """
@@ -86,7 +86,8 @@ class LayerStatistics:
         the Fisher information of the weight, a token's share of it.
 
         The bias is rebuilt at will, so its column is taken out, by the Schur complement. Of a Kronecker product each
-        moment holds one factor whole and of the other its trace. The covariance gets the trace that the inputs' has.
+        moment holds one factor whole and of the other its trace. The covariance gets the trace that the inputs' has. The
+        mean is the inputs' own: the one that the column holds, about which this covariance is, gained nothing.
         """
         mean, covariance = self.input_moments()
         bias, of_bias = self.column_moment[:-1, -1], self.column_moment[-1, -1]

@@ -104,13 +104,13 @@ class LayerFactorizer:
     The latent is the reduced-rank regression of all else on what the pairs leave of the input.
 
     Args:
-        mean, covariance: of the inputs, `[D]` and `[D, D]`.
+        mean, covariance: of the inputs, as a weighting has them, `[D]` and `[D, D]`.
         metric: G, `[2 D, 2 D]`, ordered as the layer's weight.
     """
 
     def __init__(self, layer: KeysAndValues, mean: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor):
         self.layer, self.mean = layer, mean
-        self.root = symmetric_root(covariance)  # h - mean = root @ (whitened input)
+        self.root = symmetric_root(covariance)  # h - mean stands for root @ (whitened input)
         rows = layer.content_rows
         content = layer.weight[rows] @ self.root
         self.gram = content.T @ metric[rows][:, rows] @ content
