@@ -86,8 +86,8 @@ class LayerStatistics:
         the Fisher information of the weight, a token's share of it.
 
         The bias is rebuilt at will, so its column is taken out, by the Schur complement. Of a Kronecker product each
-        moment holds one factor whole and of the other its trace. The covariance gets the trace that the inputs' has. The
-        mean is the inputs' own: the one that the column holds, about which this covariance is, gained nothing.
+        moment holds one factor whole and of the other its trace; the covariance gets the trace that the inputs' has.
+        The mean is the inputs' own: the one that the column holds, about which this covariance is, gained nothing.
         """
         mean, covariance = self.input_moments()
         bias, of_bias = self.column_moment[:-1, -1], self.column_moment[-1, -1]
