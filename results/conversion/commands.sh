@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The commands behind this folder: the baseline of the recipe `report`, converted at several budgets by three weightings,
-# evaluated on the text that its training held out, quantised, and healed. Hours on 2 cores; $1 and $2 are the corpus and
-# its tokenizer. The figures here are of that training's fourth epoch (checkpoint-1128), with the tokenizer beside it.
+# evaluated on the text that its training held out, quantised, and healed; and a larger model, for time and memory. Two
+# hours and a half on 2 cores, half of it training; $1 and $2 are the corpus and its tokenizer.
 set -euo pipefail
 
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 DATA="--data $1"
 context-pythia compare report $DATA --tokenizer "$2" --models Pythia-70M --checkpoint-steps 94 --out report
 M=report/models/pythia-70m
@@ -22,10 +23,16 @@ context-pythia eval $M exact-50 gradients-0.75 gradients-0.875 --cache int8 --ca
 context-pythia eval $M exact-50 $DATA --samples 40 --sequence-length 2048 --batch-size 1 --cached-tokens 2048 \
     --out exact-2048
 
-HEAL="$DATA --heal-steps 60 --heal-precision bfloat16 --heal-learning-rate 3e-4"
+# Half an epoch.
+HEAL="$DATA --heal-steps 141 --heal-precision bfloat16 --heal-learning-rate 3e-4"
 for r in 0.75 0.875; do
     context-pythia convert $M --kv-reduction $r $HEAL --out healed-$r
 done
-# Not run for this folder yet:
-# context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
-# Of the healed models the folder keeps conversion.json, of gradients-0.875 and gradients-0.75 spectrum.png.
+context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
+
+python "$HERE/random_model.py" pythia-410m "$2" 410m
+context-pythia convert 410m --kv-reduction 0.5 --out 410m-half
+for tokens in 2048 8192; do
+    context-pythia convert 410m --kv-reduction 0.75 $DATA --calibration-tokens $tokens --out 410m-quarter-$tokens
+done
+# Of the healed models and those of 410M the folder keeps conversion.json, of gradients-0.875 and -0.75 spectrum.png.
