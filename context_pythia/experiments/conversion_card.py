@@ -94,6 +94,8 @@ def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
     positive = [value for layer in record["layers"] for value in layer["spectrum"] if value > 0]
     if not positive:
         return
+    from matplotlib.ticker import FuncFormatter
+
     with drawing_style():
         figure = new_figure(height=4.9)
         axes = figure.subplots()
@@ -103,8 +105,9 @@ def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
             if 0 < layer["latent"] <= len(spectrum):
                 axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=colour)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
         axes.set_ylim(bottom=max(positive) * 1e-9)
-        axes.set_xlabel("direction of the input beside the rotary keys (dot: the last kept)")
+        axes.set_xlabel("direction of the input, rotary keys aside (dot: last kept)")
         axes.set_ylabel("error where it is left out")
         axes.legend(fontsize=8, ncols=2)
         (folder / SPECTRUM).write_bytes(png(figure))

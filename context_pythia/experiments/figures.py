@@ -22,6 +22,7 @@ _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the p
 _BASELINE_COLOUR = "#3c4350"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
+_FAR = 4.0  # an arrow stands for a model that is so many times as far above the best as the worst that none beats
 _LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is logarithmic
 
 
@@ -146,7 +147,10 @@ def frontier(series: Sequence[Series]) -> bytes:
 
 
 def draw_frontier(series: Sequence[Series]) -> Figure:
-    """The figure of `frontier`: a labelled point a model, and the line of those that no other model beats."""
+    """The figure of `frontier`: a labelled point a model, and the line of those that no other model beats.
+
+    A model far above that line is an arrow at the upper edge, with its perplexity, so that the others stay apart.
+    """
     figure = new_figure(height=4.9)
     ax = figure.subplots()
     points = [
@@ -159,16 +163,23 @@ def draw_frontier(series: Sequence[Series]) -> Figure:
         if not unbeaten or perplexity < unbeaten[-1][1]:
             unbeaten.append((size, perplexity))
     ax.plot(*zip(*unbeaten, strict=True), color="#b5bcc8", linestyle="--", linewidth=1.2, zorder=1)
+    worst, best = unbeaten[0][1], unbeaten[-1][1]
+    ceiling = best + _FAR * (worst - best) if worst > best else math.inf
+    labels = []
     for one, colour, size, perplexity in points:
-        ax.plot(size, perplexity, marker="D" if one.baseline else "o", markersize=9, color=colour, zorder=3)
-    scale(ax, "x", [point[2] for point in points], base=2)
-    scale(ax, "y", [point[3] for point in points])
+        shown, name, marker = min(perplexity, ceiling), short(one.name), "D" if one.baseline else "o"
+        if perplexity > ceiling:
+            name, marker = f"{name}: {perplexity:,.4g}", "^"
+        ax.plot(size, shown, marker=marker, markersize=9, color=colour, zorder=3)
+        labels.append((name, colour, size, shown))
+    scale(ax, "x", [size for _, _, size, _ in labels], base=2)
+    scale(ax, "y", [shown for _, _, _, shown in labels])
     ax.margins(0.18)
     ax.set_xlabel("measured KV cache (KB)")
     ax.set_ylabel("best validation perplexity")
     ax.set_title("Perplexity against cache (lower left is better)")
     figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
-    label_points(ax, [(short(one.name), colour, size, perplexity) for one, colour, size, perplexity in points])
+    label_points(ax, labels)
     return figure
 
 

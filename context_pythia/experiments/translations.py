@@ -76,7 +76,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "embeddings, and the attention layers behind them still cache full keys and values. The “1536.0 KB” of the "
         "original report was a formula; what is shown here was measured.",
         "frontier_caption": "Best validation perplexity against the measured KV cache; the dashed line joins the "
-        "models that no other beats in both.",
+        "models that no other beats in both; an arrow is a model beyond the axis.",
         "cache": "The cache in numbers",
         "numbers": "Numbers a token",
         "bytes_measured": "Bytes, measured",
@@ -146,7 +146,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "bytes are all that they hold: packed integers, scales, zero points and tokens not yet quantised.",
         "eval_caption": "Perplexity of all tokens (of a quantised cache: that of {first}, times the change found token "
         "by token over {cached_tokens} tokens) against the measured cache of one sequence of {length} tokens; the "
-        "dashed line joins what nothing else beats in both.",
+        "dashed line joins what nothing else beats in both; an arrow is a model beyond the axis.",
         "eval_tasks": "Tasks of lm-evaluation-harness",
     },
     "ja": {
@@ -222,7 +222,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "埋め込みを置き換えるだけで、後段のアテンション層は従来どおりキーとバリューをすべてキャッシュします。元のレポートの"
         "「1536.0 KB」は計算式による値でしたが、ここに示すのは実測値です。",
         "frontier_caption": "最良の検証パープレキシティと KV キャッシュの実測値。破線は、両方の指標で同時に上回る"
-        "モデルがほかにないモデルを結んだ線です。",
+        "モデルがほかにないモデルを結んだ線、矢印は軸の範囲を超えるモデルです。",
         "cache": "キャッシュの内訳",
         "numbers": "トークンあたりの数値数",
         "bytes_measured": "実測値（バイト）",
@@ -293,7 +293,7 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "この数のトークンがたまるまで量子化せずに保持します。バイト数は、パックされた整数、スケール、ゼロ点、未量子化のトークンをすべて含む実測値です。",
         "eval_caption": "全トークンのパープレキシティ（量子化キャッシュは、{cached_tokens} トークンの逐次評価での差を "
         "{first} の値に掛けたもの）と、{length} トークンの 1 系列あたりのキャッシュの実測値。"
-        "破線は、両方の指標で同時に上回るものがほかにない点を結んだ線です。",
+        "破線は、両方の指標で同時に上回るものがほかにない点を結んだ線、矢印は軸の範囲を超えるモデルです。",
         "eval_tasks": "lm-evaluation-harness のタスク",
     },
 }

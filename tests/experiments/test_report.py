@@ -350,6 +350,20 @@ def test_names_in_the_frontier_do_not_overlap():
     assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
 
 
+def test_a_model_far_above_the_others_is_an_arrow_with_its_perplexity():
+    axes = draw_frontier(
+        [
+            Series(name, i == 0, (), (), best=(1, perplexity), cache_bytes=size)
+            for i, (name, perplexity, size) in enumerate(
+                [("whole", 68.0, 8192), ("half", 69.0, 4096), ("quarter", 71.0, 2048), ("other", 121.5, 2048)]
+            )
+        ]
+    ).axes[0]
+    assert [label.get_text() for label in axes.texts] == ["whole", "half", "quarter", "other: 121.5"]
+    assert axes.get_ylim()[1] < 90
+    assert [line.get_marker() for line in axes.lines[1:]] == ["D", "o", "o", "^"]
+
+
 def test_markdown_keeps_odd_texts_in_their_place():
     text = to_markdown([Table(["a|b"], [["x\n*y* _z_ snake_case"]]), Code("```"), Paragraph("<i> [l](u)")])
     assert "| a\\|b |\n| :-- |\n| x \\*y\\* \\_z\\_ snake_case |" in text
