@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The commands behind this folder: the baseline of the recipe `report`, converted at several budgets by three weightings,
 # evaluated on the text that its training held out, quantised, and healed; and a larger model, for time and memory. Two
-# hours and a half on 2 cores, half of it training; $1 and $2 are the corpus and its tokenizer.
+# hours and a half on 2 cores, half of it training; $1 and $2 are the corpus and its tokenizer. They were run one by one,
+# conversions after the first with its statistics; `quantised/` is still that of the training's fourth epoch.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -23,16 +24,15 @@ context-pythia eval $M exact-50 gradients-0.75 gradients-0.875 --cache int8 --ca
 context-pythia eval $M exact-50 $DATA --samples 40 --sequence-length 2048 --batch-size 1 --cached-tokens 2048 \
     --out exact-2048
 
-# Half an epoch.
+# Half an epoch: towards the original, or by the text alone as its control.
 HEAL="$DATA --heal-steps 141 --heal-precision bfloat16 --heal-learning-rate 3e-4"
+context-pythia convert $M --kv-reduction 0.875 $HEAL --out healed-0.875
 for r in 0.75 0.875; do
-    context-pythia convert $M --kv-reduction $r $HEAL --out healed-$r
+    context-pythia convert $M --kv-reduction $r $HEAL --heal-ce-weight 1 --out text-$r
 done
 context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
 
 python "$HERE/random_model.py" pythia-410m "$2" 410m
 context-pythia convert 410m --kv-reduction 0.5 --out 410m-half
-for tokens in 2048 8192; do
-    context-pythia convert 410m --kv-reduction 0.75 $DATA --calibration-tokens $tokens --out 410m-quarter-$tokens
-done
+context-pythia convert 410m --kv-reduction 0.75 $DATA --calibration-tokens 2048 --out 410m-quarter
 # Of the healed models and those of 410M the folder keeps conversion.json, of gradients-0.875 and -0.75 spectrum.png.

@@ -18,4 +18,4 @@ config = GPTNeoXConfig(
     intermediate_size=shape.intermediate_size,
 )
 GPTNeoXForCausalLM(config).save_pretrained(out, max_shard_size="500MB")
-PreTrainedTokenizerFast(tokenizer_file=tokenizer).save_pretrained(out)
+PreTrainedTokenizerFast(tokenizer_file=tokenizer, eos_token="<|endoftext|>").save_pretrained(out)
