@@ -2,7 +2,7 @@
 # The commands behind this folder: the baseline of the recipe `report`, converted at several budgets by three weightings,
 # evaluated on the text that its training held out, quantised, and healed; and a larger model, for time and memory. Two
 # hours and a half on 2 cores, half of it training; $1 and $2 are the corpus and its tokenizer. They were run one by one,
-# conversions after the first with its statistics; `quantised/` is still that of the training's fourth epoch.
+# conversions after the first with its statistics.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -20,7 +20,7 @@ done
 context-pythia eval $M exact-50 gradients-* inputs-* none-* \
     $DATA --samples 2500 --cached-tokens 4096 --lang ja --out conversion
 context-pythia eval $M exact-50 gradients-0.75 gradients-0.875 --cache int8 --cache int4 \
-    $DATA --samples 2500 --cached-tokens 4096 --lang ja --out quantised
+    $DATA --samples 1000 --cached-tokens 4096 --lang ja --out quantised
 context-pythia eval $M exact-50 $DATA --samples 40 --sequence-length 2048 --batch-size 1 --cached-tokens 2048 \
     --out exact-2048
 
