@@ -163,8 +163,10 @@ def draw_frontier(series: Sequence[Series]) -> Figure:
         if not unbeaten or perplexity < unbeaten[-1][1]:
             unbeaten.append((size, perplexity))
     ax.plot(*zip(*unbeaten, strict=True), color="#b5bcc8", linestyle="--", linewidth=1.2, zorder=1)
-    worst, best = unbeaten[0][1], unbeaten[-1][1]
-    ceiling = best + _FAR * (worst - best) if worst > best else math.inf
+    ceiling = math.inf
+    if len(unbeaten) > 1:
+        worst, best = unbeaten[0][1], unbeaten[-1][1]
+        ceiling = best + _FAR * (worst - best)
     labels = []
     for one, colour, size, perplexity in points:
         shown, name, marker = min(perplexity, ceiling), short(one.name), "D" if one.baseline else "o"

@@ -216,7 +216,6 @@ def test_shipped_code_loads_where_the_package_is_absent(run, original, tmp_path,
     torch.save({"ids": ids, "logits": load(out)(ids).logits.detach()}, tmp_path / "expected.pt")
     script = f"""
 import sys
-from contextlib import contextmanager
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
