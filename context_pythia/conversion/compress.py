@@ -32,18 +32,20 @@ def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
     config, attention = original.config, original.gpt_neox.layers[0].attention
     hidden, rotary = config.hidden_size, attention.rotary_ndims
     width = options.width(hidden)
+    asked = f"context_dim {width}" if options.kv_reduction is None else f"kv_reduction {options.kv_reduction}"
     if width > hidden:
         raise ValueError(
-            f"context_dim {width}: {hidden} numbers, the model's width, are exact already; give at most that"
+            f"{asked}: {hidden} numbers, the model's width, are exact already; give at most that, or a kv_reduction "
+            "of at least 0.5"
         )
     if rotary == attention.head_size and width < hidden:
         raise ValueError(
-            f"context_dim {width}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
+            f"{asked}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
             f"keys alone, {hidden} numbers a layer (kv_reduction 0.5), and no smaller one is made"
         )
     if width < rotary + 1:
         raise ValueError(
-            f"context_dim {width}: leaves no room for one rotary key of {rotary} dims and a latent; give at least "
+            f"{asked}: leaves no room for one rotary key of {rotary} dims and a latent; give a context_dim of at least "
             f"{rotary + 1}"
         )
     return width

@@ -82,6 +82,8 @@ def convert(
     """
     if control and not healing.steps:
         raise ValueError("convert: --control heals the original itself, so give --heal-steps")
+    if control and (options.context_dim, options.kv_reduction) != (None, 0.5):
+        raise ValueError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
     if not healing.steps and (given := _changed(healing)):
         raise ValueError(f"heal.{given}: nothing is healed without --heal-steps, give the number of steps")
     if data.tokenizer == "train":
