@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 import context_pythia
 from context_pythia import processes
@@ -57,8 +58,9 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
 class Run:
     """The records of a run folder.
 
-    Opening a folder that holds a run of the same recipe goes on with it; models may come in different calls. Anything
-    else in the recipe that differs is refused, since figures in one folder must be comparable.
+    Opening a folder that holds a run of the same recipe goes on with it; models may come in different calls, and from
+    processes that run at one time: each write keeps what others have recorded. Anything else in the recipe that differs
+    is refused, since figures in one folder must be comparable.
 
     Args:
         folder: made if it is not there.
@@ -77,13 +79,14 @@ class Run:
             raise OSError(
                 f"cannot make the run folder {folder} ({error.strerror}): choose another with --out"
             ) from error
-        if (folder / "recipe.yaml").exists():
-            recipe = _merged(load_recipe(str(folder / "recipe.yaml")), recipe, folder)
         self.recipe = recipe
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
         if (folder / "metrics.json").exists():
             self.metrics = read_metrics(folder / "metrics.json")
-        self.metrics["recipe"] = recipe_to_dict(recipe)
+        self._entries: dict[str, dict[str, Any]] = {}  # of this process
+        self._take_in_recorded()
+        # All processes of one launch must pass over the same models, so what others finish later does not count.
+        self._finished = {entry["name"] for entry in self.metrics["models"] if entry["error"] is None}
 
     def phase1_folder(self, model: ModelOptions) -> Path:
         return self.folder / "phase1" / model.folder
@@ -92,31 +95,48 @@ class Run:
         return self.folder / "models" / model.folder
 
     def finished(self, name: str) -> bool:
-        return any(entry["name"] == name and entry["error"] is None for entry in self.metrics["models"])
+        """Whether the folder held the finished model when it was opened."""
+        return name in self._finished
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Record a model's entry in place of an earlier one; reductions follow from the baseline's measured bytes."""
-        entries = {held["name"]: held for held in self.metrics["models"]} | {entry["name"]: entry}
-        order = [model.name for model in self.recipe.models]
-        self.metrics["models"] = [entries[name] for name in order if name in entries]
-        done = [held for held in self.metrics["models"] if held["cache"]]
-        baseline = next((held["cache"] for held in done if held["context_source"] is None), None)
-        for held in done:
-            reduction = None
-            if baseline is not None and held["context_source"] is not None:
-                reduction = 1 - held["cache"]["bytes_measured"] / baseline["bytes_measured"]
-            held["cache"]["reduction_measured"] = reduction
+        """Record a model's entry in place of an earlier one."""
+        self._entries[entry["name"]] = entry
+        self._take_in_recorded()
         self.write()
 
     def write(self) -> None:
         """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing.
 
-        Of several processes one writes.
+        Of several processes of one launch one writes.
         """
         if not processes.is_main():
             return
-        save_recipe(self.recipe, self.folder / "recipe.yaml")
-        write_json(self.folder / "metrics.json", self.metrics)
+        with FileLock(self.folder / ".lock"):
+            self._take_in_recorded()
+            save_recipe(self.recipe, self.folder / "recipe.yaml")
+            write_json(self.folder / "metrics.json", self.metrics)
+
+    def _take_in_recorded(self) -> None:
+        """Bring recipe and entries up to what the folder holds now and what this process adds.
+
+        Reductions follow from the baseline's measured bytes, whoever has recorded it.
+        """
+        if (self.folder / "recipe.yaml").exists():
+            self.recipe = _merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder)
+        held = self.metrics["models"]
+        if (self.folder / "metrics.json").exists():
+            held = read_metrics(self.folder / "metrics.json")["models"]
+        entries = {entry["name"]: entry for entry in held} | self._entries
+        order = [model.name for model in self.recipe.models]
+        self.metrics["models"] = [entries[name] for name in order if name in entries]
+        self.metrics["recipe"] = recipe_to_dict(self.recipe)
+        done = [entry for entry in self.metrics["models"] if entry["cache"]]
+        baseline = next((entry["cache"] for entry in done if entry["context_source"] is None), None)
+        for entry in done:
+            reduction = None
+            if baseline is not None and entry["context_source"] is not None:
+                reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
+            entry["cache"]["reduction_measured"] = reduction
 
     def write_provenance(self, device: torch.device) -> None:
         """Record where and with what the run was made; a run that goes on keeps the date of its first start."""

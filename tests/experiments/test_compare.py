@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaForCausalLM
 from context_pythia.experiments import compare as module
 from context_pythia.experiments.compare import compare, run_phase1, train
-from context_pythia.experiments.record import provenance
+from context_pythia.experiments.record import Run, provenance
 
 from .conftest import tiny_recipe
 
@@ -49,6 +49,7 @@ def test_run_folder_is_whole(finished_run):
     assert names == {
         "recipe.yaml", "metrics.json", "provenance.json", "phase1", "models", "curves.png", "frontier.png",
         "positions.png", "report.md", "report.html", "report.ja.md", "report.ja.html",
+        ".lock",
     }  # fmt: skip
     provenance = json.loads((finished_run / "provenance.json").read_text())
     assert provenance["data_fingerprint"] == metrics(finished_run)["data"]["fingerprint"]
@@ -101,6 +102,19 @@ def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path):
         for key in ("best_val_ppl", "best_epoch", "val_accuracy", "parameters", "cache"):
             assert entry[key] == expected[entry["name"]][key]
     assert len(metrics(run)["models"]) == 2
+
+
+def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_path):
+    recipe, entries = tiny_recipe(finished_run.parent), metrics(finished_run)["models"]
+    alone = [dataclasses.replace(recipe, models=[model]) for model in recipe.models[:3]]
+    runs = [Run(tmp_path, one) for one in alone]
+    # The baseline comes last, and its bytes give the others their reductions.
+    for run, entry in reversed(list(zip(runs, entries, strict=False))):
+        run.add({**entry, "cache": {**entry["cache"], "reduction_measured": None}})
+    assert not runs[0].finished(entries[0]["name"]) and Run(tmp_path, alone[0]).finished(entries[1]["name"])
+    recorded = metrics(tmp_path)
+    assert {entry["name"]: entry for entry in recorded["models"]} == {entry["name"]: entry for entry in entries[:3]}
+    assert {model["name"] for model in recorded["recipe"]["models"]} == {entry["name"] for entry in entries[:3]}
 
 
 def test_a_folder_keeps_to_its_recipe(finished_run):

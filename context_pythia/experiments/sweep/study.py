@@ -39,7 +39,7 @@ SURPLUS = "surplus"
 
 def require_optuna() -> None:
     """Raise `ValueError` where the extra is not installed; else let Optuna print warnings alone."""
-    if find_spec("optuna") is None or find_spec("filelock") is None:
+    if find_spec("optuna") is None:
         raise ValueError("sweep needs Optuna: pip install 'context-pythia[sweep]'")
     import optuna
 
