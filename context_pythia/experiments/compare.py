@@ -21,7 +21,7 @@ from context_pythia.experiments.build import (
     describe_parameters,
     embedding_rows,
 )
-from context_pythia.experiments.record import Run, model_entry
+from context_pythia.experiments.record import Run, machine, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
@@ -136,4 +136,6 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
         progress=progress,
     )
     cache = describe_cache(model, run.recipe.data.sequence_length)
-    return model_entry(options, **parameters, **asdict(result), phase1=phase1, cache=cache)
+    return model_entry(
+        options, **parameters, **asdict(result), phase1=phase1, cache=cache, machine=machine(best_device())
+    )

@@ -48,6 +48,7 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "history": [],
         "stop_reason": None,
         "seconds_per_epoch": None,
+        "machine": None,
         "phase1": None,
         "cache": None,
         "error": None,
@@ -157,6 +158,15 @@ class Run:
         )
 
 
+def machine(device: torch.device) -> dict[str, Any]:
+    """What decides how fast a training on `device` is; seconds compare between equal ones alone."""
+    return {
+        "device": _device_name(device),
+        "processes": processes.count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where, when and with what figures were made on `device`."""
     return {
@@ -165,10 +175,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "context_pythia": context_pythia.__version__,
             **{name: version(name) for name in VERSIONS_OF},
         },
-        "device": _device_name(device),
         "platform": platform.platform(),
-        "processes": processes.count(),
-        "threads": torch.get_num_threads(),
+        **machine(device),
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
@@ -215,7 +223,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
-    keys -= {"val_ppl_by_position"}  # older runs have none
+    keys -= {"val_ppl_by_position", "machine"}  # older runs have none
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise _damaged(path, f"it has no {key!r}")

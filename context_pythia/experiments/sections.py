@@ -42,6 +42,9 @@ class Report:
         yield Heading(text["results"])
         yield self._results()
         yield Paragraph(text["results_note"].format(**self._setup()))
+        for model in self.done:
+            if not self._timed_as_baseline(model):
+                yield Paragraph(text["timed_elsewhere"].format(name=model["name"], **model["machine"]), "note")
         for model in self.failed:
             yield Paragraph(text["failure"].format(name=model["name"], error=model["error"]), "alert")
         if any(model["context_source"] == "input" for model in self.models):
@@ -146,7 +149,13 @@ class Report:
     def _overhead(self, model: dict[str, Any]) -> str:
         base = self.baseline and self.baseline["seconds_per_epoch"]
         seconds = model["seconds_per_epoch"]
-        return f"×{seconds / base:.2f}" if base and _finite(seconds) else _DASH
+        comparable = base and _finite(seconds) and self._timed_as_baseline(model)
+        return f"×{seconds / base:.2f}" if comparable else _DASH
+
+    def _timed_as_baseline(self, model: dict[str, Any]) -> bool:
+        """False where the machine is known and was another; older runs have none."""
+        machine, base = (one and one.get("machine") for one in (model, self.baseline))
+        return not machine or not base or machine == base
 
     def _cache(self) -> Iterator[Block]:
         rows = [

@@ -72,6 +72,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "cache that generate() filled with {length} tokens in {dtype}, batch 1; 1 KB = 1,024 bytes. Differences and "
         "reduction: against the baseline. s/epoch: the epochs' median. Overhead: that against the baseline's, phase 1 "
         "not counted.",
+        "timed_elsewhere": "{name} has no overhead: its seconds are those of another machine or another number of "
+        "threads than the baseline's ({device}, {processes} × {threads} threads).",
         "input_note": "The context source “input” has the baseline's cache: its contexts replace the token "
         "embeddings, and the attention layers behind them still cache full keys and values. The “1536.0 KB” of the "
         "original report was a formula; what is shown here was measured.",
@@ -218,6 +220,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "generate() が {length} トークン・{dtype}・バッチ 1 で実際に埋めたキャッシュの実測値です"
         "（1 KB = 1,024 バイト）。差と削減率はベースラインに対する値です。秒/エポックは全エポックの中央値、"
         "オーバーヘッドはそのベースラインに対する比で、Phase 1 の時間は含みません。",
+        "timed_elsewhere": "{name} のオーバーヘッドは示しません。学習時間がベースラインとは別の環境"
+        "（{device}、{processes} プロセス × {threads} スレッド）での値だからです。",
         "input_note": "コンテキスト源「input」のキャッシュはベースラインと同じ大きさです。コンテキストはトークン"
         "埋め込みを置き換えるだけで、後段のアテンション層は従来どおりキーとバリューをすべてキャッシュします。元のレポートの"
         "「1536.0 KB」は計算式による値でしたが、ここに示すのは実測値です。",

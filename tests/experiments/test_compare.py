@@ -29,6 +29,7 @@ def test_every_model_is_recorded_with_its_figures(finished_run):
         assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
         assert entry["history"][1]["train_loss"] < entry["history"][0]["train_loss"]
         assert entry["cache"]["bytes_measured"] == entry["cache"]["bytes_formula"]
+        assert entry["machine"]["threads"] == torch.get_num_threads() and entry["machine"]["processes"] == 1
     assert [entry["phase1"] is None for entry in entries] == [True, False, False, True]
     assert all(0 < entries[i]["phase1"]["effective_rank"] <= 12 for i in (1, 2))
     assert entries[1]["parameters"] - entries[1]["trainable_parameters"] == (12 + 32 + 1) * 12 + 2 * 12

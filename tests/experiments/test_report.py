@@ -148,6 +148,18 @@ def test_differences_reductions_and_overheads_are_those_to_the_baseline(records)
     assert better["Accuracy"] == "22.0 %"
 
 
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_seconds_of_another_machine_have_no_overhead(records, lang):
+    baseline, slower, same, *_ = records[0]["models"]
+    machine = {"device": "CPU (X)", "processes": 1, "threads": 2}
+    baseline["machine"], slower["machine"], same["machine"] = machine, machine | {"threads": 1}, dict(machine)
+    document = markdown(records, lang)
+    rows = [[cell.strip() for cell in line.split("|")] for line in document.splitlines() if line.startswith("| ")]
+    overheads = {row[1]: row[-2] for row in rows if row[1] in ("Pythia", "input 256", "shared 256") and len(row) > 10}
+    assert overheads == {"Pythia": "×1.00", "input 256": "–", "shared 256": "×1.20"}
+    assert sum("CPU (X)" in line for line in document.splitlines() if "input 256" in line) == 1
+
+
 def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(records):
     lead = markdown(records).split("\n\n")[1]
     assert "layer 256 has the best perplexity: 390.0 against 400.0, a difference of −10.0 (−2.5 %)." in lead
