@@ -65,41 +65,58 @@ def _finite(value: float | None) -> bool:
 
 
 def learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> bytes:
-    """PNG of validation perplexity and training loss by epoch, and of phase 1's convergence where a model had it."""
+    """PNG of validation perplexity and training loss by epoch, of the difference to the baseline where there is one and
+    another model, and of phase 1's convergence where a model had it."""
+    with drawing_style():
+        return png(draw_learning_curves(series, wanted_convergence))
+
+
+def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> Figure:
+    """The figure of `learning_curves`."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    with drawing_style():
-        rows = 3 if any(one.convergence for one in series) else 2
-        shown = [one for one in series if one.perplexity or one.train_loss or one.convergence]
-        legend_columns = _legend_columns(shown)
-        figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
-        axes = figure.subplots(rows, 1)
-        colours = _colours(series)
-        for one, colour in zip(series, colours, strict=True):
-            _curve(axes[0], one.perplexity, colour)
-            if one.best:
-                axes[0].plot(*one.best, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=4)
-            _curve(axes[1], one.train_loss, colour)
-            if rows == 3 and one.convergence:
-                axes[2].plot(*zip(*one.convergence, strict=True), color=colour)
-        scale(axes[0], "y", [y for one in series for _, y in one.perplexity])
-        axes[0].set_title("Validation perplexity (star: best epoch)")
-        axes[1].set_title("Training loss")
-        for ax in axes[:2]:
-            ax.set_xlabel("epoch")
-        if rows == 3:
-            axes[2].set_title("Phase 1: converged tokens")
-            axes[2].set_xlabel("iteration")
-            axes[2].set_ylim(0, 1.03)
-            axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
-            if wanted_convergence is not None:
-                axes[2].axhline(wanted_convergence, color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2)
-        for ax in axes:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        handles = [_handle(colour) for one, colour in zip(series, colours, strict=True) if one in shown]
-        names = [short(one.name) for one in shown]
-        figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
-        return png(figure)
+    shown = [
+        (one, colour)
+        for one, colour in zip(series, _colours(series), strict=True)
+        if one.perplexity or one.train_loss or one.convergence
+    ]
+    base = next((one for one, _ in shown if one.baseline and one.perplexity), None)
+    perplexity, loss, phase1 = "Validation perplexity (star: best epoch)", "Training loss", "Phase 1: converged tokens"
+    titles, difference = [perplexity, loss], ""
+    if base is not None and len(shown) > 1:
+        difference = f"Difference to {short(base.name)} at the same epoch (%)"
+        titles.insert(1, difference)
+    if any(one.convergence for one, _ in shown):
+        titles.append(phase1)
+    legend_columns = _legend_columns([one for one, _ in shown])
+    figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * len(titles))
+    axes = dict(zip(titles, figure.subplots(len(titles), 1), strict=True))
+    for title, ax in axes.items():
+        ax.set_title(title)
+        ax.set_xlabel("iteration" if title == phase1 else "epoch")
+    for one, colour in shown:
+        _curve(axes[perplexity], one.perplexity, colour)
+        if one.best:
+            axes[perplexity].plot(*one.best, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=4)
+        _curve(axes[loss], one.train_loss, colour)
+        if base is not None and difference:
+            held = dict(base.perplexity)
+            _curve(axes[difference], [(x, 100 * (y / held[x] - 1)) for x, y in one.perplexity if x in held], colour)
+        if one.convergence:
+            axes[phase1].plot(*zip(*one.convergence, strict=True), color=colour)
+    scale(axes[perplexity], "y", [y for one, _ in shown for _, y in one.perplexity])
+    if difference:
+        axes[difference].set_xlim(axes[perplexity].get_xlim())
+    if phase1 in axes:
+        axes[phase1].set_ylim(0, 1.03)
+        axes[phase1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        if wanted_convergence is not None:
+            axes[phase1].axhline(wanted_convergence, color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2)
+    for ax in axes.values():
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
+    figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
+    return figure
 
 
 def position_curves(series: Sequence[Series]) -> bytes:

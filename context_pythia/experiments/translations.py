@@ -96,9 +96,9 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "positions_caption": "Perplexity by position in the sample, all bands equally wide, and with a baseline the "
         "difference to it.",
         "curves": "Learning curves",
-        "curves_caption": "Validation perplexity and training loss by epoch.",
-        "curves_phase1_caption": "Validation perplexity and training loss by epoch, and phase 1's share of converged "
-        "tokens by iteration (dotted: wanted).",
+        "curves_caption": "Validation perplexity, with a baseline the difference to it, and training loss by epoch.",
+        "curves_phase1_caption": "Validation perplexity, with a baseline the difference to it, and training loss by "
+        "epoch; phase 1's share of converged tokens by iteration (dotted: wanted).",
         "phase1": "Phase 1 (OACD)",
         "phase1_intro": "Phase 1 trains the ContextBlock alone until the wanted share of tokens hardly moves from "
         "one iteration to the next. The effective rank is that of contexts of held-out tokens.",
@@ -244,9 +244,10 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "positions_caption": "サンプル内の位置ごとのパープレキシティ（区間はすべて同じ幅で表示）。ベースラインが"
         "ある場合は、それとの差も示します。",
         "curves": "学習曲線",
-        "curves_caption": "エポックごとの検証パープレキシティと学習損失。",
-        "curves_phase1_caption": "エポックごとの検証パープレキシティと学習損失、および Phase 1 の反復ごとの収束率"
-        "（点線は目標値）。",
+        "curves_caption": "エポックごとの検証パープレキシティ、ベースラインとの差（ベースラインがある場合）、"
+        "学習損失。",
+        "curves_phase1_caption": "エポックごとの検証パープレキシティ、ベースラインとの差（ベースラインがある場合）、"
+        "学習損失、および Phase 1 の反復ごとの収束率（点線は目標値）。",
         "phase1": "Phase 1（OACD）",
         "phase1_intro": "Phase 1 では、反復間でほとんど動かないトークンの割合が目標に達するまで ContextBlock だけを"
         "学習します。有効ランクは、学習に使っていないトークンのコンテキストから求めた値です。",

@@ -1,15 +1,17 @@
 """The report says what the run's records say, in both languages, whatever the state of the run."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from string import Formatter
 
+import numpy as np
 import pytest
 
 from context_pythia.experiments.document import Code, Paragraph, Table, to_markdown
-from context_pythia.experiments.figures import Series, draw_frontier, draw_positions, series_of
+from context_pythia.experiments.figures import Series, draw_frontier, draw_learning_curves, draw_positions, series_of
 from context_pythia.experiments.report import write_report
 from context_pythia.experiments.sections import Report
 from context_pythia.experiments.translations import TRANSLATIONS
@@ -227,6 +229,19 @@ def test_the_formula_is_shown_among_the_results_only_where_it_differs(records):
     records[0]["models"][2]["cache"]["bytes_formula"] = 1024
     table = results(markdown(records))
     assert table["shared 256"]["KV cache by formula"] == "1.0 KB"
+
+
+def test_learning_curves_show_the_difference_to_the_baseline_at_each_epoch(records):
+    baseline, *others = [series_of(model) for model in records[0]["models"]]
+    titles = [ax.get_title() for ax in draw_learning_curves([baseline, *others]).axes]
+    assert titles[1:] == ["Difference to Pythia at the same epoch (%)", "Training loss", "Phase 1: converged tokens"]
+    ours = dataclasses.replace(baseline, name="layer", baseline=False, perplexity=[(1, 400.0), (2, 380.0), (9, 1.0)])
+    difference = draw_learning_curves([baseline, ours]).axes[1]
+    curves = [line.get_xydata() for line in difference.get_lines()]
+    assert curves[0][:, 1].tolist() == [0, 0, 0]
+    assert curves[1] == pytest.approx(np.array([[1, -50], [2, -5]]))  # against 800 and 400; there is no ninth epoch
+    alone = [ax.get_title() for ax in draw_learning_curves([baseline]).axes]
+    assert alone == [titles[0], "Training loss"]
 
 
 def test_learning_curves_are_logged_line_by_line_with_the_reason_to_stop(records):
