@@ -321,13 +321,15 @@ def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, 
     assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
 
 
-def test_ctrl_c_checkpoints_the_current_step(tmp_path, monkeypatch, uninterrupted):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_checkpoint_the_current_step(tmp_path, monkeypatch, uninterrupted, number):
     with monkeypatch.context() as patch:
-        fail_at(patch, 2, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+        fail_at(patch, 2, lambda trainer: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     model = make_model()
     assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
 
