@@ -102,7 +102,6 @@ class Run:
     def add(self, entry: dict[str, Any]) -> None:
         """Record a model's entry in place of an earlier one."""
         self._entries[entry["name"]] = entry
-        self._take_in_recorded()
         self.write()
 
     def write(self) -> None:
