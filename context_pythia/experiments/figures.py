@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
 _BASELINE_COLOUR = "#3c4350"
@@ -80,17 +79,14 @@ def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | N
         for one, colour in zip(series, _colours(series), strict=True)
         if one.perplexity or one.train_loss or one.convergence
     ]
-    base = next((one for one, _ in shown if one.baseline and one.perplexity), None)
+    base = next((one for one, _ in shown if one.baseline and one.perplexity), None) if len(shown) > 1 else None
     perplexity, loss, phase1 = "Validation perplexity (star: best epoch)", "Training loss", "Phase 1: converged tokens"
-    titles, difference = [perplexity, loss], ""
-    if base is not None and len(shown) > 1:
-        difference = f"Difference to {short(base.name)} at the same epoch (%)"
-        titles.insert(1, difference)
+    difference = "" if base is None else f"Difference to {short(base.name)} at the same epoch (%)"
+    titles = [title for title in (perplexity, difference, loss) if title]
     if any(one.convergence for one, _ in shown):
         titles.append(phase1)
-    legend_columns = _legend_columns([one for one, _ in shown])
-    figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * len(titles))
-    axes = dict(zip(titles, figure.subplots(len(titles), 1), strict=True))
+    figure, panels = _panels(shown, len(titles))
+    axes = dict(zip(titles, panels, strict=True))
     for title, ax in axes.items():
         ax.set_title(title)
         ax.set_xlabel("iteration" if title == phase1 else "epoch")
@@ -99,7 +95,7 @@ def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | N
         if one.best:
             axes[perplexity].plot(*one.best, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=4)
         _curve(axes[loss], one.train_loss, colour)
-        if base is not None and difference:
+        if base is not None:
             held = dict(base.perplexity)
             _curve(axes[difference], [(x, 100 * (y / held[x] - 1)) for x, y in one.perplexity if x in held], colour)
         if one.convergence:
@@ -114,8 +110,6 @@ def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | N
             axes[phase1].axhline(wanted_convergence, color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2)
     for ax in axes.values():
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
-    figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
     return figure
 
 
@@ -132,9 +126,7 @@ def draw_positions(series: Sequence[Series]) -> Figure:
     shown = [(one, colour) for one, colour in zip(series, _colours(series), strict=True) if one.positions]
     base = next((one for one, _ in shown if one.baseline), None)
     rows = 2 if base is not None and len(shown) > 1 else 1
-    legend_columns = _legend_columns([one for one, _ in shown])
-    figure = new_figure(height=0.25 * math.ceil(len(shown) / legend_columns) + 2.9 * rows)
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
+    figure, axes = _panels(shown, rows)
     for one, colour in shown:
         _curve(axes[0], list(enumerate(band["perplexity"] for band in one.positions)), colour)
         if rows == 2 and base is not None:
@@ -152,8 +144,6 @@ def draw_positions(series: Sequence[Series]) -> Figure:
         ax.xaxis.set_major_formatter(FixedFormatter([str(edge) for edge in edges]))
         ax.set_xlim(-0.5, len(bands) - 0.5)
         ax.set_xlabel("position (tokens)")
-    handles, names = [_handle(colour) for _, colour in shown], [short(one.name) for one, _ in shown]
-    figure.legend(handles, names, loc="outside upper left", ncols=legend_columns, frameon=False)
     return figure
 
 
@@ -254,14 +244,16 @@ def _curve(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None
         ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=5, linewidth=1.8)
 
 
-def _legend_columns(series: Sequence[Series]) -> int:
-    return max(1, min(3, 66 // (7 + max(len(short(one.name)) for one in series))))
-
-
-def _handle(colour: str) -> Line2D:
+def _panels(shown: Sequence[tuple[Series, str]], rows: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many axes one below the other, with a legend of the models and their colours above."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, marker="o", markersize=5, linewidth=1.8)
+    names = [short(one.name) for one, _ in shown]
+    columns = max(1, min(3, 66 // (7 + max(map(len, names)))))
+    figure = new_figure(height=0.25 * math.ceil(len(shown) / columns) + 2.9 * rows)
+    handles = [Line2D([], [], color=colour, marker="o", markersize=5, linewidth=1.8) for _, colour in shown]
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
+    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
 
 
 def scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int = 10) -> None:
