@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def __dir__() -> list[str]:
 
 
 # The command must answer --help without waiting seconds for torch; its actions import the model when they need it.
-# `python -m context_pythia` shows as "-m" while the package itself is imported.
-if sys.argv[:1] != ["-m"] and Path(sys.argv[0] if sys.argv else "").stem != "context-pythia":
+# `python -m context_pythia` is known by the interpreter's own arguments while the package itself is imported.
+_as_module = sys.argv[:1] == ["-m"] and ("-m", "context_pythia") in pairwise(sys.orig_argv)
+if not _as_module and Path(sys.argv[0] if sys.argv else "").stem != "context-pythia":
     importlib.import_module("context_pythia.model")

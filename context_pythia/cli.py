@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import context_pythia
 from context_pythia import processes
 from context_pythia.commands import COMMANDS
+from context_pythia.errors import first_line
 from context_pythia.options import suggestion
 
 PROGRAM = "context-pythia"
@@ -95,5 +96,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

@@ -355,7 +355,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "RUN [options]",
         "write the report of a run folder again",
-        "context_pythia.experiments.report:write_report",
+        "context_pythia.experiments.report:report",
         _report_options,
         lambda args: {"run": args.run, "lang": args.lang},
         ("report runs/quick --lang ja",),

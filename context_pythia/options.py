@@ -20,7 +20,9 @@ COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": oper
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None, bounds: str = "") -> Any:
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, bounds: str = "", free: bool = False
+) -> Any:
     """A documented dataclass field.
 
     Args:
@@ -28,8 +30,9 @@ def option(default: Any, help: str, choices: tuple[str, ...] | None = None, boun
         help: one line for the command line's help.
         choices: the valid values, where there is a list of them.
         bounds: comparisons that a number must pass, with spaces and "and" as a user reads them: `"> 0 and <= 1"`.
+        free: it changes results by rounding at most, so what was begun with one value may go on with another.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds})
+    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "free": free})
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Option:
     help: str
     choices: tuple[str, ...] | None
     bounds: str
+    free: bool
     default: Any = None
 
 
@@ -66,6 +70,11 @@ def options_of(owner: type[Options]) -> list[Option]:
             kind = next(k for k in kinds if k is not types.NoneType)
             declared.append(Option(f.name, kind, types.NoneType in kinds, **f.metadata, default=f.default))
     return declared
+
+
+def free_options(owner: type[Options]) -> set[str]:
+    """Names of the options that change no result (see `option`)."""
+    return {declared.name for declared in options_of(owner) if declared.free}
 
 
 def suggestion(word: Any, known: Iterable[str]) -> str:

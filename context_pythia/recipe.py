@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 from context_pythia.files import write_bytes
-from context_pythia.options import Options, option, options_of, suggestion
+from context_pythia.options import Options, free_options, option, options_of, suggestion
 
 CONTEXT_SOURCES = ("input", "shared", "layer")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -42,7 +42,7 @@ class DataOptions(Options):
     validation_fraction: float = option(
         0.1, "share of the samples held out; documents are split before packing", bounds="> 0 and < 1"
     )
-    cache_dir: str | None = option(None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)")
+    cache_dir: str | None = option(None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)", free=True)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Phase1Options(Options):
     max_grad_norm: float = option(2.0, "gradient norm limit", bounds="> 0")
     state_dtype: str = option("float32", "dtype in which the contexts of the corpus are kept", ("float32", "bfloat16"))
     precision: str = option("float32", "float32, or autocast to bfloat16", ("float32", "bfloat16"))
-    checkpoint_seconds: float = option(60.0, "least time between two checkpoints", bounds=">= 0")
+    checkpoint_seconds: float = option(60.0, "least time between two checkpoints", bounds=">= 0", free=True)
 
 
 @dataclass
@@ -112,10 +112,12 @@ class TrainOptions(Options):
     patience: int = option(1, "evaluations without a better validation perplexity before training stops", bounds=">= 1")
     max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
     gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
     precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
-    checkpoint_steps: int = option(0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0")
-    tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])")
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )
+    tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])", free=True)
 
 
 @dataclass
@@ -333,6 +335,15 @@ def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as nested plain values; `recipe_from_dict` is the way back."""
     return dataclasses.asdict(recipe)
+
+
+def deciding_values(recipe: Recipe) -> dict[str, Any]:
+    """`recipe_to_dict` without the options that change no result."""
+    values = recipe_to_dict(recipe)
+    for section, owner in SECTIONS.items():
+        for name in free_options(owner):
+            del values[section][name]
+    return values
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -106,6 +106,17 @@ def test_import_registers_the_models():
     assert done.stdout.startswith("ContextPythiaConfig"), done.stderr
 
 
+def test_import_registers_the_models_in_another_packages_module(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import context_pythia")
+    (tmp_path / "mine" / "run.py").write_text(
+        "import transformers; print(transformers.AutoConfig.for_model('context_pythia').model_type)"
+    )
+    command = [sys.executable, "-m", "mine.run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stdout.strip() == "context_pythia", done.stderr
+
+
 def test_the_command_has_the_public_names_and_loads_them_late():
     code = """
 import sys

@@ -32,12 +32,13 @@ class ConvertOptions(Options):
     )
     uniform: bool = option(False, "give all layers the same width")
     batch_size: int | None = option(
-        None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1"
+        None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1", free=True
     )
     statistics_gb: float = option(
         8.0,
         "memory for statistics, at most half of what is free; more passes over the text if it is short",
         bounds="> 0",
+        free=True,
     )
     dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS)
     seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296")
@@ -76,6 +77,8 @@ class HealOptions(Options):
     weight_decay: float = option(0.0, "AdamW weight decay", bounds=">= 0")
     max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
     gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
     precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
-    checkpoint_steps: int = option(0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0")
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )

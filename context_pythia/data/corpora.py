@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from context_pythia.errors import first_line
 from context_pythia.recipe import DataOptions
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -96,7 +97,7 @@ def require_on_hub(kind: str, name: str) -> None:
         ) from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
         raise ConnectionError(
-            f"cannot reach the Hugging Face Hub for the {kind} {name!r} ({_first_line(error)}): "
+            f"cannot reach the Hugging Face Hub for the {kind} {name!r} ({first_line(error)}): "
             "connect to the network, or name a local file or folder"
         ) from error
 
@@ -121,7 +122,7 @@ def hub_documents(name: str, split: str, text_field: str, config: str | None = N
         raise
     except Exception as error:  # as in require_on_hub
         raise ConnectionError(
-            f"data set {name!r} cannot be read ({_first_line(error)}): check the network, or name a local file"
+            f"data set {name!r} cannot be read ({first_line(error)}): check the network, or name a local file"
         ) from error
 
 
@@ -265,7 +266,7 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
                     number += 1
                     yield _text_of(row, text_field, f"{path}, row {number}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _text_of(row: Any, text_field: str, where: str) -> str:
@@ -281,7 +282,3 @@ def _text_of(row: Any, text_field: str, where: str) -> str:
 
 def _no_field(where: str, text_field: str, fields: Any) -> str:
     return f"{where}: no field {text_field!r}; set text_field to one of: {', '.join(map(str, fields)) or '(no fields)'}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

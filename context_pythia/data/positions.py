@@ -27,6 +27,11 @@ def position_bands(length: int) -> list[tuple[int, int]]:
     return list(pairwise([*(edge for edge in edges if edge < length), length]))
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; one beyond what a float holds stays finite."""
+    return math.exp(min(loss, 700.0))
+
+
 def perplexity_by_position(losses: Tensor, tokens: Tensor) -> list[dict[str, float]]:
     """The perplexity of each band, as plain values of JSON: `from`, `to`, `tokens` and `perplexity`.
 
@@ -40,6 +45,6 @@ def perplexity_by_position(losses: Tensor, tokens: Tensor) -> list[dict[str, flo
     for start, stop in position_bands(len(losses)):
         count = int(tokens[start:stop].sum())
         if count:
-            perplexity = math.exp(min(float(losses[start:stop].sum()) / count, 700.0))
-            bands.append({"from": start, "to": stop, "tokens": count, "perplexity": perplexity})
+            mean = float(losses[start:stop].sum()) / count
+            bands.append({"from": start, "to": stop, "tokens": count, "perplexity": perplexity(mean)})
     return bands

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from context_pythia.data.positions import perplexity_by_position
+from context_pythia.data.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
@@ -51,7 +51,7 @@ class Score:
 
     def perplexity_of_first(self, samples: int) -> float:
         """Perplexity of the first `samples` samples, at least 1."""
-        return _perplexity(math.fsum(self.losses[:samples]) * len(self.losses) / (self.tokens * samples))
+        return perplexity(math.fsum(self.losses[:samples]) * len(self.losses) / (self.tokens * samples))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Tally:
                 f"the validation loss is {loss}: the model's weights are damaged, or {model.dtype} is too narrow for it"
             )
         return {
-            "perplexity": _perplexity(loss),
+            "perplexity": perplexity(loss),
             "accuracy": self.correct / self.tokens,
             "tokens": self.tokens,
             "losses": tuple(self.losses.tolist()),
@@ -207,10 +207,6 @@ def _batches(
         ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
         yield first, ids, labels
         first += len(ids)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _reference_logits(reference: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 from context_pythia import processes
 from context_pythia.data.packing import PackedData, load_data
+from context_pythia.errors import first_line
 from context_pythia.experiments.build import (
     RECURRENT,
     best_device,
@@ -25,8 +26,7 @@ from context_pythia.experiments.record import Run, machine, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase1 import Phase1Result, train_context_block
-from context_pythia.training.phase2 import train_language_model
-from context_pythia.training.shares import check_shares
+from context_pythia.training.phase2 import check_options, train_language_model
 
 
 @processes.joined()
@@ -38,8 +38,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
     Raises:
         RuntimeError: a model failed; the report is written first.
     """
-    check_shares(recipe.train)
-    run, data = _open(recipe, out, progress)
+    run, data = _open_to_train(recipe, out, progress)
     failures = []
     for options in recipe.models:
         if run.finished(options.name):
@@ -47,12 +46,12 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
             continue
         try:
             run.add(_train_and_measure(options, run, data, progress))
-        except (RuntimeError, FloatingPointError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
             if processes.count() > 1:
                 # The other processes wait for this one in the middle of a model.
                 raise
-            failures.append(f"{options.name}: {error}")
-            run.add(model_entry(options, error=str(error).splitlines()[0]))
+            failures.append(f"{options.name}: {first_line(error)}")
+            run.add(model_entry(options, error=first_line(error)))
         gc.collect()
     if processes.is_main():
         written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
@@ -64,8 +63,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
 @processes.joined()
 def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
     """Both phases of the recipe's models, without the report."""
-    check_shares(recipe.train)
-    run, data = _open(recipe, out, progress)
+    run, data = _open_to_train(recipe, out, progress)
     for options in recipe.models:
         if run.finished(options.name):
             print(f"{options.name}: finished before, kept")
@@ -87,6 +85,7 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
                 f"{options.name} has no ContextBlock: name a model whose context_source is input or shared"
             )
     run, data = _open(recipe, out, progress)
+    run.write_provenance([options.name for options in recipe.models], best_device())
     for options in recipe.models:
         _phase1(_build(options, run, data), options, run, data, progress)
         print(f"wrote {run.phase1_folder(options)}")
@@ -97,9 +96,16 @@ def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
         run = Run(out, recipe)
         data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
-    run.metrics["data"] = data.summary
+    run.use_data(data.summary)
     run.write()
-    run.write_provenance(best_device())
+    return run, data
+
+
+def _open_to_train(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
+    check_options(recipe.train)
+    run, data = _open(recipe, out, progress)
+    if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
+        run.write_provenance(wanted, best_device())
     return run, data
 
 
@@ -126,6 +132,10 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
     if options.context_source in RECURRENT and options.phase1:
         phase1 = asdict(_phase1(model, options, run, data, progress))
     parameters = describe_parameters(model)
+    print(
+        f"{options.name}: {parameters['parameters']:,} parameters, {parameters['trainable_parameters']:,} trained",
+        flush=True,
+    )
     result = train_language_model(
         model,
         data,

@@ -28,6 +28,7 @@ from context_pythia.conversion.options import ConvertOptions, HealOptions
 from context_pythia.conversion.transplant import check_family, check_rope, read_weight
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
+from context_pythia.errors import first_line
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import check_length, load_pretrained
 from context_pythia.experiments.build import best_device, describe_cache, describe_parameters
@@ -35,21 +36,17 @@ from context_pythia.experiments.conversion_card import reduction, write_card, wr
 from context_pythia.experiments.record import read_record
 from context_pythia.files import write_json
 from context_pythia.model.cache import cached_numbers_per_token
+from context_pythia.options import free_options
 from context_pythia.recipe import DataOptions
 from context_pythia.training.allocator import return_freed_memory
-from context_pythia.training.checkpoints import first_line, publish
+from context_pythia.training.checkpoints import publish
 
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
 SHARD = "500MB"  # of the output: as much of it is in memory at a time
-# These change the result by rounding at most, so a conversion may go on with other values.
-FREE_OPTIONS = (
-    "convert.batch_size",
-    "convert.statistics_gb",
-    "heal.checkpoint_steps",
-    "heal.gradient_checkpointing",
-    "data.cache_dir",
-)
+FREE_OPTIONS = {
+    f"{owner.section}.{name}" for owner in (ConvertOptions, HealOptions, DataOptions) for name in free_options(owner)
+}
 # Relative error of an exact conversion's keys and values that is worth a warning, and a condition number that is not:
 # in bfloat16 any model rounds that much.
 MOST_ROUNDING, MOST_CONDITION = 0.02, 16

@@ -19,6 +19,7 @@ from transformers import GPTNeoXConfig, PreTrainedModel
 
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.errors import first_line
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -169,7 +170,7 @@ def evaluate_model(
                 model, dataset, cached_tokens, make, measure_quantised, batch_size, reference or model, progress
             )
         except (ValueError, RuntimeError) as error:
-            rows.append(_row(model, name, kind, None) | {"error": str(error).splitlines()[0]})
+            rows.append(_row(model, name, kind, None) | {"error": first_line(error)})
             continue
         row = _row(model, name, kind, through) | {
             "kl": through.kl,

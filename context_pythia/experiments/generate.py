@@ -35,8 +35,11 @@ def generate(
         compile: decode from a static cache with a compiled step, which takes a while at first.
 
     Raises:
-        ValueError: a prompt without tokens, or longer together with the new tokens than the model's positions.
+        ValueError: `top_k` without sampling, a prompt without tokens, or one that with the new tokens is longer than
+            the model's positions.
     """
+    if top_k is not None and temperature == 0:
+        raise ValueError(f"--top-k {top_k}: needs a --temperature above 0, without sampling it chooses nothing")
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())

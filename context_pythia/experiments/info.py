@@ -22,6 +22,9 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
         model: folder or Hub name of a saved model, in place of a recipe.
         length: tokens in the measured cache.
         dtype: of the model and its cache.
+
+    Raises:
+        ValueError: a cache longer than a model's positions.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if recipe is not None:
@@ -37,6 +40,8 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
 
 
 def _describe(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
+    if length > (positions := model.config.max_position_embeddings):
+        raise ValueError(f"--length {length}: {name} has {positions} positions, give at most so many")
     cache = describe_cache(model, length)
     return {
         "name": name,
@@ -48,7 +53,7 @@ def _describe(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
 
 def _table(models: list[dict[str, Any]]) -> str:
     cache = models[0]["cache"]
-    head = ["model", "parameters", "trained", "numbers/token", "by formula", "measured", "slack"]
+    head = ["model", "parameters", "trainable", "numbers/token", "by formula", "measured", "slack"]
     rows = [
         [
             model["name"],

@@ -2,7 +2,7 @@
 
 recipe.yaml        the resolved recipe
 metrics.json       a model's entry is added when the model is finished or has failed; what is there is not rerun
-provenance.json    versions, device, commit, seed, fingerprint of the data, command
+provenance.json    versions, device, commit, command and models of the last call, and of the earlier ones
 phase1/NAME        the ContextBlock
 models/NAME        the model in Hugging Face form
 """
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -26,7 +27,14 @@ from filelock import FileLock
 import context_pythia
 from context_pythia import processes
 from context_pythia.files import write_json
-from context_pythia.recipe import ModelOptions, Recipe, load_recipe, recipe_to_dict, save_recipe
+from context_pythia.recipe import (
+    ModelOptions,
+    Recipe,
+    deciding_values,
+    load_recipe,
+    recipe_to_dict,
+    save_recipe,
+)
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -104,6 +112,16 @@ class Run:
         self._entries[entry["name"]] = entry
         self.write()
 
+    def use_data(self, summary: dict[str, Any]) -> None:
+        """Take the packed data's `summary` for the run's; ValueError where its entries come from other text."""
+        held, fingerprint = self.metrics["data"].get("fingerprint"), summary["fingerprint"]
+        if self.metrics["models"] and held not in (None, fingerprint):
+            raise ValueError(
+                f"{self.folder} holds a run on data {held}, and the same names now give {fingerprint}: "
+                "the text has changed; choose another folder with --out"
+            )
+        self.metrics["data"] = summary
+
     def write(self) -> None:
         """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing.
 
@@ -138,23 +156,23 @@ class Run:
                 reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
             entry["cache"]["reduction_measured"] = reduction
 
-    def write_provenance(self, device: torch.device) -> None:
-        """Record where and with what the run was made; a run that goes on keeps the date of its first start."""
+    def write_provenance(self, models: list[str], device: torch.device) -> None:
+        """Record where, with what and by which command `models` are trained, and keep what earlier calls recorded.
+
+        `created` is the date of the folder's first call.
+        """
         if not processes.is_main():
             return
         path = self.folder / "provenance.json"
-        held = read_record(path) if path.exists() else {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(
-            path,
-            provenance(device)
-            | {
-                "created": held.get("created", now),
-                "updated": now,
-                "seed": self.recipe.seed,
-                "data_fingerprint": self.metrics["data"].get("fingerprint"),
-            },
-        )
+        of_run = {"seed": self.recipe.seed, "data_fingerprint": self.metrics["data"].get("fingerprint")}
+        with FileLock(self.folder / ".lock"):
+            held = read_record(path) if path.exists() else {}
+            created, earlier = held.pop("created", now), held.pop("earlier", [])
+            if held:
+                earlier.append({key: value for key, value in held.items() if key not in of_run})
+            facts = provenance(device) | {"created": created, "updated": now, "models": models}
+            write_json(path, facts | of_run | {"earlier": earlier})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -178,7 +196,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         **machine(device),
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
     }
 
 
@@ -188,8 +206,8 @@ def _program(path: Path) -> str:
 
 
 def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
-    """The held recipe with the wanted models added, if the two agree on everything else."""
-    old, new = recipe_to_dict(held), recipe_to_dict(wanted)
+    """The wanted recipe with the held models before its own, if the two agree on all that decides results."""
+    old, new = deciding_values(held), deciding_values(wanted)
     for section in (key for key in old if key not in ("name", "models")):
         values = old[section] if isinstance(old[section], dict) else {"": old[section]}
         others = new[section] if isinstance(new[section], dict) else {"": new[section]}
@@ -203,7 +221,7 @@ def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
     for model in wanted.models:
         if models.setdefault(model.name, model) != model:
             raise ValueError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
-    return dataclasses.replace(held, models=list(models.values()))
+    return dataclasses.replace(wanted, name=held.name, models=list(models.values()))
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Writes the report of a run: Markdown, one self-contained HTML page and two pictures, in English or Japanese.
+"""Writes the report of a run: Markdown, one self-contained HTML page and its pictures, in English or Japanese.
 
 It reads the run folder's metrics.json and provenance.json and nothing else, so a report can be made again at any
-time, in another language, or of a run that is still unfinished. `context-pythia report RUN` calls `write_report`, which
-knows the folders of `sweep`, `bench` and `eval` too.
+time, in another language, or of a run that is still unfinished. `context-pythia report RUN` knows the folders of
+`sweep`, `bench` and `eval` too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ WRITERS: dict[str, Callable[[Path, str], list[Path]]] = {
 }
 
 
+def report(run: Path, lang: str = "en") -> None:
+    """`write_report`, and what it wrote on the console."""
+    print("\n".join(f"wrote {path}" for path in write_report(run, lang)))
+
+
 def write_report(run: Path, lang: str = "en") -> list[Path]:
     """Writes report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `run`.
 
@@ -39,6 +44,6 @@ def write_report(run: Path, lang: str = "en") -> list[Path]:
     if kind in WRITERS:
         return WRITERS[kind](run, lang)
     metrics, provenance = read_metrics(run / "metrics.json"), read_record(run / "provenance.json")
-    report = Report(metrics, provenance, TRANSLATIONS[lang])
-    pictures = report.pictures()
-    return write_document(run, report.blocks(pictures), lang, pictures)
+    composed = Report(metrics, provenance, TRANSLATIONS[lang])
+    pictures = composed.pictures()
+    return write_document(run, composed.blocks(pictures), lang, pictures)

@@ -25,8 +25,8 @@ class Report:
         self.data, self.recipe = metrics["data"], metrics["recipe"]
         self.models: list[dict[str, Any]] = metrics["models"]
         self.series = [series_of(model) for model in self.models]
-        self.done = [model for model in self.models if not model["error"] and _finite(model["best_val_ppl"])]
-        self.failed = [model for model in self.models if model["error"]]
+        self.done = [model for model in self.models if model["error"] is None and _finite(model["best_val_ppl"])]
+        self.failed = [model for model in self.models if model["error"] is not None]
         entered = {model["name"] for model in self.models}
         self.pending = [model for model in self.recipe.get("models", []) if model["name"] not in entered]
         self.baseline = next((model for model in self.done if model["context_source"] is None), None)
@@ -59,6 +59,9 @@ class Report:
         yield self._facts(self._settings())
         yield Heading(text["provenance"])
         yield self._facts(self._provenance())
+        if earlier := self.provenance.get("earlier"):
+            yield Paragraph(text["earlier"])
+            yield Code("\n".join(f"{_plain(call.get('updated'))}  {_plain(call.get('command'))}" for call in earlier))
 
     def pictures(self) -> dict[str, bytes]:
         series, pictures = self.series, {}
@@ -123,7 +126,7 @@ class Report:
             figures |= {
                 "model": model["name"],
                 "context": self._context(model),
-                "best_ppl": self.text["failed"] if model["error"] else figures["ppl"],
+                "best_ppl": figures["ppl"] if model["error"] is None else self.text["failed"],
                 "measured": figures["kb"],
                 "formula": _kilobytes(_cache(model, "bytes_formula")),
                 "parameters": _pair(model["trainable_parameters"], model["parameters"]),

@@ -119,6 +119,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "created": "Created",
         "fingerprint": "Data fingerprint",
         "command": "Command",
+        "earlier": "Earlier calls that trained models of this folder (metrics.json has each model's machine, "
+        "provenance.json their commits and versions):",
         "eval_title": "Models side by side",
         "eval_best": "Of the caches smaller than that of {first}, {name} costs least: {kb} a sequence in place of "
         "{first_kb} ({reduction} less, measured) at perplexity {ppl} against {first_ppl}, {change}.",
@@ -268,6 +270,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "created": "作成日時",
         "fingerprint": "データのフィンガープリント",
         "command": "コマンド",
+        "earlier": "このフォルダのモデルを学習したこれまでの実行(各モデルの環境は metrics.json、"
+        "コミットとバージョンは provenance.json にあります):",
         "eval_title": "モデルの比較評価",
         "eval_best": "{first} よりキャッシュが小さいもののうち、パープレキシティの損失が最も小さいのは {name} でした。"
         "1 系列あたりの実測値は {first_kb} から {kb} へ {reduction} 削減され、パープレキシティは "

@@ -37,11 +37,15 @@ class ContextLayer(DynamicLayer):
         return self.keys, self.values
 
     def _reserve(self, length: int) -> None:
-        """Make `keys` a view of `length` tokens. How many fit is read off its strides, so every tensor that the
-        stock operations (crop, reorder, repeat, select) leave in `keys` is a valid state."""
+        """Make `keys` a view of `length` tokens. How many fit is read off its strides and its storage, so every tensor
+        that the stock operations (crop, reorder, repeat, select, a move to another device) leave in `keys` is a valid
+        state."""
         batch, heads, used, width = self.keys.shape
-        if used and self.keys.stride()[-2:] == (width, 1) and self.keys.stride(0) // (heads * width) >= length:
-            self.keys = self.keys.as_strided((batch, heads, length, width), self.keys.stride())
+        strides, held = self.keys.stride(), self.keys.untyped_storage().nbytes() // self.keys.itemsize
+        # A copy of a single sequence may keep strides that its storage has no room for.
+        end = self.keys.storage_offset() + (batch - 1) * strides[0] + length * width
+        if used and strides[-2:] == (width, 1) and strides[0] // (heads * width) >= length and held >= end:
+            self.keys = self.keys.as_strided((batch, heads, length, width), strides)
             return
         room = self.keys.new_empty(batch, heads, length + max(length // 2, 32), width)
         room[:, :, :used] = self.keys

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from context_pythia import processes
+from context_pythia.errors import first_line
+from context_pythia.options import free_options
 from context_pythia.recipe import TrainOptions
 
 if TYPE_CHECKING:
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILES = (("optimizer.pt", "without"), ("optimizer.bin", "with"))  # FSDP, which divides the model
-# These change neither the weights nor the metrics, so a run may go on with other values.
-FREE_OPTIONS = ("tensorboard", "checkpoint_steps", "gradient_checkpointing")
 
 
 def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
         "data": data.summary["fingerprint"],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "model_class": type(model).__name__,
-        **{f.name: getattr(options, f.name) for f in fields(options) if f.name not in FREE_OPTIONS},
+        **{f.name: getattr(options, f.name) for f in fields(options) if f.name not in free_options(type(options))},
         **{f"config.{key}": value for key, value in config.items()},
     }
     return json.loads(json.dumps(settings, default=str))
@@ -168,7 +168,3 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RuntimeError(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

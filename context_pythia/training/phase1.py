@@ -17,7 +17,7 @@ import json
 import math
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from context_pythia import processes
 from context_pythia.files import write_json
+from context_pythia.options import free_options
 from context_pythia.recipe import Phase1Options
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.interrupts import deferred_interrupt
@@ -154,9 +155,8 @@ class OacdRun:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for work in the folder to be this run's."""
         embeddings = self.model.get_input_embeddings().weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-        options = {
-            f.name: getattr(self.options, f.name) for f in fields(self.options) if f.name != "checkpoint_seconds"
-        }
+        free = free_options(Phase1Options)
+        options = {name: value for name, value in asdict(self.options).items() if name not in free}
         return options | {
             "seed": self.seed,
             "data_fingerprint": self.data.summary["fingerprint"],

@@ -23,15 +23,16 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from context_pythia import processes
-from context_pythia.data.positions import perplexity_by_position
+from context_pythia.data.positions import perplexity, perplexity_by_position
+from context_pythia.errors import first_line
 from context_pythia.recipe import TrainOptions
-from context_pythia.training.checkpoints import first_line, load_weights
+from context_pythia.training.checkpoints import load_weights
+from context_pythia.training.epochs import EpochReport, wide
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
 from context_pythia.training.shares import process_loader
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
-    from context_pythia.training.phase2 import EpochReport
 
 # On an accelerator each look at the loss waits for the device.
 STEPS_BETWEEN_LOOKS = 16
@@ -133,7 +134,7 @@ class LanguageModelTrainer(Trainer):
         if not math.isfinite(loss):
             raise self._not_finite("validation loss", loss)
         metrics = {
-            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_perplexity": perplexity(loss),
             "eval_accuracy": correct / tokens,
             "eval_by_position": perplexity_by_position(by_position[0], by_position[2]),
             "epoch_loss": self.report.train_loss,
@@ -179,7 +180,7 @@ class LanguageModelTrainer(Trainer):
         kept = self.args.output_dir if self.state.best_global_step is not None else "not yet written"
         return RuntimeError(
             f"{what} became {value} at or before step {step}: try a {self.report.options.section}.learning_rate "
-            f"below {self.args.learning_rate} (last good checkpoint and best weights: {kept})"
+            f"below {self.args.learning_rate} and another output folder (last good checkpoint and best weights: {kept})"
         )
 
 
@@ -237,11 +238,6 @@ def stack_samples(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Ten
         "labels": labels,
         "shift_labels": labels,
     }
-
-
-def wide(value: torch.Tensor) -> torch.Tensor:
-    """`value` in the dtype of long sums: float64, which Apple's GPUs lack."""
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -82,27 +83,32 @@ def test_saved_weights_have_the_recorded_perplexity(finished_run):
 
 
 def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
-    before = metrics(finished_run)
+    before, provenance = metrics(finished_run), (finished_run / "provenance.json").read_bytes()
     monkeypatch.setattr(module, "train_language_model", None)
     monkeypatch.setattr(module, "train_context_block", None)
     compare(tiny_recipe(finished_run.parent), finished_run, progress=False)
     assert metrics(finished_run) == before
+    assert (finished_run / "provenance.json").read_bytes() == provenance
     assert capsys.readouterr().out.count("finished before, kept") == 4
 
 
-def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path):
+def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, monkeypatch):
     recipe = tiny_recipe(finished_run.parent)
     run = tmp_path / "run"
     alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
-    run_phase1(alone["shared"], run, progress=False)
-    assert metrics(run)["models"] == []
-    train(alone["Pythia"], run, progress=False)
-    train(alone["shared"], run, progress=False)
+    for number, (step, name) in enumerate([(run_phase1, "shared"), (train, "Pythia"), (train, "shared")]):
+        monkeypatch.setattr(sys, "argv", ["context-pythia", f"call {number}"])
+        step(alone[name], run, progress=False)
+        assert len(metrics(run)["models"]) == number
     expected = {entry["name"]: entry for entry in metrics(finished_run)["models"]}
     for entry in metrics(run)["models"]:
         for key in ("best_val_ppl", "best_epoch", "val_accuracy", "parameters", "cache"):
             assert entry[key] == expected[entry["name"]][key]
-    assert len(metrics(run)["models"]) == 2
+    provenance = json.loads((run / "provenance.json").read_text())
+    calls = [*provenance.pop("earlier"), provenance]
+    assert [call["models"] for call in calls] == [["shared"], ["Pythia"], ["shared"]]
+    assert [call["command"] for call in calls] == [f"context-pythia 'call {number}'" for number in range(3)]
+    assert all(call["versions"] == provenance["versions"] for call in calls)
 
 
 def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_path):
@@ -122,6 +128,40 @@ def test_a_folder_keeps_to_its_recipe(finished_run):
     recipe = tiny_recipe(finished_run.parent, train={"epochs": 3})
     with pytest.raises(ValueError, match="holds a run with train.epochs 2, not 3: choose another folder with --out"):
         compare(recipe, finished_run, progress=False)
+
+
+def test_options_that_change_no_result_may_change(finished_run, tmp_path):
+    for name in ("metrics.json", "recipe.yaml"):
+        shutil.copy(finished_run / name, tmp_path)
+    free = {"checkpoint_steps": 3, "gradient_checkpointing": True, "tensorboard": True}
+    recipe = tiny_recipe(finished_run.parent, train=free, phase1={"checkpoint_seconds": 1.0})
+    run = Run(tmp_path, recipe)
+    run.write()
+    assert run.finished("shared") and metrics(tmp_path)["models"] == metrics(finished_run)["models"]
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["train"]["checkpoint_steps"] == 3
+
+
+def test_a_folder_keeps_to_its_text(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    alone = [dataclasses.replace(recipe, models=[recipe.models[index]]) for index in (0, 3)]
+    train(alone[0], tmp_path / "run", progress=False)
+    (tmp_path / "corpus" / "00.txt").write_text("the text was another one when this run began\n" * 40)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    for again in alone:
+        with pytest.raises(ValueError, match="the text has changed; choose another folder with --out"):
+            train(again, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "train_language_model", fail)
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(RuntimeError, match="1 of 1 models failed: Pythia: MemoryError"):
+        compare(dataclasses.replace(recipe, models=recipe.models[:1]), tmp_path / "run", progress=False)
+    assert metrics(tmp_path / "run")["models"][0]["error"] == "MemoryError"
 
 
 def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_path, monkeypatch):
@@ -147,6 +187,17 @@ def test_phase1_refuses_a_model_without_context_block(tmp_path):
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(ValueError, match="Pythia has no ContextBlock"):
         run_phase1(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"warmup_ratio": 0.1}, {"precision": "float16"}, {"tensorboard": True}], ids=str)
+def test_options_that_cannot_be_are_refused_before_phase_1(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    wrong = tiny_recipe(tmp_path, train=options)
+    for command in (compare, train):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            command(dataclasses.replace(wrong, models=[wrong.models[2]]), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 

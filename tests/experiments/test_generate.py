@@ -51,3 +51,5 @@ def test_prompts_that_cannot_be_are_refused(finished_run):
         generate(model, "")
     with pytest.raises(ValueError, match="more than the model's 64 positions"):
         generate(model, "the cache", max_new_tokens=64)
+    with pytest.raises(ValueError, match="--top-k 3: needs a --temperature above 0"):
+        generate(model, "the cache", top_k=3)

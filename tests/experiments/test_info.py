@@ -24,6 +24,11 @@ def test_saved_model_is_described_as_a_table(finished_run, capsys):
     assert f"{16 * 20 * 2 / 1024:,.1f} KB" in output.splitlines()[-1]
 
 
+def test_a_cache_longer_than_the_models_positions_is_refused(finished_run):
+    with pytest.raises(ValueError, match="--length 65: .*shared has 64 positions"):
+        info(None, str(finished_run / "models" / "shared"), length=65, dtype="float32", as_json=True)
+
+
 def test_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such model"):
         info(None, str(tmp_path / "nothing.here"), length=8, dtype="float32", as_json=True)

@@ -275,6 +275,12 @@ def test_settings_and_provenance_are_listed(records):
         assert line in text
 
 
+def test_earlier_calls_are_listed_with_their_commands(records):
+    assert "Earlier calls" not in markdown(records)
+    records[1]["earlier"] = [{"updated": "2026-11-24", "command": "context-pythia train 'a b'"}]
+    assert "2026-11-24  context-pythia train 'a b'" in markdown(records)
+
+
 def test_failed_and_pending_models_are_shown_as_such(records):
     text = markdown(records)
     table = results(text)

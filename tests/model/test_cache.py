@@ -66,6 +66,24 @@ def test_context_layer_grows_in_place(ids):
     assert len(set(addresses)) <= 6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [torch.clone, lambda keys: keys.double().float()], ids=["clone", "cast"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_copied_cache_grows_on(ids, copied, rows):
+    # PyTorch gives the copy of a single sequence the strides of the original, whose room it has not.
+    model, caches = build("layer"), []
+    for copy in (lambda keys: keys, copied):
+        cache = model(ids[:rows], use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys = copy(layer.keys)
+        for _ in range(3):
+            model(ids[:rows, :1], past_key_values=cache)
+        caches.append(cache)
+    assert measure_cache(caches[1]).length == 20
+    for layer, plain in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(layer.keys, plain.keys)
+
+
 def test_static_cache_counts_its_empty_part_as_slack(ids):
     model = build("layer")
     cache = StaticCache(model.config, max_cache_len=50)

@@ -19,9 +19,10 @@ from context_pythia.cli import main
 from context_pythia.recipe import save_recipe
 from context_pythia.training import phase1
 from context_pythia.training.checkpoints import load_weights
+from context_pythia.training.epochs import EpochReport
 from context_pythia.training.oacd import sweep_tokens
 from context_pythia.training.phase1 import train_context_block
-from context_pythia.training.phase2 import EpochReport, train_language_model
+from context_pythia.training.phase2 import train_language_model
 
 from ..experiments.conftest import tiny_recipe
 from . import test_phase1, test_phase2

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from context_pythia import processes
 from context_pythia.cli import main
-from context_pythia.training.phase2 import EpochReport
+from context_pythia.training.epochs import EpochReport
 
 from .test_distributed import (
     assert_same_training,

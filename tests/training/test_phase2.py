@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import TrainOptions
 from context_pythia.training import phase2, trainer
-from context_pythia.training.phase2 import EpochReport, LanguageModelTrainer, train_language_model
+from context_pythia.training.epochs import EpochReport
+from context_pythia.training.phase2 import train_language_model
+from context_pythia.training.trainer import LanguageModelTrainer
 
 VOCABULARY, LENGTH = 200, 20
 OPTIONS = TrainOptions(epochs=3, batch_size=4, learning_rate=3e-3, patience=3)
@@ -594,6 +596,17 @@ def test_options_that_cannot_be_are_refused(tmp_path, monkeypatch, settings, mes
 def test_an_empty_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the validation split has no samples"):
         train(tmp_path, data=make_data(validation=0))
+
+
+def test_tensorboard_has_the_losses_and_the_perplexities(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(tmp_path, replace(OPTIONS, batch_size=1, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [(event.step, event.value) for event in events.Scalars("eval/perplexity")]
+    assert logged == [(row["step"], pytest.approx(row["val_ppl"])) for row in result.history]
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40, 50]
 
 
 def test_tensorboard_without_the_package_names_the_extra(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from context_pythia.errors import first_line
 from context_pythia.evaluation.memory import weight_bytes
 from context_pythia.evaluation.speed import FAILURES, Subject, measure_cell, measure_conversation, turns
 from context_pythia.experiments.bench.models import (
@@ -157,7 +158,7 @@ def _entry(subject: Subject, memory: int, new_tokens: int) -> dict[str, Any]:
     try:
         measured = measure_conversation(subject, length, min(new_tokens, length - 1))
     except FAILURES as error:
-        return entry | {"error": str(error).splitlines()[0]}
+        return entry | {"error": first_line(error)}
     room, held = memory - weights, measured.filled + measured.slack
     entry["conversation"] = {
         "length": length,

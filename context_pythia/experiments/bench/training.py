@@ -129,7 +129,7 @@ def train_metrics(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         steps = (1 + FIRST_STEPS) + options.rounds * (1 + options.steps) + 1
         plain = Job(recipe, ModelOptions(), True, rows, steps, threads, Path(folder))
-        check_options(train, synthetic_data(plain))
+        check_options(train)
         jobs = [plain, *(dataclasses.replace(plain, model=model, plain=False) for model in recipe.models)]
         metrics |= {
             "recipe": dataclasses.asdict(recipe),

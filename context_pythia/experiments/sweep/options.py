@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from context_pythia.options import Option, Options, options_of, suggestion
-from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, overridden, recipe_to_dict
+from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, deciding_values, overridden
 
 SAMPLERS = ("grid", "tpe")
 MODEL = "model"  # the searched dimension that says which model of the recipe is trained
@@ -41,7 +41,7 @@ def _keys() -> dict[str, tuple[str, Option]]:
         prefix = "phase1_" if section == "phase1" else ""
         for declared in options_of(owner):
             path = f"{section}.{declared.name}"
-            if path not in ("model.name", "data.cache_dir"):
+            if path != "model.name" and not declared.free:
                 found[path] = found[prefix + declared.name] = (path, declared)
     return found
 
@@ -144,8 +144,8 @@ class Setting:
     @functools.cached_property
     def identity(self) -> str:
         """A hash of all that decides the result."""
-        values = recipe_to_dict(self.recipe)
-        del values["name"], values["data"]["cache_dir"]
+        values = deciding_values(self.recipe)
+        del values["name"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

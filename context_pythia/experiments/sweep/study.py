@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from context_pythia.errors import first_line
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
     from optuna.distributions import BaseDistribution
@@ -69,7 +71,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         except Exception as error:  # whatever the database's driver raises
             # Two workers that make the tables of a new database at one moment get in each other's way once.
             if attempt == OPENINGS or not isinstance(error, DBAPIError):
-                reason = str(error).strip().split("\n")[0]
+                reason = first_line(error)
                 raise ValueError(f"--storage {_without_password(url)}: cannot be opened ({reason})") from None
         time.sleep(0.5)
     raise AssertionError

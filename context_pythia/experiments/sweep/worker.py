@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from context_pythia.data.packing import load_data
+from context_pythia.errors import first_line
 from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import compare
 from context_pythia.experiments.record import provenance, read_metrics
@@ -28,7 +29,7 @@ from context_pythia.experiments.sweep.study import (
     require_optuna,
 )
 from context_pythia.files import write_json
-from context_pythia.recipe import recipe_to_dict
+from context_pythia.recipe import deciding_values
 from context_pythia.training.phase2 import check_options
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def sweep(
         with queue.exclusive:
             written = [path for language in {"en": 0, lang: 0} for path in write_sweep(out, language)]
     except StorageInternalError as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        reason = first_line(error.__cause__ or error)
         raise RuntimeError(f"the storage failed ({reason}): run again to go on") from error
     print("\n".join(["", *(f"wrote {path}" for path in dict.fromkeys(written))]))
     failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
@@ -84,8 +85,8 @@ def sweep(
 
 def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
     """Raise `ValueError` where the study holds trials of another recipe or sampler: they would not compare."""
-    wanted = recipe_to_dict(plan.recipe) | {"sampler": plan.sampler}
-    del wanted["data"]["cache_dir"], wanted["seed"]
+    wanted = deciding_values(plan.recipe) | {"sampler": plan.sampler}
+    del wanted["seed"]
     with queue.exclusive:
         held = queue.study.user_attrs.get(RECIPE)
         if held is None:
@@ -106,9 +107,9 @@ def _difference(key: str, held: Any, wanted: Any) -> str:
 
 def check_setting(recipe: Recipe, progress: bool) -> None:
     """Raise `ValueError` for what a recipe cannot tell to be wrong before its text is read."""
+    check_options(recipe.train)
     data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
-    check_options(recipe.train, data)
 
 
 def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
         setting = plan.setting(trial.params, trial.user_attrs[SEED])
         check_setting(setting.recipe, progress)
     except ValueError as error:
-        claim.end(None, {ERROR: str(error).splitlines()[0]}, TrialState.FAIL)
+        claim.end(None, {ERROR: first_line(error)}, TrialState.FAIL)
         return
     print(f"\ntrial {trial.number + 1} of {count}: {setting.describe()}", flush=True)
     entry = train_trial(setting, run_folder(setting, out), progress)
