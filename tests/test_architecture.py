@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "context_pythia"
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
-MOST_LINES = 400
+MOST_LINES = 370
 
 RANKS = {
     "errors": 0,
@@ -22,9 +22,10 @@ RANKS = {
     "conversion": 4,
     "experiments": 5,
     "flags": 6,
-    "commands": 7,
-    "cli": 8,
-    "__main__": 9,
+    "arguments": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 MODEL_RANKS = {
     "configuration": 0,

@@ -25,7 +25,8 @@ from context_pythia.experiments.build import (
 from context_pythia.experiments.record import Run, machine, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
-from context_pythia.training.phase1 import Phase1Result, train_context_block
+from context_pythia.training.oacd_run import Phase1Result
+from context_pythia.training.phase1 import train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
 
 

@@ -230,7 +230,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _colours(series: Sequence[Series]) -> list[str]:
-    """A colour a model, the same in both pictures."""
+    """A colour a model, the same in all pictures."""
     contexts = [one.name for one in series if not one.baseline]
     return [_BASELINE_COLOUR if one.baseline else COLOURS[contexts.index(one.name) % len(COLOURS)] for one in series]
 

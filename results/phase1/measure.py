@@ -25,7 +25,7 @@ from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import Phase1Options
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.oacd import oacd_loss
-from context_pythia.training.phase1 import OacdRun
+from context_pythia.training.oacd_run import OacdRun
 
 VOCABULARY, WIDTH, CONTEXT, LENGTH, BATCH = 50_304, 512, 256, 128, 5000
 REPORT = "the report's way"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from context_pythia import processes
 from context_pythia.cli import main
 from context_pythia.recipe import save_recipe
-from context_pythia.training import phase1
+from context_pythia.training import oacd_run
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport
 from context_pythia.training.oacd import sweep_tokens
@@ -175,7 +175,7 @@ def train_phase1(folder, interrupt_at, **changes):
                 signal.raise_signal(signal.SIGINT)
             return sweep_tokens(*args)
 
-        phase1.sweep_tokens = sweep
+        oacd_run.sweep_tokens = sweep
     options = test_phase1.settings(batch_tokens=90, max_grad_norm=0.02, **changes)
     try:
         with processes.joined():
@@ -232,7 +232,7 @@ def test_the_command_prints_and_records_once(tmp_path, own_cache):
     codes, errors = run_pair(tmp_path, main, command(tmp_path, "train", "--model", "shared", "--batch-size", "6"))
     assert codes == [0, 0], errors
     lines = [line for line in (tmp_path / "out0").read_text().splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["shared:", "Epoch", "Epoch", "All", "wrote"]
+    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "All", "wrote"]
     assert (tmp_path / "out1").read_text() == ""
     (entry,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
     assert entry["error"] is None and entry["phase1"]["iterations"] > 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.recipe import Phase1Options
-from context_pythia.training import oacd, phase1
+from context_pythia.training import oacd, oacd_run
 from context_pythia.training.oacd import (
     TokenProjections,
     effective_rank,
@@ -21,7 +21,8 @@ from context_pythia.training.oacd import (
     oacd_loss,
     sweep_tokens,
 )
-from context_pythia.training.phase1 import OacdRun, train_context_block
+from context_pythia.training.oacd_run import OacdRun
+from context_pythia.training.phase1 import train_context_block
 
 
 def make_data(tokens=400, fingerprint="a"):
@@ -78,7 +79,7 @@ def interrupt_after(monkeypatch, sweeps):
             signal.raise_signal(signal.SIGINT)
         return sweep_tokens(*args)
 
-    monkeypatch.setattr(phase1, "sweep_tokens", sweep)
+    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
 
 
 def test_loss_of_a_case_computed_by_hand():
@@ -257,7 +258,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
         return sweep_tokens(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(phase1, "sweep_tokens", sweep)
+        patch.setattr(oacd_run, "sweep_tokens", sweep)
         with pytest.raises(MemoryError):
             train(tmp_path / "parts", checkpoint_seconds=0)
     with monkeypatch.context() as patch:
@@ -273,7 +274,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(phase1, "sweep_tokens", sweep)
+    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -337,7 +338,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
         calls.append(args)
         return sweep_tokens(*args) * (math.nan if len(calls) == 8 else 1)
 
-    monkeypatch.setattr(phase1, "sweep_tokens", sweep)
+    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
     with pytest.raises(RuntimeError, match="diverged: loss nan in iteration 3") as error:
         train(tmp_path, checkpoint_seconds=0)
     assert "\n" not in str(error.value)
