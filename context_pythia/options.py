@@ -72,9 +72,11 @@ def options_of(owner: type[Options]) -> list[Option]:
     return declared
 
 
-def free_options(owner: type[Options]) -> set[str]:
-    """Names of the options that change no result (see `option`)."""
-    return {declared.name for declared in options_of(owner) if declared.free}
+def deciding(options: Options) -> dict[str, Any]:
+    """The values that decide results, by name: all but those of free options (see `option`)."""
+    return {
+        declared.name: getattr(options, declared.name) for declared in options_of(type(options)) if not declared.free
+    }
 
 
 def suggestion(word: Any, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 from context_pythia.files import write_bytes
-from context_pythia.options import Options, free_options, option, options_of, suggestion
+from context_pythia.options import Options, deciding, option, options_of, suggestion
 
 CONTEXT_SOURCES = ("input", "shared", "layer")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -339,11 +339,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def deciding_values(recipe: Recipe) -> dict[str, Any]:
     """`recipe_to_dict` without the options that change no result."""
-    values = recipe_to_dict(recipe)
-    for section, owner in SECTIONS.items():
-        for name in free_options(owner):
-            del values[section][name]
-    return values
+    return recipe_to_dict(recipe) | {section: deciding(getattr(recipe, section)) for section in SECTIONS}
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -36,7 +36,7 @@ from context_pythia.experiments.conversion_card import reduction, write_card, wr
 from context_pythia.experiments.record import read_record
 from context_pythia.files import write_json
 from context_pythia.model.cache import cached_numbers_per_token
-from context_pythia.options import free_options
+from context_pythia.options import options_of
 from context_pythia.recipe import DataOptions
 from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import publish
@@ -45,7 +45,10 @@ RECORD = "conversion.json"
 SETTINGS = "settings.json"
 SHARD = "500MB"  # of the output: as much of it is in memory at a time
 FREE_OPTIONS = {
-    f"{owner.section}.{name}" for owner in (ConvertOptions, HealOptions, DataOptions) for name in free_options(owner)
+    f"{owner.section}.{declared.name}"
+    for owner in (ConvertOptions, HealOptions, DataOptions)
+    for declared in options_of(owner)
+    if declared.free
 }
 # Relative error of an exact conversion's keys and values that is worth a warning, and a condition number that is not:
 # in bfloat16 any model rounds that much.

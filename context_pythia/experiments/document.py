@@ -67,6 +67,11 @@ def write_document(folder: Path, blocks: Iterable[Block], lang: str, pictures: M
     return [write_bytes(folder / name, content) for name, content in files.items()]
 
 
+def wrote(paths: Iterable[Path]) -> str:
+    """What the console says of written files; one that two languages share is named once."""
+    return "\n".join(f"wrote {path}" for path in dict.fromkeys(paths))
+
+
 def to_markdown(blocks: Sequence[Block]) -> str:
     """GitHub-flavoured Markdown; pictures are links to files in the document's own folder."""
     return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"

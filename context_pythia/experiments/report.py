@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from context_pythia.experiments.bench.report import write_bench
-from context_pythia.experiments.document import write_document
+from context_pythia.experiments.document import write_document, wrote
 from context_pythia.experiments.evaluation_report import write_evaluation
 from context_pythia.experiments.record import read_metrics, read_record
 from context_pythia.experiments.sections import Report
@@ -29,7 +29,7 @@ WRITERS: dict[str, Callable[[Path, str], list[Path]]] = {
 
 def report(run: Path, lang: str = "en") -> None:
     """`write_report`, and what it wrote on the console."""
-    print("\n".join(f"wrote {path}" for path in write_report(run, lang)))
+    print(wrote(write_report(run, lang)))
 
 
 def write_report(run: Path, lang: str = "en") -> list[Path]:

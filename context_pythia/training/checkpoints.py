@@ -11,7 +11,6 @@ import shutil
 import sys
 import warnings
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from context_pythia import processes
 from context_pythia.errors import first_line
-from context_pythia.options import free_options
+from context_pythia.options import deciding
 from context_pythia.recipe import TrainOptions
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
         "data": data.summary["fingerprint"],
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "model_class": type(model).__name__,
-        **{f.name: getattr(options, f.name) for f in fields(options) if f.name not in free_options(type(options))},
+        **deciding(options),
         **{f"config.{key}": value for key, value in config.items()},
     }
     return json.loads(json.dumps(settings, default=str))

@@ -23,7 +23,7 @@ from torch import nn
 
 from context_pythia import processes
 from context_pythia.files import write_json
-from context_pythia.options import free_options
+from context_pythia.options import deciding
 from context_pythia.recipe import Phase1Options
 from context_pythia.training.oacd import (
     TokenProjections,
@@ -101,9 +101,7 @@ class OacdRun:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for work in the folder to be this run's."""
         embeddings = self.model.get_input_embeddings().weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-        free = free_options(Phase1Options)
-        options = {name: value for name, value in asdict(self.options).items() if name not in free}
-        return options | {
+        return deciding(self.options) | {
             "seed": self.seed,
             "data_fingerprint": self.data.summary["fingerprint"],
             "tokens": self.data.train.num_tokens,
