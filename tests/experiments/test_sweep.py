@@ -18,6 +18,7 @@ from context_pythia import cli
 from context_pythia.experiments.report import write_report
 from context_pythia.experiments.sweep import study as study_module
 from context_pythia.experiments.sweep import worker
+from context_pythia.experiments.sweep.figures import perplexities
 from context_pythia.experiments.sweep.options import SweepPlan, parse_over
 from context_pythia.experiments.sweep.results import importances, settings_over_seeds
 from context_pythia.experiments.sweep.study import JOURNAL, Queue, open_storage
@@ -340,7 +341,7 @@ def test_a_sweep_keeps_to_its_recipe(finished_sweep):
 
 def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypatch):
     folder, _ = finished_sweep
-    names = {"report.md", "report.html", "report.ja.md", "report.ja.html", "pareto.png"}
+    names = {"report.md", "report.html", "report.ja.md", "report.ja.html", "pareto.png", "perplexities.png"}
     assert names <= {path.name for path in folder.iterdir()}
     (folder / "report.ja.md").unlink()
     monkeypatch.setitem(sys.modules, "optuna", None)  # neither Optuna nor the study is needed
@@ -350,7 +351,16 @@ def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypa
     for row in metrics_of(folder)["settings"]:
         assert f"| {row['mean']:,.2f} |" in report
     assert "Not computed: 3 trials have a result, 4 at least are needed." in report
-    assert (folder / "report.html").read_text().count("data:image/png") == 1
+    assert (folder / "report.html").read_text().count("data:image/png") == 2
+
+
+def test_the_picture_of_perplexities_has_a_line_for_each_of_the_best_thirty_settings():
+    def height(count):
+        rows = [{"model": "Pythia", "baseline": True, "mean": i, "min": i, "max": i} for i in range(1, count + 1)]
+        picture = perplexities(rows, [[row["mean"]] for row in rows], ["Pythia"] * count, "learning_rate")
+        return int.from_bytes(picture[20:24], "big")
+
+    assert height(2) < height(30) == height(40)
 
 
 def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(tmp_path, monkeypatch):

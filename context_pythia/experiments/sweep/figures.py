@@ -1,4 +1,4 @@
-"""The picture of a sweep: each setting over seeds, its perplexity against its cache, and the unbeaten ones."""
+"""The pictures of a sweep: each setting's perplexities, and their mean against the cache with the unbeaten settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,46 @@ from typing import Any
 from context_pythia.experiments.figures import COLOURS, drawing_style, label_points, new_figure, png, scale, short
 
 _BASELINE_COLOUR, _LINE_COLOUR = "#3c4350", "#b5bcc8"
+_ROWS_AT_MOST = 30
+
+
+def perplexities(
+    rows: Sequence[dict[str, Any]], seeds: Sequence[Sequence[float]], labels: Sequence[str], meaning: str
+) -> bytes:
+    """PNG of the best settings, one a line: the mean perplexity, and a small dot for each seed.
+
+    Args:
+        rows: settings with a result, as `settings_over_seeds` makes them, the best first.
+        seeds: the perplexities of each one's seeds.
+        labels: a name for each.
+        meaning: what the labels are beside the model, for the title.
+    """
+    shown = rows[:_ROWS_AT_MOST]
+    colours = _colours(rows)
+    baseline = next((row for row in rows if row["baseline"]), None)
+    title = "Best validation perplexity" + (f" by {short(meaning)}" if meaning else "")
+    with drawing_style():
+        figure = new_figure(height=1.2 + 0.3 * len(shown))
+        ax = figure.subplots()
+        if baseline:
+            ax.axvline(baseline["mean"], color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2, zorder=1)
+        for y, row in enumerate(shown):
+            colour = colours[row["model"]]
+            ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=colour, markersize=4, alpha=0.5, zorder=2)
+            ax.plot(row["mean"], y, "D" if row["baseline"] else "o", color=colour, markersize=8, zorder=3)
+        ax.set_yticks(range(len(shown)), [short(label) for label in labels[: len(shown)]])
+        ax.set_ylim(len(shown) - 0.5, -0.5)
+        scale(ax, "x", [row[key] for row in shown for key in ("min", "max")])
+        ax.set_title(title if len(shown) == len(rows) else f"{title} (best {len(shown)} of {len(rows)})")
+        ax.set_xlabel("mean, and each seed (small)" + ("; dotted: the baseline's best" if baseline else ""))
+        return png(figure)
+
+
+def _colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A colour a model, the same in both pictures."""
+    order = sorted({row["model"] for row in rows if not row["baseline"]})
+    colours = {row["model"]: _BASELINE_COLOUR for row in rows}
+    return colours | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(order)}
 
 
 def pareto(rows: Sequence[dict[str, Any]], labels: Sequence[str], meaning: str) -> bytes:
@@ -18,23 +58,20 @@ def pareto(rows: Sequence[dict[str, Any]], labels: Sequence[str], meaning: str) 
         labels: a name for each; only the settings that no other beats are labelled.
         meaning: what the labels are, for the title.
     """
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    order = list(dict.fromkeys(row["model"] for row in rows if not row["baseline"]))
-    colours = dict.fromkeys(models, _BASELINE_COLOUR)
-    colours |= {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(order)}
+    colours = _colours(rows)
     with drawing_style():
         figure = new_figure(height=5.2)
         ax = figure.subplots()
         best = sorted((row["cache_bytes"] / 1024, row["mean"]) for row in rows if row["unbeaten"])
         ax.plot(*zip(*best, strict=True), color=_LINE_COLOUR, linestyle="--", linewidth=1.2, zorder=1)
-        for name in models:
+        for name, colour in colours.items():
             own = [row for row in rows if row["model"] == name]
             ax.errorbar(
                 [row["cache_bytes"] / 1024 for row in own],
                 [row["mean"] for row in own],
                 yerr=[[row["mean"] - row["min"] for row in own], [row["max"] - row["mean"] for row in own]],
-                fmt="D" if name not in order else "o",
-                color=colours[name],
+                fmt="D" if own[0]["baseline"] else "o",
+                color=colour,
                 markersize=7,
                 capsize=3,
                 linewidth=1.2,

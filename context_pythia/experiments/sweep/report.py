@@ -1,4 +1,4 @@
-"""Writes the report of a sweep's folder: Markdown, HTML and a picture, in English or Japanese.
+"""Writes the report of a sweep's folder: Markdown, HTML and pictures, in English or Japanese.
 
 It reads metrics.json and provenance.json of the folder and nothing else, so it needs neither Optuna nor the study.
 """
@@ -13,10 +13,10 @@ import yaml
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from context_pythia.experiments.record import read_record
-from context_pythia.experiments.sweep.figures import pareto
+from context_pythia.experiments.sweep.figures import pareto, perplexities
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
 
-PICTURE = "pareto.png"
+PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
 _DASH = "–"
 
 
@@ -27,8 +27,7 @@ def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
         FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
     """
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
-    finished = [row for row in metrics["settings"] if row["n"]]
-    pictures = {PICTURE: _picture(finished, metrics["searched"])} if finished else {}
+    pictures = _pictures(metrics)
     return write_document(folder, _blocks(metrics, provenance, SWEEP_TRANSLATIONS[lang], pictures), lang, pictures)
 
 
@@ -41,14 +40,16 @@ def _blocks(
     yield Heading(text["title"].format(recipe=metrics["recipe"]["name"]), level=1)
     yield Paragraph(_headline(rows, text), "lead")
     yield Paragraph(text["counts"].format(total=len(trials), settings=len(rows), **counts), "note")
-    if PICTURE in pictures:
-        yield Picture(PICTURE, text["caption"])
+    if PARETO in pictures:
+        yield Picture(PARETO, text["pareto"])
     yield Heading(text["best_of_each"])
     best = {row["model"]: row for row in reversed(rows) if row["n"]}
     yield _table(sorted(best.values(), key=lambda row: row["mean"]), searched, text)
     budgets = {name: sum(trial["model"] == name for trial in trials) for name in {row["model"] for row in rows}}
     yield Paragraph(text["budget"].format(budgets=", ".join(f"{name} {n}" for name, n in sorted(budgets.items()))))
     yield Heading(text["all_settings"])
+    if PERPLEXITIES in pictures:
+        yield Picture(PERPLEXITIES, text["perplexities"])
     yield _table(rows, searched, text)
     yield Paragraph(text["table_note"])
     for trial in trials:
@@ -73,9 +74,23 @@ def _blocks(
     yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
 
 
-def _picture(rows: list[dict[str, Any]], searched: list[str]) -> bytes:
+def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
+    searched = metrics["searched"]
+    rows = sorted((row for row in metrics["settings"] if row["n"]), key=lambda row: row["mean"])
+    if not rows:
+        return {}
     labels = [", ".join(_value(row["setting"][path]) for path in searched) for row in rows]
-    return pareto(rows, labels, ", ".join(map(_name, searched)))
+    names = [": ".join(filter(None, (row["model"], label))) for row, label in zip(rows, labels, strict=True)]
+    seeds = [
+        [
+            trial["val_ppl"]
+            for trial in metrics["trials"]
+            if trial["state"] == "complete" and all(trial[key] == row[key] for key in ("model", "setting"))
+        ]
+        for row in rows
+    ]
+    meaning = ", ".join(map(_name, searched))
+    return {PARETO: pareto(rows, labels, meaning), PERPLEXITIES: perplexities(rows, seeds, names, meaning)}
 
 
 _STATES = ("complete", "failed", "running", "waiting")

@@ -9,8 +9,9 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "nothing": "No trial of this sweep has a result yet.",
         "counts": "{total} trials of {settings} settings: {complete} with a result, {failed} failed, {running} "
         "running, {waiting} waiting.",
-        "caption": "Mean of the best validation perplexities over seeds (whiskers: smallest and largest) against the "
+        "pareto": "Mean of the best validation perplexities over seeds (whiskers: smallest and largest) against the "
         "measured KV cache; the dashed line joins the settings that no other beats in both.",
+        "perplexities": "The mean of each setting's best validation perplexities, and each seed's (small).",
         "best_of_each": "Best setting of each model",
         "budget": "Trials of each model: {budgets}. Perplexities of models compare where each was searched as much.",
         "all_settings": "All settings",
@@ -59,8 +60,9 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "nothing": "このスイープにはまだ結果のある試行がない。",
         "counts": "設定{settings}通り、試行{total}件：結果あり{complete}、失敗{failed}、"
         "実行中{running}、待機中{waiting}。",
-        "caption": "シードにわたる最良検証パープレキシティの平均（ひげは最小と最大）と実測KVキャッシュ。"
+        "pareto": "シードにわたる最良検証パープレキシティの平均（ひげは最小と最大）と実測KVキャッシュ。"
         "破線は、両方で他に負けない設定を結ぶ。",
+        "perplexities": "各設定の最良検証パープレキシティの平均と、シードごとの値（小さい点）。",
         "best_of_each": "モデルごとの最良の設定",
         "budget": "モデルごとの試行数：{budgets}。同じだけ探索したモデルどうしでのみ、パープレキシティを比べられる。",
         "all_settings": "すべての設定",
