@@ -113,10 +113,11 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         # Layers hand their contexts on in a UserDict: FSDP rebuilds a plain dict among the arguments, and what a layer
         # wrote into it would be lost.
         contexts: UserDict[int, torch.Tensor] = UserDict()
-        hidden_states = inputs_embeds
+        # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
+        hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):
             context = self.context_block.scan(
-                self.embedding_norm(inputs_embeds), previous_context(self.config, past_key_values), token_mask
+                self.embedding_norm(hidden_states), previous_context(self.config, past_key_values), token_mask
             )
             keep_context(past_key_values, context)
             if self.config.context_source == "input":
@@ -125,7 +126,6 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 new = turn_rotary_keys(torch.cat([self.rotary_key(context), context], -1), 1, position_embeddings)
                 contexts[0] = cache_context(new.unsqueeze(1), past_key_values, 0)
 
-        hidden_states = self.emb_dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

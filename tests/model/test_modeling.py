@@ -160,6 +160,18 @@ def test_gradient_checkpointing_changes_no_gradient(model, ids):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@torch.no_grad()
+def test_dropout_of_the_embedding_reaches_every_context(source, ids):
+    model = build(source, hidden_dropout=0.5)
+
+    def first_cached() -> torch.Tensor:
+        return model(ids, use_cache=True).past_key_values.layers[0].keys
+
+    torch.testing.assert_close(first_cached(), first_cached())
+    model.train()
+    assert (first_cached() - first_cached()).abs().max() > 0.1
+
+
 def test_every_parameter_is_trained(model, ids):
     model(ids, labels=ids).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
