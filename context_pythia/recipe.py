@@ -58,7 +58,9 @@ class ArchitectureOptions(Options):
     model_vocab_size: int | None = option(
         None, "rows of the embedding (default: the tokenizer's, up to a multiple of 128)", bounds=">= 1"
     )
-    hidden_dropout: float = option(0.0, "dropout after embedding, attention and MLP", bounds=">= 0 and < 1")
+    hidden_dropout: float = option(
+        0.0, "dropout after embedding, attention and MLP, and of the context of shared", bounds=">= 0 and < 1"
+    )
     attention_dropout: float = option(0.0, "dropout of attention weights", bounds=">= 0 and < 1")
 
     def __post_init__(self) -> None:

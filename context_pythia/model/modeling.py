@@ -123,7 +123,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             if self.config.context_source == "input":
                 hidden_states = self.context_proj(context)
             else:
-                new = turn_rotary_keys(torch.cat([self.rotary_key(context), context], -1), 1, position_embeddings)
+                # One context for all layers, in place of keys and values that each dropped on their way to it.
+                new = torch.cat([self.rotary_key(context), self.emb_dropout(context)], dim=-1)
+                new = turn_rotary_keys(new, 1, position_embeddings)
                 contexts[0] = cache_context(new.unsqueeze(1), past_key_values, 0)
 
         for layer in self.layers:

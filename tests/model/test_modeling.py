@@ -172,6 +172,15 @@ def test_dropout_of_the_embedding_reaches_every_context(source, ids):
     assert (first_cached() - first_cached()).abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_dropout_drops_numbers_of_the_context_that_all_layers_share(ids):
+    model = build("shared", hidden_dropout=0.5).train()
+    latent = model(ids, use_cache=True).past_key_values.layers[0].keys[..., model.config.rotary_dim :]
+    assert 0.4 < (latent == 0).float().mean() < 0.6
+    model.eval()
+    assert (model(ids, use_cache=True).past_key_values.layers[0].keys != 0).all()
+
+
 def test_every_parameter_is_trained(model, ids):
     model(ids, labels=ids).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
