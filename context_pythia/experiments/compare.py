@@ -22,7 +22,7 @@ from context_pythia.experiments.build import (
     describe_parameters,
     embedding_rows,
 )
-from context_pythia.experiments.document import wrote
+from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import Run, machine, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
@@ -56,8 +56,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
             run.add(model_entry(options, error=first_line(error)))
         gc.collect()
     if processes.is_main():
-        written = [path for language in {"en": 0, lang: 0} for path in write_report(run.folder, language)]
-        print("\n" + wrote(written))
+        print("\n" + write_in_languages(write_report, run.folder, lang))
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
 

@@ -30,7 +30,7 @@ from context_pythia.evaluation.quantised import (
     residual_length,
 )
 from context_pythia.experiments.build import best_device
-from context_pythia.experiments.document import wrote
+from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.evaluation_report import console_table, label, write_evaluation
 from context_pythia.experiments.record import provenance, read_record
 from context_pythia.files import write_json
@@ -121,8 +121,7 @@ def evaluate(
     print(console_table(metrics))
     if out is not None:
         write_json(out / "provenance.json", provenance(device) | {"data_fingerprint": packed.summary["fingerprint"]})
-        written = [file for language in {"en": 0, lang: 0} for file in write_evaluation(out, language)]
-        print("\n" + wrote(written))
+        print("\n" + write_in_languages(write_evaluation, out, lang))
     return metrics
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
-_BASELINE_COLOUR = "#3c4350"
+BASELINE_COLOUR = "#3c4350"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _FAR = 4.0  # an arrow stands for a model that is so many times as far above the best as the worst that none beats
@@ -107,7 +107,7 @@ def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | N
         axes[phase1].set_ylim(0, 1.03)
         axes[phase1].yaxis.set_major_formatter(PercentFormatter(1.0))
         if wanted_convergence is not None:
-            axes[phase1].axhline(wanted_convergence, color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2)
+            axes[phase1].axhline(wanted_convergence, color=BASELINE_COLOUR, linestyle=":", linewidth=1.2)
     for ax in axes.values():
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
@@ -230,9 +230,15 @@ def png(figure: Figure) -> bytes:
 
 
 def _colours(series: Sequence[Series]) -> list[str]:
-    """A colour a model, the same in all pictures."""
-    contexts = [one.name for one in series if not one.baseline]
-    return [_BASELINE_COLOUR if one.baseline else COLOURS[contexts.index(one.name) % len(COLOURS)] for one in series]
+    colours = model_colours({one.name: one.baseline for one in series})
+    return [colours[one.name] for one in series]
+
+
+def model_colours(baselines: Mapping[str, bool]) -> dict[str, str]:
+    """A colour for each model's name, the same in all pictures; the names tell which models are baselines."""
+    contexts = [name for name, baseline in baselines.items() if not baseline]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(contexts)}
+    return {name: colours.get(name, BASELINE_COLOUR) for name in baselines}
 
 
 def short(name: str) -> str:

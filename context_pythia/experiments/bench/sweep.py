@@ -31,7 +31,7 @@ from context_pythia.experiments.bench.report import write_bench
 from context_pythia.experiments.bench.tables import cell_table, memory_table
 from context_pythia.experiments.bench.training import train_metrics
 from context_pythia.experiments.build import best_device
-from context_pythia.experiments.document import wrote
+from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import provenance
 from context_pythia.files import write_json
 from context_pythia.recipe import Recipe
@@ -83,8 +83,7 @@ def bench(
             # An interrupted run too has its report, of the cells that it finished.
             if out is not None and (out / "metrics.json").exists():
                 write_json(out / "provenance.json", made)
-                written = [path for language in {"en": 0, lang: 0} for path in write_bench(out, language)]
-                print("\n" + wrote(written), flush=True)
+                print("\n" + write_in_languages(write_bench, out, lang), flush=True)
     return metrics
 
 

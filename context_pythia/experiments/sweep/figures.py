@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from context_pythia.experiments.figures import COLOURS, drawing_style, label_points, new_figure, png, scale, short
+from context_pythia.experiments.figures import (
+    BASELINE_COLOUR,
+    drawing_style,
+    label_points,
+    model_colours,
+    new_figure,
+    png,
+    scale,
+    short,
+)
 
-_BASELINE_COLOUR, _LINE_COLOUR = "#3c4350", "#b5bcc8"
+_LINE_COLOUR = "#b5bcc8"
 _ROWS_AT_MOST = 30
 
 
@@ -30,7 +39,7 @@ def perplexities(
         figure = new_figure(height=1.2 + 0.3 * len(shown))
         ax = figure.subplots()
         if baseline:
-            ax.axvline(baseline["mean"], color=_BASELINE_COLOUR, linestyle=":", linewidth=1.2, zorder=1)
+            ax.axvline(baseline["mean"], color=BASELINE_COLOUR, linestyle=":", linewidth=1.2, zorder=1)
         for y, row in enumerate(shown):
             colour = colours[row["model"]]
             ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=colour, markersize=4, alpha=0.5, zorder=2)
@@ -44,10 +53,8 @@ def perplexities(
 
 
 def _colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A colour a model, the same in both pictures."""
-    order = sorted({row["model"] for row in rows if not row["baseline"]})
-    colours = {row["model"]: _BASELINE_COLOUR for row in rows}
-    return colours | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(order)}
+    """A colour a model, whichever of them is the best so far."""
+    return model_colours({row["model"]: row["baseline"] for row in sorted(rows, key=lambda row: row["model"])})
 
 
 def pareto(rows: Sequence[dict[str, Any]], labels: Sequence[str], meaning: str) -> bytes:

@@ -14,7 +14,7 @@ from context_pythia.data.packing import load_data
 from context_pythia.errors import first_line
 from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import compare
-from context_pythia.experiments.document import wrote
+from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import provenance, read_metrics
 from context_pythia.experiments.sweep.options import Setting, SweepPlan
 from context_pythia.experiments.sweep.report import write_sweep
@@ -73,11 +73,11 @@ def sweep(
                 check_setting(setting.recipe, progress)
         metrics = _work(plan, queue, out, progress)
         with queue.exclusive:
-            written = [path for language in {"en": 0, lang: 0} for path in write_sweep(out, language)]
+            written = write_in_languages(write_sweep, out, lang)
     except StorageInternalError as error:
         reason = first_line(error.__cause__ or error)
         raise RuntimeError(f"the storage failed ({reason}): run again to go on") from error
-    print("\n" + wrote(written))
+    print("\n" + written)
     failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
     if failed and len(failed) == len(metrics["trials"]):
         raise RuntimeError(f"all {len(failed)} trials failed: {failed[0]['error']}")
