@@ -226,7 +226,7 @@ def convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         action="store_true",
-        help="convert nothing: train the original itself for --heal-steps, as a control",
+        help="convert nothing: heal the original itself for --heal-steps by the same loss, as a control",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_flags(parser.add_argument_group("the context"), ConvertOptions, "convert.")

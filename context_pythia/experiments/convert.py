@@ -72,8 +72,8 @@ def convert(
         model: folder or Hub name of a GPT-NeoX model.
         data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
         ship_code: add our modelling code, so that `trust_remote_code=True` loads the model without this package.
-        control: convert nothing and train the original on the text for as many steps, by cross-entropy alone: what
-            more training by itself is worth.
+        control: convert nothing and heal the original itself, with the same loss: what more training, and learning
+            from its own predictions, is worth without a smaller cache.
 
     Raises:
         ValueError: a model, width or text that cannot be used, or an `out` that holds something else.
@@ -220,6 +220,8 @@ def _convert(
         return_freed_memory()
         original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
+        if control and not (healing.ce_weight or config.hidden_dropout or config.attention_dropout):
+            raise ValueError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
         width = config.hidden_size if control else checked_width(options, original)
         if vocabulary_rows(tokenizer) > config.vocab_size:
             raise ValueError(
@@ -256,8 +258,7 @@ def _convert(
         packed = packed or _load_text(data, AutoConfig.from_pretrained(converted), partial, progress)
         dtype = getattr(torch, options.dtype)
         student = load_pretrained(str(converted), dtype)
-        # The original matches itself already; what it can learn equally long is the text.
-        teacher = None if control else load_pretrained(model, dtype)
+        teacher = None if healing.ce_weight == 1 else load_pretrained(model, dtype)
         healed = partial / "healed"
         result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
         record |= {"healing": asdict(result), "peak_bytes": process_memory("VmHWM")}
