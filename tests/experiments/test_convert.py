@@ -1,6 +1,7 @@
 """`context-pythia convert` from the command line to the folder it leaves, on a tiny GPT-NeoX and made-up sentences."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -282,8 +283,9 @@ def test_the_control_heals_the_original_itself(run, original, tmp_path, capsys):
     assert isinstance(load(tmp_path / "control"), GPTNeoXForCausalLM)
     record = record_of(tmp_path / "control")
     assert record["context_dim"] is None and record["healing"]["steps"] == 4
-    # Half of the loss is the cross-entropy with the text.
+    # Half of the loss is the cross-entropy with the text, half the divergence from itself, which begins at nothing.
     assert all(row["train_loss"] > 1 for row in record["healing"]["history"][1:])
+    assert record["healing"]["history"][1]["train_loss"] < 0.75 * math.log(record["healing"]["val_ppl_before"])
     assert record["cache"]["numbers_per_token"] == record["numbers_per_token_original"]
     card = (tmp_path / "control" / "README.md").read_text()
     assert "the control of a healing" in card and "# pythia-tiny, healed" in card and "one context" not in card
