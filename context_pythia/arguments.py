@@ -9,12 +9,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from context_pythia.conversion.options import ConvertOptions, HealOptions
+from context_pythia.conversion.options import ConvertOptions
 from context_pythia.experiments.bench.options import CACHES as BENCH_CACHES
 from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_sources
 from context_pythia.experiments.sweep.options import SAMPLERS, SweepPlan, parse_over, parse_seeds
 from context_pythia.flags import add_flags, add_overrides, add_recipe, at_least, numbers, overrides, temperature
-from context_pythia.recipe import PRECISIONS, DataOptions, Recipe, load_recipe, packaged_recipes
+from context_pythia.recipe import PRECISIONS, DataOptions, HealOptions, Recipe
+from context_pythia.recipe_files import load_recipe, packaged_recipes
 
 LANGUAGES = ("en", "ja")
 CACHES = ("none", "int8", "int4")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from context_pythia.options import Option, Options, options_of
-from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, packaged_recipes
+from context_pythia.recipe import PREFIXED, SECTIONS, ModelOptions, Recipe
+from context_pythia.recipe_files import packaged_recipes
 
 OVERRIDE = "override "  # starts the argparse destination of a flag that was made from an option
 
@@ -99,7 +100,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("the run, over what the recipe says"), Recipe, "", defaults=False)
     for section, owner in SECTIONS.items():
         title = f"{section}: {(owner.__doc__ or '').splitlines()[0].rstrip('.')}"
-        prefix = "phase1-" if section == "phase1" else ""
+        prefix = f"{section}-" if section in PREFIXED else ""
         add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix, defaults=False)
     of_models = parser.add_argument_group("model: every model of the recipe that has a context source")
     add_flags(of_models, ModelOptions, "model.", defaults=False)

@@ -1,4 +1,4 @@
-"""What a run is: typed options, and the YAML recipes that fill them.
+"""What a run is, in typed options; `recipe_files.py` fills them from YAML.
 
 Every option is declared, documented and bounded here once. The command line makes its flags from these dataclasses, so
 this module imports neither torch nor transformers: `context-pythia compare --help` answers at once.
@@ -6,22 +6,16 @@ this module imports neither torch nor transformers: `context-pythia compare --he
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import yaml
-
-from context_pythia.files import write_bytes
-from context_pythia.options import Options, deciding, option, options_of, suggestion
+from context_pythia.options import Options, option
 
 CONTEXT_SOURCES = ("input", "shared", "layer")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16", "float16")
+HEALED_PARAMETERS = ("attention", "all")
 ROTARY_FRACTION = 0.25
 
 
@@ -123,8 +117,40 @@ class TrainOptions(Options):
 
 
 @dataclass
+class HealOptions(Options):
+    """Training of a converted model, or of its original as a control, to match the original."""
+
+    section: ClassVar[str] = "heal"
+    steps: int = option(0, "optimizer steps (0: no healing)", bounds=">= 0")
+    parameters: str = option(
+        "attention", "what is trained: attention (its projections, but for the output's) or all", HEALED_PARAMETERS
+    )
+    ce_weight: float = option(
+        0.0,
+        "weight of the cross-entropy with the text; the rest is the divergence from the original",
+        bounds=">= 0 and <= 1",
+    )
+    batch_size: int = option(32, "samples a batch and device", bounds=">= 1")
+    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
+    schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
+    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
+    weight_decay: float = option(0.0, "AdamW weight decay", bounds=">= 0")
+    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
+    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
+    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )
+
+
+@dataclass
 class ModelOptions(Options):
-    """One model of a run. Without a `context_source` it is the baseline, `GPTNeoXForCausalLM` itself."""
+    """One model of a run. Without a `context_source` it is the baseline, `GPTNeoXForCausalLM` itself.
+
+    With `from_baseline` it is not trained from its first weights but made of the run's trained baseline, converted and
+    healed; without a `context_source`, healed alone: the control, which shows what the longer training is worth.
+    """
 
     name: str = option("Pythia", "name in tables and of the model's folder")
     context_source: str | None = option(None, "who makes the context; empty for the baseline", CONTEXT_SOURCES)
@@ -136,11 +162,17 @@ class ModelOptions(Options):
     )
     phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)")
     freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2")
+    from_baseline: bool = option(False, "convert the run's trained baseline and heal it (source layer)")
 
     @property
     def folder(self) -> str:
         """The name of the model's folder: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
         return re.sub(r"\W+", "-", self.name.casefold()).strip("-")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a GPT-NeoX trained from its first weights."""
+        return self.context_source is None and not self.from_baseline
 
 
 @dataclass
@@ -153,6 +185,7 @@ class Recipe(Options):
     architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
     phase1: Phase1Options = field(default_factory=Phase1Options)
     train: TrainOptions = field(default_factory=TrainOptions)
+    heal: HealOptions = field(default_factory=HealOptions)
     models: list[ModelOptions] = field(default_factory=lambda: [ModelOptions()])
 
     def __post_init__(self) -> None:
@@ -182,8 +215,37 @@ class Recipe(Options):
             if folder in folders:
                 raise ValueError(f"models: name {model.name!r}: is taken by {folders[folder]!r}, give each its own")
             folders[folder] = model.name
-            if model.context_source is not None:
+            if model.from_baseline:
+                self._check_healed(model)
+            elif model.context_source is not None:
                 _check_context(model, self.architecture)
+
+    def _check_healed(self, model: ModelOptions) -> None:
+        """Raise `ValueError` where a model cannot be made of the baseline."""
+        body = self.architecture
+        if not self.heal.steps:
+            raise ValueError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
+        if model.context_source is None:
+            if not (self.heal.ce_weight or body.hidden_dropout or body.attention_dropout):
+                raise ValueError(
+                    f"heal.ce_weight 0: without dropout the baseline agrees with itself, which {model.name} would be "
+                    "healed towards; give a weight above 0"
+                )
+            return
+        if model.context_source != "layer":
+            raise ValueError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")
+        for name in ("context_sharing", "num_rotary_keys"):
+            if getattr(model, name) != 1:
+                raise ValueError(
+                    f"{model.name}: {name} {getattr(model, name)} is for training from the first weights; a conversion "
+                    "shares by none and chooses the rotary keys itself, drop the option"
+                )
+        least, most = body.rotary_dims + 1, body.hidden_size
+        if not least <= model.context_dim <= most:
+            raise ValueError(
+                f"{model.name}: context_dim {model.context_dim}: must be between one rotary key and a latent, {least}, "
+                f"and hidden_size = {most}, which is exact"
+            )
 
 
 def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
@@ -212,138 +274,6 @@ SECTIONS: dict[str, type[Options]] = {
     "architecture": ArchitectureOptions,
     "phase1": Phase1Options,
     "train": TrainOptions,
+    "heal": HealOptions,
 }
-
-
-def _only_known(given: Iterable[Any], known: Sequence[str], what: str) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{what} {key!r} is unknown{suggestion(key, known)}; valid: {', '.join(known)}")
-
-
-def _option_names(owner: type[Options]) -> list[str]:
-    return [declared.name for declared in options_of(owner)]
-
-
-def packaged_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    folder = importlib.resources.files("context_pythia") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _read(name_or_path: str) -> tuple[str, Any]:
-    """Name and parsed YAML of a packaged recipe or a recipe file."""
-    path = Path(name_or_path)
-    if name_or_path in packaged_recipes():
-        text = (importlib.resources.files("context_pythia") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
-    elif path.is_file():
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"recipe {name_or_path}: is not UTF-8 text ({error.reason})") from None
-    else:
-        known = packaged_recipes()
-        raise ValueError(
-            f"recipe {name_or_path!r} is unknown{suggestion(name_or_path, known)}; "
-            f"valid: {', '.join(known)}, or a YAML file"
-        )
-    try:
-        return path.name.removesuffix(".yaml").removesuffix(".yml"), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name_or_path}: is not valid YAML ({' '.join(str(error).split())})") from None
-
-
-def load_recipe(
-    name_or_path: str, overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
-) -> Recipe:
-    """Read a recipe, put the overrides over its values, and check the whole.
-
-    Args:
-        name_or_path: a packaged name (see `packaged_recipes`) or a YAML file, which holds what differs from the
-            defaults: `name`, `seed`, the sections `data`, `architecture`, `phase1` and `train`, and a list `models`.
-        overrides: values by dotted path: `train.learning_rate`, `seed`; `model.context_dim` goes to every model with a
-            context source.
-        models: the names of the models to keep, in the recipe's order; all of them if absent.
-
-    Raises:
-        ValueError: unknown recipe, section, option, value or model; the message names it and the valid ones.
-    """
-    stem, values = _read(name_or_path)
-    recipe = recipe_from_dict({"name": stem} | _mapping({} if values is None else values, f"recipe {name_or_path}"))
-    if models is not None:
-        _only_known(models, [model.name for model in recipe.models], f"recipe {recipe.name}: model")
-        recipe = dataclasses.replace(recipe, models=[model for model in recipe.models if model.name in models])
-    return overridden(recipe, overrides or {})
-
-
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that nested plain values describe, what they leave out at its default.
-
-    Raises:
-        ValueError: a key or value that is not valid.
-    """
-    scalars = _option_names(Recipe)
-    _only_known(values, [*scalars, *SECTIONS, "models"], "section")
-    arguments: dict[str, Any] = {name: values[name] for name in scalars if name in values}
-    for section, options in SECTIONS.items():
-        # A section whose every line is commented out is None to YAML.
-        given = _mapping(values.get(section) or {}, f"section {section}")
-        _only_known(given, _option_names(options), f"option {section}:")
-        arguments[section] = options(**given)
-    if "models" in values:
-        if not isinstance(values["models"], list):
-            raise ValueError(f"section models: must be a list, not {values['models']!r}")
-        arguments["models"] = [_model_from_dict(model, i) for i, model in enumerate(values["models"], 1)]
-    return Recipe(**arguments)
-
-
-def _model_from_dict(values: Any, position: int) -> ModelOptions:
-    given = _mapping(values, f"model {position}")
-    label = f"model {given.get('name', position)}"
-    _only_known(given, _option_names(ModelOptions), f"{label}: option")
-    if "name" not in given:
-        raise ValueError(f"{label}: has no name, give each model its own")
-    try:
-        return ModelOptions(**given)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
-
-
-def _mapping(values: Any, what: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what}: must be a mapping of names to values, not {values!r}")
-    return dict(values)
-
-
-def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with values by dotted path over its own, checked as a whole; see `load_recipe`."""
-    owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
-    changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
-    known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
-    _only_known(overrides, known, "option")
-    for path, value in overrides.items():
-        section, _, name = path.rpartition(".")
-        changes[section][name] = value
-    arguments: dict[str, Any] = changes.pop("")
-    of_models = changes.pop("model")
-    for section, values in changes.items():
-        arguments[section] = dataclasses.replace(getattr(recipe, section), **values)
-    arguments["models"] = [
-        model if model.context_source is None else dataclasses.replace(model, **of_models) for model in recipe.models
-    ]
-    return dataclasses.replace(recipe, **arguments)
-
-
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as nested plain values; `recipe_from_dict` is the way back."""
-    return dataclasses.asdict(recipe)
-
-
-def deciding_values(recipe: Recipe) -> dict[str, Any]:
-    """`recipe_to_dict` without the options that change no result."""
-    return recipe_to_dict(recipe) | {section: deciding(getattr(recipe, section)) for section in SECTIONS}
-
-
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as a YAML file that `load_recipe` reads."""
-    write_bytes(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True).encode())
+PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

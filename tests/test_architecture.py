@@ -15,6 +15,7 @@ RANKS = {
     "processes": 0,
     "files": 0,
     "recipe": 1,
+    "recipe_files": 2,
     "model": 2,
     "data": 2,
     "training": 3,

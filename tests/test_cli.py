@@ -10,7 +10,8 @@ import pytest
 
 from context_pythia import cli
 from context_pythia.flags import OVERRIDE
-from context_pythia.recipe import DataOptions, load_recipe, recipe_to_dict
+from context_pythia.recipe import DataOptions
+from context_pythia.recipe_files import load_recipe, recipe_to_dict
 
 calls: list[dict] = []
 
@@ -186,7 +187,7 @@ def test_flags_override_every_section(run):
 
 def test_every_option_of_a_recipe_has_a_flag():
     names = {a.dest for a in cli.build_parser().parse_args(["compare"]).parser._actions}
-    sections = {"data", "architecture", "phase1", "train"}
+    sections = {"data", "architecture", "phase1", "train", "heal"}
     expected = {"seed"}
     for section, values in recipe_to_dict(load_recipe("quick")).items():
         if section in sections:
@@ -264,7 +265,7 @@ def test_report_hands_its_folder_over(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["compare", "nope"], "recipe 'nope' is unknown; valid: quick, report, small, or a YAML file"),
+        (["compare", "nope"], "recipe 'nope' is unknown; valid: quick, report, small, tuned, or a YAML file"),
         (["compare", "--context-dim", "0"], "context_dim 0: must be between 1 and 2 * hidden_size = 256"),
         (["compare", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
         (["train", "--model", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),

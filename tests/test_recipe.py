@@ -3,21 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import yaml
 
-from context_pythia.recipe import (
-    ArchitectureOptions,
-    DataOptions,
-    ModelOptions,
-    Phase1Options,
-    Recipe,
-    TrainOptions,
-    load_recipe,
-    packaged_recipes,
-    recipe_from_dict,
-    recipe_to_dict,
-    save_recipe,
-)
+from context_pythia.recipe import ArchitectureOptions, DataOptions, ModelOptions, Phase1Options, Recipe, TrainOptions
+from context_pythia.recipe_files import load_recipe, packaged_recipes, recipe_from_dict, recipe_to_dict, save_recipe
 
+HEALED = "heal: {{steps: 3}}\nmodels: [{{name: a, from_baseline: true, {}}}]"
 MODELS = "models: [{name: base}, {name: wide, context_source: layer, context_dim: 512}]\n"
 
 
@@ -100,6 +91,12 @@ def test_models_select_in_the_order_of_the_recipe():
     assert [model.name for model in recipe.models] == ["Pythia", "layer"]
 
 
+def test_what_is_made_of_the_baseline_is_no_baseline():
+    healed = "heal: {steps: 3, ce_weight: 0.5}\n" + MODELS.replace("base}", "base}, {name: more, from_baseline: true}")
+    recipe = recipe_from_dict(yaml.safe_load(healed))
+    assert [model.is_baseline for model in recipe.models] == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -127,6 +124,19 @@ def test_models_select_in_the_order_of_the_recipe():
         ("models: [{name: a}, {name: A}]", "name 'A': is taken by 'a'"),
         ("models: [{name: 'a,b'}]", "name 'a,b': must hold letters or digits, and no comma"),
         ("models: [{name: ' '}]", "name ' ': must hold letters"),
+        ("models: [{name: a, from_baseline: true}]", "heal.steps 0: a is the baseline converted and healed"),
+        (
+            "heal: {steps: 3}\nmodels: [{name: a, from_baseline: true}]",
+            "heal.ce_weight 0: without dropout the baseline",
+        ),
+        (HEALED.format("context_source: shared"), "a: from_baseline makes contexts of source layer, not shared"),
+        (HEALED.format("context_source: layer, context_dim: 16"), "a: context_dim 16: must be between one .*, 17, and"),
+        (
+            HEALED.format("context_source: layer, context_dim: 513"),
+            "a: context_dim 513: .* hidden_size = 512, which is",
+        ),
+        (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 is for training from"),
+        (HEALED.format("context_source: layer, num_rotary_keys: 8"), "a: num_rotary_keys 8 is for training from"),
         ("name: ../up", "name '../up': must be"),
         ("train: {epochs: 3", "is not valid YAML"),
     ],

@@ -24,8 +24,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from context_pythia.conversion.options import HealOptions
-from context_pythia.recipe import TrainOptions
+from context_pythia.recipe import HealOptions, TrainOptions
 from context_pythia.training.loss import IGNORED
 from context_pythia.training.phase2 import train_language_model
 from context_pythia.training.trainer import LanguageModelTrainer
@@ -47,6 +46,7 @@ class HealResult:
         val_ppl_before: validation perplexity of the student as it came.
         val_ppl: validation perplexity of the kept weights.
         val_accuracy: top-1 accuracy of the kept weights, 0 to 1.
+        val_ppl_by_position: `val_ppl` in bands (see `perplexity_by_position`).
         seconds: time in training steps, evaluations and interruptions not counted.
         history: an evaluation a row, as `TrainResult.history`; train_loss is that of healing.
     """
@@ -56,6 +56,7 @@ class HealResult:
     val_ppl_before: float
     val_ppl: float
     val_accuracy: float
+    val_ppl_by_position: list[dict[str, Any]] | None
     seconds: float
     history: list[dict[str, Any]]
 
@@ -131,6 +132,7 @@ def heal(
         val_ppl_before=result.history[0]["val_ppl"],
         val_ppl=kept["val_ppl"],
         val_accuracy=kept["val_accuracy"],
+        val_ppl_by_position=result.val_ppl_by_position,
         seconds=sum(row["seconds"] for row in result.history),
         history=result.history,
     )

@@ -1,4 +1,4 @@
-"""Options of a conversion and of healing; like `recipe.py` without torch, so that help answers at once."""
+"""Options of a conversion; like `recipe.py`, which has those of healing, without torch: help answers at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from context_pythia.options import Options, option
-from context_pythia.recipe import PRECISIONS, SCHEDULES
+from context_pythia.recipe import PRECISIONS
 
-HEALED_PARAMETERS = ("attention", "all")
 WEIGHTINGS = ("gradients", "inputs", "none")
 
 
@@ -54,31 +53,3 @@ class ConvertOptions(Options):
             assert self.context_dim is not None
             return self.context_dim
         return round((1 - self.kv_reduction) * 2 * hidden_size)
-
-
-@dataclass
-class HealOptions(Options):
-    """Training of a converted model to match its original."""
-
-    section: ClassVar[str] = "heal"
-    steps: int = option(0, "optimizer steps (0: no healing)", bounds=">= 0")
-    parameters: str = option(
-        "attention", "what is trained: attention (its projections, but for the output's) or all", HEALED_PARAMETERS
-    )
-    ce_weight: float = option(
-        0.0,
-        "weight of the cross-entropy with the text; the rest is the divergence from the original",
-        bounds=">= 0 and <= 1",
-    )
-    batch_size: int = option(32, "samples a batch and device", bounds=">= 1")
-    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
-    schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
-    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
-    weight_decay: float = option(0.0, "AdamW weight decay", bounds=">= 0")
-    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
-    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
-    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
-    checkpoint_steps: int = option(
-        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
-    )

@@ -1,19 +1,25 @@
 """The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
 
 `compare` runs them all and writes the report; `run_phase1` and `train` are the same steps for one model, in the same
-folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts.
+folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts; models that
+are made of the trained baseline run in one.
 """
 
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from context_pythia import processes
+from context_pythia.conversion.heal import is_healed
+from context_pythia.conversion.options import ConvertOptions
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import first_line
+from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import (
     RECURRENT,
     best_device,
@@ -22,10 +28,12 @@ from context_pythia.experiments.build import (
     describe_parameters,
     embedding_rows,
 )
+from context_pythia.experiments.convert import convert
 from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import Run, machine, model_entry
 from context_pythia.experiments.report import write_report
 from context_pythia.recipe import ModelOptions, Recipe
+from context_pythia.training.epochs import seconds_per_epoch
 from context_pythia.training.oacd_run import Phase1Result
 from context_pythia.training.phase1 import train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
@@ -47,7 +55,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) 
             print(f"{options.name}: finished before, kept", flush=True)
             continue
         try:
-            run.add(_train_and_measure(options, run, data, progress))
+            run.add(_make_and_measure(options, run, data, progress))
         except (RuntimeError, MemoryError) as error:
             if processes.count() > 1:
                 # The other processes wait for this one in the middle of a model.
@@ -69,7 +77,7 @@ def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
         if run.finished(options.name):
             print(f"{options.name}: finished before, kept")
             continue
-        run.add(_train_and_measure(options, run, data, progress))
+        run.add(_make_and_measure(options, run, data, progress))
         print(f"wrote {run.model_folder(options)}")
 
 
@@ -95,11 +103,30 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
 def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
     with processes.main_first():
         run = Run(out, recipe)
+        _check_origins(recipe, run)
         data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
     run.use_data(data.summary)
     run.write()
     return run, data
+
+
+def _check_origins(recipe: Recipe, run: Run) -> None:
+    """Raise `ValueError` where a model is to be made of a baseline that is not there yet when its turn comes."""
+    trained = any(options.is_baseline and run.finished(options.name) for options in run.recipe.models)
+    for options in recipe.models:
+        trained = trained or options.is_baseline
+        if not options.from_baseline or run.finished(options.name):
+            continue
+        if not trained:
+            raise ValueError(
+                f"{options.name} is made of the trained baseline, and {run.folder} has none: name one before it"
+            )
+        if processes.count() > 1:
+            raise ValueError(
+                f"{options.name} is made of the trained baseline in one process, {processes.count()} were started: "
+                "train the others with --models, and then this one"
+            )
 
 
 def _open_to_train(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
@@ -127,6 +154,12 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
     return result
 
 
+def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    if options.from_baseline:
+        return _heal_and_measure(options, run, data, progress)
+    return _train_and_measure(options, run, data, progress)
+
+
 def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
     model = _build(options, run, data)
     phase1 = None
@@ -149,4 +182,36 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
     cache = describe_cache(model, run.recipe.data.sequence_length)
     return model_entry(
         options, **parameters, **asdict(result), phase1=phase1, cache=cache, machine=machine(best_device())
+    )
+
+
+def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    """The entry of a model that is made of the trained baseline; its epochs are counted from there."""
+    baseline, entry = run.baseline()
+    recipe, original, folder = run.recipe, str(run.model_folder(baseline)), run.model_folder(options)
+    control = options.context_source is None
+    print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
+    width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}
+    # What was trained on the text is the model's own now.
+    text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
+    tokens = min(ConvertOptions.calibration_tokens, len(data.train) * recipe.data.sequence_length)
+    conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
+    record = convert(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
+    healing = record["healing"]
+    kept = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
+    model = load_pretrained(str(folder), torch.float32).to(best_device())
+    healed = (p for name, p in model.named_parameters() if is_healed(name, recipe.heal.parameters))
+    return model_entry(
+        options,
+        from_baseline={"name": baseline.name, "best_epoch": entry["best_epoch"]},
+        parameters=model.num_parameters(),
+        trainable_parameters=sum(parameter.numel() for parameter in healed),
+        best_val_ppl=healing["val_ppl"],
+        best_epoch=kept["epoch"],
+        val_accuracy=healing["val_accuracy"],
+        val_ppl_by_position=healing["val_ppl_by_position"],
+        history=healing["history"],
+        seconds_per_epoch=seconds_per_epoch(healing["history"]),
+        cache=describe_cache(model, recipe.data.sequence_length),
+        machine=machine(best_device()),
     )

@@ -24,7 +24,7 @@ from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTr
 
 from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
-from context_pythia.conversion.options import ConvertOptions, HealOptions
+from context_pythia.conversion.options import ConvertOptions
 from context_pythia.conversion.transplant import check_family, check_rope, read_weight
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
@@ -37,7 +37,7 @@ from context_pythia.experiments.record import read_record
 from context_pythia.files import write_json
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.options import options_of
-from context_pythia.recipe import DataOptions
+from context_pythia.recipe import DataOptions, HealOptions
 from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import publish
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from context_pythia.experiments.record import is_baseline
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -46,14 +48,18 @@ def series_of(model: Mapping[str, Any]) -> Series:
         return [(entry[x], entry[y]) for entry in entries if _finite(entry[y])]
 
     history, phase1, cache = model["history"] or [], model["phase1"] or {}, model["cache"] or {}
-    best = (model["best_epoch"], model["best_val_ppl"])
+    # What is made of the trained baseline goes on where that ended.
+    origin = model.get("from_baseline")
+    start = origin["best_epoch"] if origin else 0
+    epoch, best = model["best_epoch"], model["best_val_ppl"]
     return Series(
         name=model["name"],
-        baseline=model["context_source"] is None,
-        perplexity=points(history, "epoch", "val_ppl"),
-        train_loss=points(history, "epoch", "train_loss"),
+        baseline=is_baseline(model),
+        perplexity=[(start + x, y) for x, y in points(history, "epoch", "val_ppl")],
+        # The loss of healing is another one.
+        train_loss=[] if origin else points(history, "epoch", "train_loss"),
         convergence=points(phase1.get("history") or [], "iteration", "convergence_rate"),
-        best=best if all(map(_finite, best)) else None,
+        best=(start + epoch, best) if _finite(epoch) and _finite(best) else None,
         cache_bytes=cache.get("bytes_measured"),
         positions=model.get("val_ppl_by_position") or (),
     )

@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +28,8 @@ from filelock import FileLock
 import context_pythia
 from context_pythia import processes
 from context_pythia.files import write_json
-from context_pythia.recipe import (
-    ModelOptions,
-    Recipe,
-    deciding_values,
-    load_recipe,
-    recipe_to_dict,
-    save_recipe,
-)
+from context_pythia.recipe import ModelOptions, Recipe
+from context_pythia.recipe_files import deciding_values, load_recipe, recipe_to_dict, save_recipe
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -47,6 +42,7 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "context_source": source,
         "context_dim": None if source is None else options.context_dim,
         "context_sharing": options.context_sharing if source == "layer" else None,
+        "from_baseline": None,
         "parameters": None,
         "trainable_parameters": None,
         "best_val_ppl": None,
@@ -62,6 +58,11 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "error": None,
         **figures,
     }
+
+
+def is_baseline(entry: Mapping[str, Any]) -> bool:
+    """Whether a model's entry is that of a GPT-NeoX trained from its first weights."""
+    return entry["context_source"] is None and not entry.get("from_baseline")
 
 
 class Run:
@@ -107,6 +108,14 @@ class Run:
         """Whether the folder held the finished model when it was opened."""
         return name in self._finished
 
+    def baseline(self) -> tuple[ModelOptions, dict[str, Any]]:
+        """The trained baseline, and its entry; RuntimeError if there is none."""
+        entries = {entry["name"]: entry for entry in self.metrics["models"] if entry["error"] is None}
+        for model in self.recipe.models:
+            if model.is_baseline and model.name in entries:
+                return model, entries[model.name]
+        raise RuntimeError(f"no baseline in {self.folder} is trained: train it first, or find out why it failed")
+
     def add(self, entry: dict[str, Any]) -> None:
         """Record a model's entry in place of an earlier one."""
         self._entries[entry["name"]] = entry
@@ -149,10 +158,10 @@ class Run:
         self.metrics["models"] = [entries[name] for name in order if name in entries]
         self.metrics["recipe"] = recipe_to_dict(self.recipe)
         done = [entry for entry in self.metrics["models"] if entry["cache"]]
-        baseline = next((entry["cache"] for entry in done if entry["context_source"] is None), None)
+        baseline = next((entry["cache"] for entry in done if is_baseline(entry)), None)
         for entry in done:
             reduction = None
-            if baseline is not None and entry["context_source"] is not None:
+            if baseline is not None and not is_baseline(entry):
                 reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
             entry["cache"]["reduction_measured"] = reduction
 
@@ -208,6 +217,8 @@ def _program(path: Path) -> str:
 def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
     """The wanted recipe with the held models before its own, if the two agree on all that decides results."""
     old, new = deciding_values(held), deciding_values(wanted)
+    if not any(model.from_baseline for model in held.models):
+        del old["heal"]  # nothing was healed yet
     for section in (key for key in old if key not in ("name", "models")):
         values = old[section] if isinstance(old[section], dict) else {"": old[section]}
         others = new[section] if isinstance(new[section], dict) else {"": new[section]}
@@ -240,7 +251,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
-    keys -= {"val_ppl_by_position", "machine"}  # older runs have none
+    keys -= {"val_ppl_by_position", "machine", "from_baseline"}  # older runs have none
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise _damaged(path, f"it has no {key!r}")

@@ -12,6 +12,7 @@ from typing import Any
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table
 from context_pythia.experiments.figures import frontier, learning_curves, position_curves, series_of
 from context_pythia.experiments.positions import POSITIONS, position_blocks
+from context_pythia.experiments.record import is_baseline
 
 CURVES, FRONTIER = "curves.png", "frontier.png"
 _DASH = "–"
@@ -29,7 +30,7 @@ class Report:
         self.failed = [model for model in self.models if model["error"] is not None]
         entered = {model["name"] for model in self.models}
         self.pending = [model for model in self.recipe.get("models", []) if model["name"] not in entered]
-        self.baseline = next((model for model in self.done if model["context_source"] is None), None)
+        self.baseline = next((model for model in self.done if is_baseline(model)), None)
 
     def blocks(self, pictures: dict[str, bytes]) -> Iterator[Block]:
         text = self.text
@@ -45,6 +46,7 @@ class Report:
         for model in self.done:
             if not self._timed_as_baseline(model):
                 yield Paragraph(text["timed_elsewhere"].format(name=model["name"], **model["machine"]), "note")
+        yield from self._healed()
         for model in self.failed:
             yield Paragraph(text["failure"].format(name=model["name"], error=model["error"]), "alert")
         if any(model["context_source"] == "input" for model in self.models):
@@ -113,7 +115,7 @@ class Report:
         base = self.baseline["best_val_ppl"]
         difference = model["best_val_ppl"] - base
         sign = "−" if difference < 0 else "+"
-        return f"{sign}{abs(difference):,.{_digits(base)}f} ({sign}{_percent(abs(difference / base))})"
+        return f"{sign}{abs(difference):,.{_digits(base)}f} ({_signed_percent(difference / base)})"
 
     def _results(self) -> Table:
         by_formula = any(_cache(model, "bytes_formula") != _cache(model, "bytes_measured") for model in self.done)
@@ -130,7 +132,7 @@ class Report:
                 "measured": figures["kb"],
                 "formula": _kilobytes(_cache(model, "bytes_formula")),
                 "parameters": _pair(model["trainable_parameters"], model["parameters"]),
-                "best_epoch": _integer(model["best_epoch"]),
+                "best_epoch": self._best_epoch(model),
                 "accuracy": _percent(model["val_accuracy"]),
                 "seconds_epoch": _number(model["seconds_per_epoch"], 1),
                 "overhead": self._overhead(model),
@@ -143,11 +145,34 @@ class Report:
 
     def _context(self, model: dict[str, Any]) -> str:
         source, dim, sharing = model["context_source"], model.get("context_dim"), model.get("context_sharing")
+        if model.get("from_baseline"):
+            return self.text["control" if source is None else "converted"].format(source=source, dim=dim)
         if source is None:
             return self.text["baseline"]
         if source == "layer" and (sharing or 1) > 1:
             return self.text["sharing"].format(source=source, dim=dim, layers=sharing)
         return f"{source} {dim}"
+
+    def _best_epoch(self, model: dict[str, Any]) -> str:
+        """In epochs after the baseline's best for what is made of it."""
+        if not (origin := model.get("from_baseline")) or model["best_epoch"] is None:
+            return _integer(model["best_epoch"])
+        return f"{origin['best_epoch']} + {model['best_epoch']:.3g}"
+
+    def _healed(self) -> Iterator[Block]:
+        """What the models are that are made of the baseline, and what they lose against the control."""
+        healed = [model for model in self.done if model.get("from_baseline")]
+        if not healed:
+            return
+        facts = {"baseline": healed[0]["from_baseline"]["name"], "steps": self.recipe["heal"]["steps"]}
+        yield Paragraph(self.text["healed_note"].format(**facts), "note")
+        control = next((model for model in healed if model["context_source"] is None), None)
+        if control is None:
+            return
+        for model in (model for model in healed if model is not control):
+            change = _signed_percent(model["best_val_ppl"] / control["best_val_ppl"] - 1)
+            facts = {"name": model["name"], "control": control["name"], "change": change}
+            yield Paragraph(self.text["against_control"].format(**facts), "note")
 
     def _overhead(self, model: dict[str, Any]) -> str:
         base = self.baseline and self.baseline["seconds_per_epoch"]
@@ -185,8 +210,11 @@ class Report:
     def _log(self, model: dict[str, Any]) -> Iterator[str]:
         epochs = self.recipe.get("train", {}).get("epochs") or len(model["history"])
         for entry in model["history"]:
+            done = f"Epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"
+            if model.get("from_baseline"):
+                done = f"Step {entry['step']}/{self.recipe.get('heal', {}).get('steps')}"
             yield (
-                f"Epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}: train_loss={_number(entry['train_loss'], 4)}, "
+                f"{done}: train_loss={_number(entry['train_loss'], 4)}, "
                 f"val_ppl={_number(entry['val_ppl'], 2)}, val_acc={_number(entry['val_accuracy'], 4)}, "
                 f"{_number(entry['seconds'], 1)} s{' *' if entry['best'] else ''}"
             )
@@ -268,6 +296,9 @@ class Report:
                 "p1_noise": _plain(phase1.get("noise")),
                 "p1_state": _plain(phase1.get("state_dtype")),
             }
+        if any(model.get("from_baseline") for model in self.models):
+            names = ("steps", "parameters", "ce_weight", "learning_rate", "schedule")
+            facts |= {f"heal_{name}": _plain(self.recipe.get("heal", {}).get(name)) for name in names}
         return facts
 
     def _provenance(self) -> dict[str, str]:
@@ -315,6 +346,10 @@ def _number(value: float | None, digits: int) -> str:
 def _percent(value: float | None) -> str:
     # Rounded first and added to zero, so that a loss of nothing is not "-0.0 %".
     return _DASH if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
+
+
+def _signed_percent(value: float) -> str:
+    return ("−" if value < 0 else "+") + _percent(abs(value))
 
 
 def _perplexity(value: float | None) -> str:

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.conversion import heal as module
 from context_pythia.conversion.heal import distillation_loss, heal, token_losses
-from context_pythia.conversion.options import HealOptions
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.recipe import TrainOptions
+from context_pythia.recipe import HealOptions, TrainOptions
 from context_pythia.training.phase2 import train_language_model
 from tests.training.test_phase2 import (
     VOCABULARY,

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from context_pythia.experiments.compare import compare
-from context_pythia.recipe import Recipe, recipe_from_dict
+from context_pythia.recipe import Recipe
+from context_pythia.recipe_files import recipe_from_dict
 
 SENTENCE = "the cache of a model holds keys and values for each token that it has seen so far in its text"
 
@@ -36,7 +37,7 @@ def tiny_recipe(folder, **sections) -> Recipe:
         ],
     }  # fmt: skip
     for section, changes in sections.items():
-        values[section] = values[section] | changes if isinstance(changes, dict) else changes
+        values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
     return recipe_from_dict(values)
 
 

@@ -17,7 +17,7 @@ from context_pythia.experiments import evaluate as module
 from context_pythia.experiments.evaluate import compare_with_first, evaluate, evaluate_model
 from context_pythia.experiments.evaluation_report import console_table, write_evaluation
 from context_pythia.experiments.report import write_report
-from context_pythia.recipe import load_recipe
+from context_pythia.recipe_files import load_recipe
 from tests.evaluation.conftest import build
 
 NAMES = ("pythia", "input", "shared", "layer-12-x2")

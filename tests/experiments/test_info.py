@@ -3,7 +3,7 @@ import json
 import pytest
 
 from context_pythia.experiments.info import info
-from context_pythia.recipe import load_recipe
+from context_pythia.recipe_files import load_recipe
 
 
 def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):

@@ -23,7 +23,7 @@ from context_pythia.experiments.sweep.options import SweepPlan, parse_over
 from context_pythia.experiments.sweep.results import importances, settings_over_seeds
 from context_pythia.experiments.sweep.study import JOURNAL, Queue, open_storage
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
-from context_pythia.recipe import load_recipe
+from context_pythia.recipe_files import load_recipe
 
 from .conftest import tiny_recipe
 
@@ -123,6 +123,15 @@ def test_the_grid_holds_each_training_once():
     assert counts == {"Pythia": 2 * 2, "shared": 2 * 2 * 2 * 2, "layer": 2 * 2 * 2 * 2}
     assert found[0].params == {"model": "Pythia", "train.learning_rate": 0.001}
     assert [setting.recipe.seed for setting in found] == [0] * 18 + [1] * 18
+
+
+def test_healing_which_no_trial_does_leaves_identities_as_they_are():
+    (one,), (other,) = (
+        plan_of(load_recipe("quick", {"heal.steps": steps}), models=["layer"]).combinations() for steps in (0, 9)
+    )
+    assert one.identity == other.identity == "11f139a8f9"  # of studies from before there was healing
+    with pytest.raises(ValueError, match=r"key 'heal_steps' is unknown"):
+        parse_over("heal_steps=1,2")
 
 
 def test_equal_settings_have_one_identity_however_they_were_asked_for(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from context_pythia import processes
 from context_pythia.cli import main
-from context_pythia.recipe import save_recipe
+from context_pythia.recipe_files import save_recipe
 from context_pythia.training import oacd_run
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport

@@ -19,10 +19,13 @@ from typing import Any
 import yaml
 
 from context_pythia.options import Option, Options, options_of, suggestion
-from context_pythia.recipe import SECTIONS, ModelOptions, Recipe, deciding_values, overridden
+from context_pythia.recipe import PREFIXED, SECTIONS, ModelOptions, Recipe
+from context_pythia.recipe_files import deciding_values, overridden
 
 SAMPLERS = ("grid", "tpe")
 MODEL = "model"  # the searched dimension that says which model of the recipe is trained
+# A trial is one training, so it cannot heal what its run has trained before.
+NOT_SEARCHED = ("model.name", "model.from_baseline")
 # The options of a model that only some context sources read.
 SOURCES_OF = {
     "context_sharing": ("layer",),
@@ -37,11 +40,12 @@ def _keys() -> dict[str, tuple[str, Option]]:
     """Every key of `--over`: an option's path, and its plain name as its flag has it."""
     found: dict[str, tuple[str, Option]] = {}
     owners: dict[str, type[Options]] = SECTIONS | {MODEL: ModelOptions}
+    del owners["heal"]
     for section, owner in owners.items():
-        prefix = "phase1_" if section == "phase1" else ""
+        prefix = f"{section}_" if section in PREFIXED else ""
         for declared in options_of(owner):
             path = f"{section}.{declared.name}"
-            if path != "model.name" and not declared.free:
+            if path not in NOT_SEARCHED and not declared.free:
                 found[path] = found[prefix + declared.name] = (path, declared)
     return found
 
@@ -145,7 +149,7 @@ class Setting:
     def identity(self) -> str:
         """A hash of all that decides the result."""
         values = deciding_values(self.recipe)
-        del values["name"]
+        del values["name"], values["heal"], values["models"][0]["from_baseline"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -188,6 +192,12 @@ class SweepPlan:
     _known: dict[str, Setting] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for model in self.recipe.models:
+            if model.name in self.models and model.from_baseline:
+                raise ValueError(
+                    f"{model.name} is made of its run's trained baseline, which a trial has not: name others with "
+                    "--models, and run `context-pythia compare --seed N` for each seed of this one"
+                )
         paths = [dimension.path for dimension in self.dimensions]
         for path in paths:
             if paths.count(path) > 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from context_pythia.experiments.sweep.options import KEYS, MODEL, Setting, SweepPlan, by_logarithm
 from context_pythia.experiments.sweep.study import ERROR, RESULT, SEED, Queue
-from context_pythia.recipe import recipe_to_dict
+from context_pythia.recipe_files import recipe_to_dict
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -42,7 +42,7 @@ def sweep_metrics(plan: SweepPlan, queue: Queue, folder_of: Callable[[Setting], 
                 "state": STATES[trial.state.name],
                 "folder": folder_of(setting),
                 "model": setting.recipe.models[0].name,
-                "baseline": setting.recipe.models[0].context_source is None,
+                "baseline": setting.recipe.models[0].is_baseline,
                 "setting": {path: setting.value(path) for path in searched},
                 "seed": setting.recipe.seed,
                 "val_ppl": values[0],

@@ -30,7 +30,7 @@ from context_pythia.experiments.sweep.study import (
     require_optuna,
 )
 from context_pythia.files import write_json
-from context_pythia.recipe import deciding_values
+from context_pythia.recipe_files import deciding_values
 from context_pythia.training.phase2 import check_options
 
 if TYPE_CHECKING:

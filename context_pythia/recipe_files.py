@@ -1,0 +1,149 @@
+"""Recipes as YAML files and nested values: those that come with the package, and anyone's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from context_pythia.files import write_bytes
+from context_pythia.options import Options, deciding, options_of, suggestion
+from context_pythia.recipe import SECTIONS, ModelOptions, Recipe
+
+
+def _only_known(given: Iterable[Any], known: Sequence[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{what} {key!r} is unknown{suggestion(key, known)}; valid: {', '.join(known)}")
+
+
+def _option_names(owner: type[Options]) -> list[str]:
+    return [declared.name for declared in options_of(owner)]
+
+
+def packaged_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    folder = importlib.resources.files("context_pythia") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(name_or_path: str) -> tuple[str, Any]:
+    """Name and parsed YAML of a packaged recipe or a recipe file."""
+    path = Path(name_or_path)
+    if name_or_path in packaged_recipes():
+        text = (importlib.resources.files("context_pythia") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8")
+    elif path.is_file():
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {name_or_path}: is not UTF-8 text ({error.reason})") from None
+    else:
+        known = packaged_recipes()
+        raise ValueError(
+            f"recipe {name_or_path!r} is unknown{suggestion(name_or_path, known)}; "
+            f"valid: {', '.join(known)}, or a YAML file"
+        )
+    try:
+        return path.name.removesuffix(".yaml").removesuffix(".yml"), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name_or_path}: is not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def load_recipe(
+    name_or_path: str, overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
+) -> Recipe:
+    """Read a recipe, put the overrides over its values, and check the whole.
+
+    Args:
+        name_or_path: a packaged name (see `packaged_recipes`) or a YAML file, which holds what differs from the
+            defaults: `name`, `seed`, the sections of `SECTIONS`, and a list `models`.
+        overrides: values by dotted path: `train.learning_rate`, `seed`; `model.context_dim` goes to every model with a
+            context source.
+        models: the names of the models to keep, in the recipe's order; all of them if absent.
+
+    Raises:
+        ValueError: unknown recipe, section, option, value or model; the message names it and the valid ones.
+    """
+    stem, values = _read(name_or_path)
+    recipe = recipe_from_dict({"name": stem} | _mapping({} if values is None else values, f"recipe {name_or_path}"))
+    if models is not None:
+        _only_known(models, [model.name for model in recipe.models], f"recipe {recipe.name}: model")
+        recipe = dataclasses.replace(recipe, models=[model for model in recipe.models if model.name in models])
+    return overridden(recipe, overrides or {})
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that nested plain values describe, what they leave out at its default.
+
+    Raises:
+        ValueError: a key or value that is not valid.
+    """
+    scalars = _option_names(Recipe)
+    _only_known(values, [*scalars, *SECTIONS, "models"], "section")
+    arguments: dict[str, Any] = {name: values[name] for name in scalars if name in values}
+    for section, options in SECTIONS.items():
+        # A section whose every line is commented out is None to YAML.
+        given = _mapping(values.get(section) or {}, f"section {section}")
+        _only_known(given, _option_names(options), f"option {section}:")
+        arguments[section] = options(**given)
+    if "models" in values:
+        if not isinstance(values["models"], list):
+            raise ValueError(f"section models: must be a list, not {values['models']!r}")
+        arguments["models"] = [_model_from_dict(model, i) for i, model in enumerate(values["models"], 1)]
+    return Recipe(**arguments)
+
+
+def _model_from_dict(values: Any, position: int) -> ModelOptions:
+    given = _mapping(values, f"model {position}")
+    label = f"model {given.get('name', position)}"
+    _only_known(given, _option_names(ModelOptions), f"{label}: option")
+    if "name" not in given:
+        raise ValueError(f"{label}: has no name, give each model its own")
+    try:
+        return ModelOptions(**given)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+
+
+def _mapping(values: Any, what: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what}: must be a mapping of names to values, not {values!r}")
+    return dict(values)
+
+
+def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe with values by dotted path over its own, checked as a whole; see `load_recipe`."""
+    owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
+    changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
+    known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
+    _only_known(overrides, known, "option")
+    for path, value in overrides.items():
+        section, _, name = path.rpartition(".")
+        changes[section][name] = value
+    arguments: dict[str, Any] = changes.pop("")
+    of_models = changes.pop("model")
+    for section, values in changes.items():
+        arguments[section] = dataclasses.replace(getattr(recipe, section), **values)
+    arguments["models"] = [
+        model if model.context_source is None else dataclasses.replace(model, **of_models) for model in recipe.models
+    ]
+    return dataclasses.replace(recipe, **arguments)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as nested plain values; `recipe_from_dict` is the way back."""
+    return dataclasses.asdict(recipe)
+
+
+def deciding_values(recipe: Recipe) -> dict[str, Any]:
+    """`recipe_to_dict` without the options that change no result."""
+    return recipe_to_dict(recipe) | {section: deciding(getattr(recipe, section)) for section in SECTIONS}
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as a YAML file that `load_recipe` reads."""
+    write_bytes(path, yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, allow_unicode=True).encode())
