@@ -5,8 +5,6 @@ temperature 1. The original only gives targets: it runs without gradients and en
 
 The same function with a plain GPT-NeoX as student, and no teacher or a copy of it, is the control of healing: the
 original, trained equally long.
-
-Shapes: n tokens of a chunk, N of a batch, D hidden size, V rows of the head.
 """
 
 from __future__ import annotations
@@ -21,18 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from context_pythia.recipe import HealOptions, TrainOptions
-from context_pythia.training.loss import IGNORED
+from context_pythia.training.loss import linear_distillation
 from context_pythia.training.phase2 import train_language_model
 from context_pythia.training.trainer import LanguageModelTrainer
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
-
-CHUNK_LOGITS = 2**25  # logits of one model held at once: 128 MiB in fp32, with a few temporaries of that size
 
 
 @dataclass
@@ -154,77 +149,22 @@ class DistillationTrainer(LanguageModelTrainer):
             outputs, hidden, head = self.run_body(model, inputs)
             with torch.no_grad(), self.teacher_precision():
                 expected = self.teacher.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-            loss = distillation_loss(
+            loss = linear_distillation(
                 hidden,
-                head,
-                expected.flatten(0, 1),
-                self.teach,
+                head.weight,
                 inputs["shift_labels"].flatten(),
+                expected.flatten(0, 1),
+                self.teacher.get_output_embeddings().weight,
                 self.ce_weight,
-                chunk=max(1, CHUNK_LOGITS // head.weight.shape[0]),
             )
         loss = self.mean_over_step(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-    def teach(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits `[n, V]`."""
-        with self.teacher_precision():
-            return self.teacher.get_output_embeddings()(hidden)
 
     def teacher_precision(self) -> contextlib.AbstractContextManager:
         """A teacher in float32 follows the student's autocast; another runs as it is: autocast would mix dtypes."""
         if self.teacher.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.args.device.type, enabled=False)
-
-
-def distillation_loss(
-    hidden: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    teacher_hidden: torch.Tensor,
-    teacher_head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
-    ce_weight: float,
-    chunk: int,
-) -> torch.Tensor:
-    """The sum of `token_losses` over N tokens, chunk by chunk, so that no more than a chunk's logits are ever held.
-
-    Args:
-        hidden: last hidden states of the student, `[N, D]`.
-        head: gives their logits, `[n, D] -> [n, V]`.
-        teacher_hidden, teacher_head: the same of the teacher.
-        labels: next tokens `[N]`, -100 for none.
-        ce_weight: see `token_losses`.
-        chunk: n at most.
-    """
-
-    def chunk_loss(hidden: torch.Tensor, teacher_hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            expected = teacher_head(teacher_hidden)
-        return token_losses(head(hidden), expected, labels, ce_weight).sum()
-
-    chunks = list(zip(hidden.split(chunk), teacher_hidden.split(chunk), labels.split(chunk), strict=True))
-    if len(chunks) == 1:
-        return chunk_loss(*chunks[0])
-    return torch.stack([checkpoint(chunk_loss, *part, use_reentrant=False) for part in chunks]).sum()
-
-
-def token_losses(
-    logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, ce_weight: float
-) -> torch.Tensor:
-    """`(1 - ce_weight) KL(teacher || student) + ce_weight CE` of each token in nats, `[n, V]` twice and `[n] -> [n]`.
-
-    Where a label is -100 it is 0.
-    """
-    logits, teacher_logits = logits.float(), teacher_logits.float()
-    log_sum, teacher_log_sum = logits.logsumexp(-1), teacher_logits.logsumexp(-1)
-    # From the logits, not their log-softmax: the gradient softmax(logits) - p is then exactly 0 where the models agree.
-    # Adam would make steps of full size out of rounding errors.
-    p = (teacher_logits - teacher_log_sum.unsqueeze(-1)).exp()
-    divergence = (p * (teacher_logits - logits)).sum(-1) + log_sum - teacher_log_sum
-    cross_entropy = log_sum - logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    loss = (1 - ce_weight) * divergence + ce_weight * cross_entropy
-    return loss.where(labels != IGNORED, 0.0)
 
 
 def is_healed(name: str, parameters: str) -> bool:

@@ -1,4 +1,6 @@
-"""The language-model head and its cross-entropy together, so that the logits of all tokens never stand in memory.
+"""The language-model head and its loss together, so that the logits of all tokens never stand in memory.
+
+The loss is the cross-entropy with the text, or a mixture of it and the divergence from a teacher.
 
 The logits of 32 x 128 tokens over 50,304 words are 824 MB in fp32, and the plain way holds them, their log-softmax and
 the gradients of both. Here a chunk of tokens goes all the way to its gradients before the next one begins, so nothing
@@ -34,7 +36,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
         weight: the head's, `[V, D]`.
         labels: next tokens, `[N]`; -100 for none.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    return _LinearLoss.apply(hidden, weight, labels, None, 1.0)
+
+
+def linear_distillation(
+    hidden: Tensor, weight: Tensor, labels: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, ce_weight: float
+) -> Tensor:
+    """The sum of `(1 - ce_weight) KL(teacher || student) + ce_weight CE(text || student)` over the tokens, in nats.
+
+    Gradients are those of the student alone, `softmax(logits) - (1 - ce_weight) softmax(teacher's) - ce_weight
+    onehot(label)` in its logits: exactly 0 where the two agree and the text has no weight. Adam would make steps of
+    full size out of rounding errors.
+
+    Args:
+        hidden, weight, labels: as in `linear_cross_entropy`; a token without a label counts in neither part.
+        teacher_hidden, teacher_weight: the teacher's, `[N, D']` and `[V, D']`. One in fp32 follows autocast, another
+            keeps its dtype.
+        ce_weight: from 0 to 1.
+    """
+    if teacher_weight.dtype == torch.float32:
+        teacher_weight = teacher_weight.to(_dtypes(teacher_hidden)[0])
+    teacher = teacher_hidden.detach().to(teacher_weight.dtype), teacher_weight.detach()
+    return _LinearLoss.apply(hidden, weight, labels, teacher, ce_weight)
 
 
 @torch.no_grad()
@@ -55,13 +78,20 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor
     return losses, hits
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     """Its forward pass already computes the gradients, from each chunk's logits while they are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        teacher: tuple[Tensor, Tensor] | None,
+        ce_weight: float,
+    ) -> Tensor:
         dtype, wide = _dtypes(hidden)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -70,7 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part in _slices(len(hidden), CHUNK_LOGITS // len(weight)):
                 states = hidden[part].to(dtype)
                 logits = nn.functional.linear(states, narrow)
-                loss += _to_gradient(logits, labels[part], wide).sum()
+                expected = None if teacher is None else nn.functional.linear(teacher[0][part], teacher[1])
+                loss += _to_gradient(logits, labels[part], wide, expected, ce_weight).sum()
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ narrow
                 if weight_grad is not None:
@@ -80,33 +111,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         # A scalar tensor of another dtype does not widen these.
         return (
             None if hidden_grad is None else hidden_grad * gradient,
             None if weight_grad is None else weight_grad * gradient,
-            None,
+            *[None] * 3,
         )
 
 
-def _to_gradient(logits: Tensor, labels: Tensor, wide: torch.dtype) -> Tensor:
-    """The tokens' losses `[n]`, computed in `wide`; `logits` `[n, V]` become `softmax(logits) - onehot(label)`, the
-    gradient of their sum."""
+def _to_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    wide: torch.dtype,
+    teacher_logits: Tensor | None = None,
+    ce_weight: float = 1.0,
+) -> Tensor:
+    """The tokens' losses `[n]`, computed in `wide`; `logits` `[n, V]` become the gradient of their sum, which without
+    a teacher is `softmax(logits) - onehot(label)`."""
     losses = torch.empty(len(logits), dtype=wide, device=logits.device)
     block = ROW_BLOCK_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS
     for rows in _slices(len(logits), block // logits.shape[1]):
-        counted = labels[rows].ne(IGNORED).unsqueeze(-1)
+        counted = labels[rows].ne(IGNORED).unsqueeze(-1).to(wide)
         targets = labels[rows].clamp(min=0).unsqueeze(-1)
-        p = logits[rows].to(wide)
-        p -= p.amax(-1, keepdim=True)
-        target_logits = p.gather(-1, targets)
-        total = p.exp_().sum(-1, keepdim=True)
-        losses[rows] = ((total.log() - target_logits) * counted).squeeze(-1)
+        q = logits[rows].to(wide)
+        q -= q.amax(-1, keepdim=True)
+        loss = -ce_weight * q.gather(-1, targets)
+        if teacher_logits is not None:
+            p = teacher_logits[rows].to(wide)
+            p -= p.amax(-1, keepdim=True)
+            difference = p - q
+            total = p.exp_().sum(-1, keepdim=True)
+            divergence = difference.mul_(p).sum(-1, keepdim=True) / total - total.log()
+            loss += (1 - ce_weight) * divergence
+            p *= (1 - ce_weight) * counted / total
+        total = q.exp_().sum(-1, keepdim=True)
+        losses[rows] = ((loss + total.log()) * counted).squeeze(-1)
         # One pass for the division and for the tokens that do not count.
-        p *= counted / total
-        p.scatter_add_(-1, targets, -counted.to(wide))
-        logits[rows] = p
+        q *= counted / total
+        if teacher_logits is not None:
+            q -= p
+        q.scatter_add_(-1, targets, -ce_weight * counted)
+        logits[rows] = q
     return losses
 
 

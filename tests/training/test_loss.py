@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from context_pythia.training import loss as loss_module
-from context_pythia.training.loss import linear_cross_entropy, token_scores
+from context_pythia.training.loss import linear_cross_entropy, linear_distillation, token_scores
 
 TOKENS, WIDTH, WORDS = 37, 12, 50
 
@@ -107,6 +107,62 @@ def test_the_scores_of_tokens_are_those_of_all_logits():
     assert not losses.requires_grad
 
 
+def teacher_of(hidden, weight, width=7):
+    torch.manual_seed(1)
+    return torch.randn(TOKENS, width, dtype=hidden.dtype), torch.randn(WORDS, width, dtype=weight.dtype)
+
+
+def plain_distillation(hidden, weight, labels, teacher_hidden, teacher_weight, ce_weight):
+    """From torch's own divergence and cross-entropy."""
+    kept = labels != -100
+    logits, expected = (hidden @ weight.t())[kept], (teacher_hidden @ teacher_weight.t())[kept]
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1), expected.log_softmax(-1), reduction="sum", log_target=True
+    )
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="sum")
+    return (1 - ce_weight) * divergence + ce_weight * cross_entropy
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_distillation_equals_the_plain_loss_and_its_gradients(dtype, tolerance, ce_weight):
+    hidden, weight, labels = make(dtype)
+    further = *teacher_of(hidden, weight), ce_weight
+    ours, theirs = (
+        value_and_gradients(lambda *given, f=function: f(*given, *further), hidden, weight, labels, factor=0.3)
+        for function in (linear_distillation, plain_distillation)
+    )
+    for mine, plain_one in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, plain_one, rtol=tolerance, atol=tolerance)
+
+
+def test_distillation_by_the_text_alone_is_cross_entropy():
+    hidden, weight, labels = make()
+    ours = linear_distillation(hidden, weight, labels, *teacher_of(hidden, weight), 1.0)
+    torch.testing.assert_close(ours, linear_cross_entropy(hidden, weight, labels), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16])
+def test_a_student_that_agrees_has_no_divergence_and_no_gradient_at_all(narrow):
+    hidden, weight, labels = make(scale=10.0)
+    with torch.autocast("cpu", narrow, enabled=narrow is not None):
+        loss = linear_distillation(hidden, weight, labels, hidden, weight, 0.0)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_only_a_teacher_in_fp32_follows_autocast():
+    hidden, weight, labels = make()
+    teacher = teacher_of(hidden, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        single, narrow, other = (
+            linear_distillation(hidden, weight, labels, *(part.to(dtype) for part in teacher), 0.0).item()
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        )
+    assert single == narrow != other
+
+
 class LargestTensor(TorchDispatchMode):
     """Sees each tensor that an operation makes."""
 
@@ -119,7 +175,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("function", "most"), [(linear_cross_entropy, 10 * WORDS), (plain, TOKENS * WORDS)])
+def self_taught(hidden, weight, labels):
+    return linear_distillation(hidden, weight, labels, hidden, weight, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("function", "most"), [(linear_cross_entropy, 10 * WORDS), (self_taught, 10 * WORDS), (plain, TOKENS * WORDS)]
+)
 def test_never_holds_more_logits_than_a_chunk(function, most):
     hidden, weight, labels = make()
     narrow = hidden[:, :1].detach().requires_grad_(), weight[:, :1].detach().requires_grad_()
