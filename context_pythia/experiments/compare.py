@@ -40,22 +40,25 @@ from context_pythia.training.phase2 import check_options, train_language_model
 
 
 @processes.joined()
-def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True) -> None:
+def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, origin: Run | None = None) -> None:
     """Train and measure every model of the recipe, then write the report in English, and in `lang`.
 
     A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
 
+    Args:
+        origin: the run with the trained baseline for models that are made of one, if it is not this run.
+
     Raises:
         RuntimeError: a model failed; the report is written first.
     """
-    run, data = _open_to_train(recipe, out, progress)
+    run, data = _open_to_train(recipe, out, progress, origin)
     failures = []
     for options in recipe.models:
         if run.finished(options.name):
             print(f"{options.name}: finished before, kept", flush=True)
             continue
         try:
-            run.add(_make_and_measure(options, run, data, progress))
+            run.add(_make_and_measure(options, run, data, progress, origin))
         except (RuntimeError, MemoryError) as error:
             if processes.count() > 1:
                 # The other processes wait for this one in the middle of a model.
@@ -100,10 +103,10 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
         print(f"wrote {run.phase1_folder(options)}")
 
 
-def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
+def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
     with processes.main_first():
         run = Run(out, recipe)
-        _check_origins(recipe, run)
+        _check_origins(recipe, run, origin or run)
         data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
     run.use_data(data.summary)
@@ -111,16 +114,16 @@ def _open(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
     return run, data
 
 
-def _check_origins(recipe: Recipe, run: Run) -> None:
+def _check_origins(recipe: Recipe, run: Run, origin: Run) -> None:
     """Raise `ValueError` where a model is to be made of a baseline that is not there yet when its turn comes."""
-    trained = any(options.is_baseline and run.finished(options.name) for options in run.recipe.models)
+    trained = any(options.is_baseline and origin.finished(options.name) for options in origin.recipe.models)
     for options in recipe.models:
         trained = trained or options.is_baseline
         if not options.from_baseline or run.finished(options.name):
             continue
         if not trained:
             raise ValueError(
-                f"{options.name} is made of the trained baseline, and {run.folder} has none: name one before it"
+                f"{options.name} is made of the trained baseline, and {origin.folder} has none: name one before it"
             )
         if processes.count() > 1:
             raise ValueError(
@@ -129,9 +132,9 @@ def _check_origins(recipe: Recipe, run: Run) -> None:
             )
 
 
-def _open_to_train(recipe: Recipe, out: Path, progress: bool) -> tuple[Run, PackedData]:
+def _open_to_train(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
     check_options(recipe.train)
-    run, data = _open(recipe, out, progress)
+    run, data = _open(recipe, out, progress, origin)
     if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
         run.write_provenance(wanted, best_device())
     return run, data
@@ -154,9 +157,11 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
     return result
 
 
-def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+def _make_and_measure(
+    options: ModelOptions, run: Run, data: PackedData, progress: bool, origin: Run | None = None
+) -> dict[str, Any]:
     if options.from_baseline:
-        return _heal_and_measure(options, run, data, progress)
+        return _heal_and_measure(options, run, origin or run, data, progress)
     return _train_and_measure(options, run, data, progress)
 
 
@@ -185,10 +190,10 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
     )
 
 
-def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+def _heal_and_measure(options: ModelOptions, run: Run, origin: Run, data: PackedData, progress: bool) -> dict[str, Any]:
     """The entry of a model that is made of the trained baseline; its epochs are counted from there."""
-    baseline, entry = run.baseline()
-    recipe, original, folder = run.recipe, str(run.model_folder(baseline)), run.model_folder(options)
+    baseline, entry = origin.baseline()
+    recipe, original, folder = run.recipe, str(origin.model_folder(baseline)), run.model_folder(options)
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
     width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}

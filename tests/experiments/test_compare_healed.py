@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from context_pythia import ContextPythiaForCausalLM, cli, processes
+from context_pythia import ContextPythiaForCausalLM, processes
 from context_pythia.conversion.options import ConvertOptions
 from context_pythia.experiments import compare as module
 from context_pythia.experiments.compare import compare, train
 from context_pythia.experiments.convert import convert
 from context_pythia.experiments.figures import series_of
 from context_pythia.experiments.record import Run
-from context_pythia.recipe_files import save_recipe
 
 from .conftest import tiny_recipe
 
@@ -168,11 +167,4 @@ def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     recipe = healing_recipe(folder)
     with pytest.raises(ValueError, match="Control is made of the trained baseline in one process, 2 were started"):
-        module._check_origins(recipe, Run(tmp_path, recipe))
-
-
-def test_a_sweep_has_no_place_for_it(folder, tmp_path, capsys):
-    save_recipe(healing_recipe(folder), tmp_path / "recipe.yaml")
-    assert cli.main(["sweep", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "sweep")]) == 2
-    error = capsys.readouterr().err
-    assert "Control is made of its run's trained baseline" in error and "compare --seed N" in error
+        module._check_origins(recipe, Run(tmp_path, recipe), Run(tmp_path, recipe))

@@ -1,7 +1,8 @@
 """What a sweep searches: the keys and values of `--over`, and the trainings that follow. Imports no torch.
 
 A trial is one training: one model of the recipe, one setting, one seed. Its identity is what the recipe resolves to, so
-a setting that does not concern a model (the context of the baseline, say) never makes a second trial of it.
+a setting that does not concern a model (the context of the baseline, say) never makes a second trial of it. A model
+that is made of the trained baseline waits for the baseline's trial of the same setting and seed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from context_pythia.recipe_files import deciding_values, overridden
 
 SAMPLERS = ("grid", "tpe")
 MODEL = "model"  # the searched dimension that says which model of the recipe is trained
-# A trial is one training, so it cannot heal what its run has trained before.
 NOT_SEARCHED = ("model.name", "model.from_baseline")
 # The options of a model that only some context sources read.
 SOURCES_OF = {
@@ -40,7 +40,6 @@ def _keys() -> dict[str, tuple[str, Option]]:
     """Every key of `--over`: an option's path, and its plain name as its flag has it."""
     found: dict[str, tuple[str, Option]] = {}
     owners: dict[str, type[Options]] = SECTIONS | {MODEL: ModelOptions}
-    del owners["heal"]
     for section, owner in owners.items():
         prefix = f"{section}_" if section in PREFIXED else ""
         for declared in options_of(owner):
@@ -149,7 +148,9 @@ class Setting:
     def identity(self) -> str:
         """A hash of all that decides the result."""
         values = deciding_values(self.recipe)
-        del values["name"], values["heal"], values["models"][0]["from_baseline"]
+        del values["name"]
+        if not self.recipe.models[0].from_baseline:
+            del values["heal"], values["models"][0]["from_baseline"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     @property
@@ -192,12 +193,12 @@ class SweepPlan:
     _known: dict[str, Setting] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for model in self.recipe.models:
-            if model.name in self.models and model.from_baseline:
-                raise ValueError(
-                    f"{model.name} is made of its run's trained baseline, which a trial has not: name others with "
-                    "--models, and run `context-pythia compare --seed N` for each seed of this one"
-                )
+        trained = [model for model in self.recipe.models if model.name in self.models]
+        healed = next((model.name for model in trained if model.from_baseline), None)
+        if healed is not None and self._baseline not in self.models:
+            raise ValueError(f"{healed} is made of the trained baseline: name the baseline with --models too")
+        if healed is not None and self.sampler != "grid":
+            raise ValueError(f"{healed} is made of the trained baseline of its setting: sweep it with --sampler grid")
         paths = [dimension.path for dimension in self.dimensions]
         for path in paths:
             if paths.count(path) > 1:
@@ -230,13 +231,25 @@ class SweepPlan:
     def _make(self, params: Mapping[str, Any], seed: int) -> Setting:
         name, given = params[MODEL], {path: value for path, value in params.items() if path != MODEL}
         alone = dataclasses.replace(self.recipe, models=[one for one in self.recipe.models if one.name == name])
-        if alone.models[0].context_source is None:
+        if alone.models[0].from_baseline:
+            given = {path: value for path, value in given.items() if _concerns(path, alone.models[0])}
+        elif alone.models[0].context_source is None:
             given = {path: value for path, value in given.items() if not path.startswith("model.")}
         full = overridden(alone, given | {"seed": seed})
         kept = [path for path in given if _concerns(path, full.models[0])]
         recipe = overridden(alone, {path: given[path] for path in kept} | {"seed": seed})
         resolved = {path: _value_in(recipe, path) for path in kept}
         return Setting({MODEL: name} | resolved, recipe)
+
+    @property
+    def _baseline(self) -> str | None:
+        return next((model.name for model in self.recipe.models if model.is_baseline), None)
+
+    def origin(self, setting: Setting) -> Setting | None:
+        """The setting of the baseline that the model of `setting` is made of; None for one that is not made of any."""
+        if not setting.recipe.models[0].from_baseline:
+            return None
+        return self.setting({**setting.params, MODEL: self._baseline}, setting.recipe.seed)
 
     def combinations(self) -> list[Setting]:
         """Every setting of the grid once, seed by seed, so that an early look at the study sees all of the settings."""
@@ -271,8 +284,14 @@ def _value_in(recipe: Recipe, path: str) -> Any:
 def _concerns(path: str, model: ModelOptions) -> bool:
     """Whether the option at `path` can change what is trained of `model`."""
     section, _, name = path.partition(".")
+    if section == "heal":
+        return model.from_baseline
     if section == "phase1":
         return model.context_source in SOURCES_OF["phase1"] and model.phase1
-    if section != MODEL or name == "context_source":
+    if section != MODEL:
+        return True
+    if model.from_baseline:
+        return name == "context_dim" and model.context_source is not None
+    if name == "context_source":
         return True
     return model.context_source is not None and model.context_source in SOURCES_OF.get(name, (model.context_source,))

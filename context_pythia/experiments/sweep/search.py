@@ -55,9 +55,7 @@ class Search:
         self._grid = plan.combinations() if plan.sampler == "grid" else []
 
     def fill(self) -> bool:
-        """Add what can be added now; whether there is something to take then."""
-        from optuna.trial import TrialState
-
+        """Add what can be added now; whether that was any."""
         with self.queue.exclusive:
             trials = self.queue.trials()
             wanted = self._grid if self.plan.sampler == "grid" else self._proposals(trials)
@@ -66,7 +64,7 @@ class Search:
             for setting in new:
                 chosen = {path: self.distributions[path] for path in setting.params}
                 self.queue.add(setting.identity, setting.recipe.seed, setting.params, chosen)
-        return bool(new) or any(trial.state == TrialState.WAITING for trial in trials)
+        return bool(new)
 
     def _proposals(self, trials: Sequence[FrozenTrial]) -> list[Setting]:
         """What settings lack of seeds, because a worker died while it added them; else one setting with every seed."""

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,12 +183,12 @@ class Queue:
         )
         self.study.add_trial(waiting)
 
-    def take(self) -> Claim | None:
-        """The first trial that nobody works on, now this process's own; None where there is none."""
+    def take(self, ready: Callable[[FrozenTrial], bool] = lambda trial: True) -> Claim | None:
+        """The first `ready` trial that nobody works on, now this process's own; None where there is none."""
         from optuna.trial import TrialState
 
         for trial, counts in self._judged():
-            claim = None if trial.state.is_finished() else self._claim(trial)
+            claim = None if trial.state.is_finished() or (counts and not ready(trial)) else self._claim(trial)
             if claim is None:
                 continue
             if counts:

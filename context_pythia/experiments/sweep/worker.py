@@ -15,13 +15,14 @@ from context_pythia.errors import first_line
 from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import compare
 from context_pythia.experiments.document import write_in_languages
-from context_pythia.experiments.record import provenance, read_metrics
+from context_pythia.experiments.record import Run, provenance, read_metrics
 from context_pythia.experiments.sweep.options import Setting, SweepPlan
 from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import sweep_metrics
 from context_pythia.experiments.sweep.search import Search
 from context_pythia.experiments.sweep.study import (
     ERROR,
+    IDENTITY,
     RESULT,
     SEED,
     Claim,
@@ -34,6 +35,8 @@ from context_pythia.recipe_files import deciding_values
 from context_pythia.training.phase2 import check_options
 
 if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
     from context_pythia.recipe import Recipe
 
 POLL = 1.0  # seconds between two looks at trials that other workers hold
@@ -117,7 +120,7 @@ def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str,
     search = Search(plan, queue)
     waiting = 0
     while True:
-        claim = queue.take()
+        claim = queue.take(lambda trial: _origin_ended(plan, queue, trial))
         if claim is None:
             if search.fill():
                 continue
@@ -142,11 +145,12 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
     try:
         setting = plan.setting(trial.params, trial.user_attrs[SEED])
         check_setting(setting.recipe, progress)
+        origin = _trained_origin(plan, setting, out)
     except ValueError as error:
         claim.end(None, {ERROR: first_line(error)}, TrialState.FAIL)
         return
     print(f"\ntrial {trial.number + 1} of {count}: {setting.describe()}", flush=True)
-    entry = train_trial(setting, run_folder(setting, out), progress)
+    entry = train_trial(setting, run_folder(setting, out), progress, origin)
     if entry["error"] is not None:
         claim.end(None, {ERROR: entry["error"]}, TrialState.FAIL)
         return
@@ -154,16 +158,50 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
     claim.end(values, {RESULT: {key: entry[key] for key in KEPT}})
 
 
+def _origin_ended(plan: SweepPlan, queue: Queue, trial: FrozenTrial) -> bool:
+    """Whether the trial need not wait for that of the baseline which its model is made of."""
+    try:
+        origin = plan.origin(plan.setting(trial.params, trial.user_attrs[SEED]))
+    except ValueError:  # which the trial's end will tell
+        return True
+    if origin is None:
+        return True
+    states = {other.user_attrs[IDENTITY]: other.state for other in queue.trials()}
+    return origin.identity not in states or states[origin.identity].is_finished()
+
+
+def _trained_origin(plan: SweepPlan, setting: Setting, out: Path) -> Run | None:
+    """The run with the trained baseline that the model of `setting` is made of, if it is made of one.
+
+    Raises:
+        ValueError: the baseline's training failed, or its run folder is not here.
+    """
+    origin = plan.origin(setting)
+    if origin is None:
+        return None
+    name, folder = origin.recipe.models[0].name, run_folder(origin, out)
+    entry = _entry(folder)
+    if entry is None:
+        raise ValueError(f"no trained {name} in {folder}: workers that heal must share --out, not only the storage")
+    if entry["error"] is not None:
+        raise ValueError(f"its baseline {name} failed: {entry['error']}")
+    return Run(folder, origin.recipe)
+
+
 def run_folder(setting: Setting, out: Path) -> Path:
     """The trial's run folder: one of the same identity that is there already, whatever else was searched then."""
     return next((out / TRIALS).glob(f"*_{setting.identity}"), out / TRIALS / setting.folder)
 
 
-def train_trial(setting: Setting, folder: Path, progress: bool) -> dict[str, Any]:
-    """The trial's entry in its run folder's metrics, a failure included: trained now, or recorded there before."""
+def train_trial(setting: Setting, folder: Path, progress: bool, origin: Run | None = None) -> dict[str, Any]:
+    """The trial's entry in its run folder's metrics, a failure included: trained now, or recorded there before.
+
+    Args:
+        origin: see `compare`.
+    """
     if (entry := _entry(folder)) is None:
         try:
-            compare(setting.recipe, folder, progress=progress)
+            compare(setting.recipe, folder, progress=progress, origin=origin)
         except RuntimeError:
             if _entry(folder) is None:
                 raise

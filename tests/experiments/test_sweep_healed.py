@@ -1,0 +1,144 @@
+"""Trials of what is made of the trained baseline: each waits for the baseline's trial, then goes on with its run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from context_pythia import cli
+from context_pythia.experiments.compare import compare
+from context_pythia.experiments.sweep import worker
+from context_pythia.experiments.sweep.options import SweepPlan, parse_over
+from context_pythia.experiments.sweep.study import Queue, open_storage
+from context_pythia.recipe_files import save_recipe
+
+from .test_compare_healed import HEAL, entries, healing_recipe
+
+NAMES = ["Pythia", "Control", "Converted"]
+
+
+def plan_of(folder, over=(), models=NAMES, seeds=(0,), sampler="grid", trials=None):
+    return SweepPlan(healing_recipe(folder), models, [parse_over(text) for text in over], seeds, sampler, trials)
+
+
+def trials_of(out) -> dict:
+    return {trial["folder"]: trial for trial in json.loads((out / "metrics.json").read_text())["trials"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, own_cache):
+    return tmp_path_factory.mktemp("healed-sweep")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """By two workers at one time, one of which waits for the baseline that the other trains."""
+    recipe, out = folder / "tiny.yaml", folder / "sweep"
+    save_recipe(healing_recipe(folder), recipe)
+    options = ["sweep", str(recipe), "--over", "heal.steps=3,9", "--out", str(out), "--quiet"]
+    with subprocess.Popen([sys.executable, "-m", "context_pythia", *options], stdout=subprocess.PIPE) as second:
+        assert cli.main(options) == 0
+        second.communicate(timeout=300)
+    assert second.returncode == 0
+    return out
+
+
+def test_each_trial_ends_with_its_figures(finished):
+    trials = list(trials_of(finished).values())
+    assert [(trial["model"], trial["setting"]["heal.steps"]) for trial in trials] == [
+        ("Pythia", None), ("Control", 3), ("Control", 9), ("Converted", 3), ("Converted", 9),
+    ]  # fmt: skip
+    assert [trial["baseline"] for trial in trials] == [True, False, False, False, False]
+    assert {trial["state"] for trial in trials} == {"complete"}
+    assert [trial["cache_bytes"] for trial in trials] == [4 * 16 * numbers for numbers in (128, 128, 128, 12, 12)]
+
+
+def test_a_trial_is_what_compare_makes_of_the_baseline(folder, finished, tmp_path):
+    compare(healing_recipe(folder), tmp_path, progress=False)
+    trials = {(trial["model"], trial["setting"]["heal.steps"]): trial for trial in trials_of(finished).values()}
+    for name, entry in entries(tmp_path).items():
+        trial = trials[name, None if name == "Pythia" else 9]
+        assert trial["val_ppl"] == entry["best_val_ppl"]
+        one, other = (
+            load_file(path / "models" / name.lower() / "model.safetensors")
+            for path in (tmp_path, finished / "trials" / trial["folder"])
+        )
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_baseline_is_trained_once(finished):
+    weights = finished.glob("trials/*/models/pythia/model.safetensors")
+    assert len(list(weights)) == 1
+
+
+def test_trials_are_taken_when_the_baseline_has_ended(folder, tmp_path):
+    plan = plan_of(folder, seeds=(0, 1))
+    queue = Queue(open_storage(None, tmp_path), "study", tmp_path)
+    assert worker.Search(plan, queue).fill()
+
+    def take():
+        return queue.take(lambda trial: worker._origin_ended(plan, queue, trial))
+
+    first, second = take(), take()
+    assert [(claim.trial.params["model"], claim.trial.user_attrs["seed"]) for claim in (first, second)] == [
+        ("Pythia", 0), ("Pythia", 1),
+    ]  # fmt: skip
+    assert take() is None
+    with second:
+        second.end([1.0, 2.0], {})
+    third = take()
+    assert (third.trial.params["model"], third.trial.user_attrs["seed"]) == ("Control", 1)
+
+
+def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatch):
+    plan = plan_of(folder)
+
+    def fail(*arguments, **named):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("context_pythia.experiments.compare.train_language_model", fail)
+    with pytest.raises(RuntimeError, match="all 3 trials failed: out of memory"):
+        worker.sweep(plan, tmp_path / "sweep", progress=False)
+    errors = [trial["error"] for trial in trials_of(tmp_path / "sweep").values()]
+    assert errors[1:] == ["its baseline Pythia failed: out of memory"] * 2
+
+
+def test_a_baseline_that_is_elsewhere_is_a_clear_failure(folder, finished, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(finished, out)
+    for trial in trials_of(finished).values():
+        if trial["model"] == "Pythia":
+            shutil.rmtree(out / "trials" / trial["folder"])
+    more = plan_of(folder, ["heal.steps=5"])
+    worker.sweep(more, out, progress=False)
+    failed = {trial["error"] for trial in trials_of(out).values() if trial["setting"]["heal.steps"] == 5}
+    assert len(failed) == 1 and "workers that heal must share --out, not only the storage" in failed.pop()
+
+
+def test_options_that_do_not_concern_it_make_no_second_trial(folder):
+    plan = plan_of(folder, ["context_dim=6,8", "context_sharing=1,2", "heal.ce_weight=0.5,1"])
+    settings = plan.combinations()
+    assert [setting.recipe.models[0].name for setting in settings].count("Pythia") == 1
+    assert [setting.recipe.models[0].name for setting in settings].count("Control") == 2
+    assert [setting.recipe.models[0].name for setting in settings].count("Converted") == 4
+    assert {plan.origin(setting).identity for setting in settings[1:]} == {settings[0].identity}
+    assert plan.origin(settings[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        (("--models", "Converted"), "Converted is made of the trained baseline: name the baseline with --models too"),
+        (("--sampler", "tpe", "--trials", "6"), "Control is made of .* its setting: sweep it with --sampler grid"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(folder, tmp_path, capsys, further, message):
+    save_recipe(healing_recipe(folder, HEAL), tmp_path / "recipe.yaml")
+    assert cli.main(["sweep", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "sweep"), *further]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
