@@ -103,4 +103,4 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         prefix = f"{section}-" if section in PREFIXED else ""
         add_flags(parser.add_argument_group(title), owner, f"{section}.", prefix, defaults=False)
     of_models = parser.add_argument_group("model: every model of the recipe that has a context source")
-    add_flags(of_models, ModelOptions, "model.", defaults=False)
+    add_flags(of_models, ModelOptions, "model.", defaults=False, from_baseline=None)

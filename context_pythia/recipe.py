@@ -207,6 +207,15 @@ class Recipe(Options):
     def _check_models(self) -> None:
         if not self.models:
             raise ValueError("models: is empty, name at least one model")
+        baselines = [model.name for model in self.models if model.is_baseline]
+        healed = next((i for i, model in enumerate(self.models) if model.from_baseline), None)
+        if healed is not None and len(baselines) > 1:
+            raise ValueError(
+                f"models: {self.models[healed].name} is made of the trained baseline, and there are {baselines[0]} and "
+                f"{baselines[1]}: name one"
+            )
+        if healed is not None and any(model.is_baseline for model in self.models[healed:]):
+            raise ValueError(f"models: {self.models[healed].name} is made of {baselines[0]}: name it behind that")
         folders: dict[str, str] = {}
         for model in self.models:
             folder = model.folder

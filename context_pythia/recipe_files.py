@@ -128,8 +128,13 @@ def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     of_models = changes.pop("model")
     for section, values in changes.items():
         arguments[section] = dataclasses.replace(getattr(recipe, section), **values)
+    # A conversion chooses all but the width itself.
+    of_converted = {name: value for name, value in of_models.items() if name == "context_dim"}
     arguments["models"] = [
-        model if model.context_source is None else dataclasses.replace(model, **of_models) for model in recipe.models
+        model
+        if model.context_source is None
+        else dataclasses.replace(model, **(of_converted if model.from_baseline else of_models))
+        for model in recipe.models
     ]
     return dataclasses.replace(recipe, **arguments)
 

@@ -9,6 +9,7 @@ from context_pythia.recipe import ArchitectureOptions, DataOptions, ModelOptions
 from context_pythia.recipe_files import load_recipe, packaged_recipes, recipe_from_dict, recipe_to_dict, save_recipe
 
 HEALED = "heal: {{steps: 3}}\nmodels: [{{name: a, from_baseline: true, {}}}]"
+BASED = "heal: {{steps: 3, ce_weight: 1}}\nmodels: [{}]"
 MODELS = "models: [{name: base}, {name: wide, context_source: layer, context_dim: 512}]\n"
 
 
@@ -97,6 +98,13 @@ def test_what_is_made_of_the_baseline_is_no_baseline():
     assert [model.is_baseline for model in recipe.models] == [True, False, False]
 
 
+def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
+    recipe = load_recipe("tuned", {"model.context_dim": 60, "model.phase1": True, "model.context_block_layers": 2})
+    converted, shared = recipe.models[2], recipe.models[-1]
+    assert (converted.context_dim, converted.context_block_layers) == (60, 1)
+    assert (shared.context_dim, shared.context_block_layers, shared.phase1) == (60, 2, True)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -137,6 +145,8 @@ def test_what_is_made_of_the_baseline_is_no_baseline():
         ),
         (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 is for training from"),
         (HEALED.format("context_source: layer, num_rotary_keys: 8"), "a: num_rotary_keys 8 is for training from"),
+        (BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"), "and there are b and c: name one"),
+        (BASED.format("{name: a, from_baseline: true}, {name: b}"), "models: a is made of b: name it behind that"),
         ("name: ../up", "name '../up': must be"),
         ("train: {epochs: 3", "is not valid YAML"),
     ],

@@ -1,4 +1,4 @@
-"""Options of a conversion; like `recipe.py`, which has those of healing, without torch: help answers at once."""
+"""Options of a conversion, without torch, so that help answers at once; those of healing are in `recipe.py`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from context_pythia import processes
-from context_pythia.conversion.heal import is_healed
+from context_pythia.conversion.heal import is_healed, training_options
 from context_pythia.conversion.options import ConvertOptions
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import first_line
@@ -132,8 +132,15 @@ def _check_origins(recipe: Recipe, run: Run, origin: Run) -> None:
             )
 
 
-def _open_to_train(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
+def check_training(recipe: Recipe) -> None:
+    """Raise `ValueError` for options of training or healing that cannot be here, or not together."""
     check_options(recipe.train)
+    if any(options.from_baseline for options in recipe.models):
+        check_options(training_options(recipe.heal))
+
+
+def _open_to_train(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
+    check_training(recipe)
     run, data = _open(recipe, out, progress, origin)
     if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
         run.write_provenance(wanted, best_device())

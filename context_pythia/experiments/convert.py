@@ -100,8 +100,8 @@ def convert(
     with _whole_writes(partial):
         _open_partial(partial, settings)
         record = _convert(model, partial, options, data, healing, ship_code, control, progress)
+        record["settings"] = settings
         made = partial / ("healed" if healing.steps else "converted")
-        record |= {"settings": settings}
         write_card(made, record)
         write_json(made / RECORD, record)
         os.replace(made, target)
@@ -141,8 +141,11 @@ def _identity(model: str) -> dict[str, list[int]] | None:
 def _difference(held: dict[str, Any], settings: dict[str, Any]) -> str:
     """The first setting whose value decides the result and was another, with both values; "" if there is none."""
     old, new = _flat(held), _flat(settings)
+    same = bool(new["files"]) and old.get("files") == new["files"]  # one folder may be named in several ways
+    own = same and all(flat.get("data.tokenizer") == flat.get("model") for flat in (old, new))
+    renamed = {"model": same, "data.tokenizer": own}
     for name, value in new.items():
-        if name not in FREE_OPTIONS and old.get(name) != value:
+        if name not in FREE_OPTIONS and old.get(name) != value and not renamed.get(name):
             if name == "files":
                 return f"other files in {settings['model']} than are there now"
             return f"{name} {old.get(name)}, not {value}"
@@ -350,8 +353,7 @@ def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:
-    cache, healing = record["cache"], record.get("healing")
-    lines = []
+    cache, healing, lines = record["cache"], record.get("healing"), []
     if record["context_dim"] is not None:
         lines.append(
             f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "

@@ -148,11 +148,12 @@ class Run:
 
         Reductions follow from the baseline's measured bytes, whoever has recorded it.
         """
-        if (self.folder / "recipe.yaml").exists():
-            self.recipe = _merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder)
         held = self.metrics["models"]
         if (self.folder / "metrics.json").exists():
             held = read_metrics(self.folder / "metrics.json")["models"]
+        if (self.folder / "recipe.yaml").exists():
+            healed = any(entry.get("from_baseline") for entry in held)
+            self.recipe = _merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder, healed)
         entries = {entry["name"]: entry for entry in held} | self._entries
         order = [model.name for model in self.recipe.models]
         self.metrics["models"] = [entries[name] for name in order if name in entries]
@@ -214,11 +215,14 @@ def _program(path: Path) -> str:
     return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
-def _merged(held: Recipe, wanted: Recipe, folder: Path) -> Recipe:
-    """The wanted recipe with the held models before its own, if the two agree on all that decides results."""
+def _merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
+    """The wanted recipe with the held models before its own, if the two agree on all that decides results.
+
+    Options of healing do where something is `healed`.
+    """
     old, new = deciding_values(held), deciding_values(wanted)
-    if not any(model.from_baseline for model in held.models):
-        del old["heal"]  # nothing was healed yet
+    if not healed:
+        del old["heal"]
     for section in (key for key in old if key not in ("name", "models")):
         values = old[section] if isinstance(old[section], dict) else {"": old[section]}
         others = new[section] if isinstance(new[section], dict) else {"": new[section]}

@@ -164,11 +164,13 @@ class Report:
         healed = [model for model in self.done if model.get("from_baseline")]
         if not healed:
             return
-        facts = {"baseline": healed[0]["from_baseline"]["name"], "steps": self.recipe["heal"]["steps"]}
-        yield Paragraph(self.text["healed_note"].format(**facts), "note")
+        heal, facts = self.recipe["heal"], {"baseline": healed[0]["from_baseline"]["name"]}
+        note = "healed_note" if heal["ce_weight"] < 1 else "healed_by_text_note"
+        yield Paragraph(self.text[note].format(steps=heal["steps"], **facts), "note")
         control = next((model for model in healed if model["context_source"] is None), None)
         if control is None:
             return
+        yield Paragraph(self.text["control_note"].format(control=control["name"], **facts), "note")
         for model in (model for model in healed if model is not control):
             change = _signed_percent(model["best_val_ppl"] / control["best_val_ppl"] - 1)
             facts = {"name": model["name"], "control": control["name"], "change": change}
@@ -177,7 +179,8 @@ class Report:
     def _overhead(self, model: dict[str, Any]) -> str:
         base = self.baseline and self.baseline["seconds_per_epoch"]
         seconds = model["seconds_per_epoch"]
-        comparable = base and _finite(seconds) and self._timed_as_baseline(model)
+        # A step of healing has a teacher and a batch of its own.
+        comparable = base and _finite(seconds) and self._timed_as_baseline(model) and not model.get("from_baseline")
         return f"×{seconds / base:.2f}" if comparable else _DASH
 
     def _timed_as_baseline(self, model: dict[str, Any]) -> bool:
@@ -297,7 +300,7 @@ class Report:
                 "p1_state": _plain(phase1.get("state_dtype")),
             }
         if any(model.get("from_baseline") for model in self.models):
-            names = ("steps", "parameters", "ce_weight", "learning_rate", "schedule")
+            names = ("steps", "batch_size", "parameters", "ce_weight", "learning_rate", "schedule", "precision")
             facts |= {f"heal_{name}": _plain(self.recipe.get("heal", {}).get(name)) for name in names}
         return facts
 

@@ -48,16 +48,18 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "seed": "Seed",
         "p1_iterations": "Phase 1: iterations at most",
         "p1_wanted": "Phase 1: convergence rate wanted",
-        "heal_steps": "Healing: steps",
-        "heal_parameters": "Healing: parameters trained",
-        "heal_ce_weight": "Healing: weight of the text's cross-entropy",
-        "heal_learning_rate": "Healing: learning rate (AdamW)",
-        "heal_schedule": "Healing: schedule",
         "p1_wanted_value": "{rate} of tokens, moved less than {threshold} (mean squared)",
         "p1_learning_rate": "Phase 1: learning rate (Adam)",
         "p1_batch": "Phase 1: tokens a batch",
         "p1_noise": "Phase 1: noise",
         "p1_state": "Phase 1: dtype of the contexts",
+        "heal_steps": "Healing: steps",
+        "heal_parameters": "Healing: parameters trained",
+        "heal_ce_weight": "Healing: weight of the text's cross-entropy",
+        "heal_learning_rate": "Healing: learning rate (AdamW)",
+        "heal_schedule": "Healing: schedule",
+        "heal_batch_size": "Healing: samples a batch",
+        "heal_precision": "Healing: precision",
         "results": "Results",
         "model": "Model",
         "context": "Context",
@@ -81,9 +83,12 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "not counted.",
         "timed_elsewhere": "{name} has no overhead: its seconds are those of another machine or another number of "
         "threads than the baseline's ({device}, {processes} × {threads} threads).",
-        "healed_note": "Converted models and the control go on from the trained {baseline}, {steps} steps longer on "
-        "the same text and towards its predictions; the best epoch is that of {baseline} plus the epochs since. The "
-        "control is {baseline} itself, trained on so: what the longer training is worth without a smaller cache.",
+        "healed_note": "Models that go on from the trained {baseline}: {steps} steps on the same text, taught by "
+        "{baseline}'s predictions, too. Their best epoch is that of {baseline} plus the epochs since.",
+        "healed_by_text_note": "Models that go on from the trained {baseline}: {steps} steps on the same text. Their "
+        "best epoch is that of {baseline} plus the epochs since.",
+        "control_note": "{control} is {baseline} itself, not converted and trained on in the same way: what the longer "
+        "training is worth without a smaller cache.",
         "against_control": "{name} against the control {control}: {change}.",
         "input_note": "The context source “input” has the baseline's cache: its contexts replace the token "
         "embeddings, and the attention layers behind them still cache full keys and values. The “1536.0 KB” of the "
@@ -209,16 +214,18 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "seed": "乱数シード",
         "p1_iterations": "Phase 1：最大反復回数",
         "p1_wanted": "Phase 1：目標収束率",
-        "heal_steps": "追加学習：ステップ数",
-        "heal_parameters": "追加学習：学習対象のパラメータ",
-        "heal_ce_weight": "追加学習：テキストの交差エントロピーの重み",
-        "heal_learning_rate": "追加学習：学習率（AdamW）",
-        "heal_schedule": "追加学習：スケジュール",
         "p1_wanted_value": "{rate}（二乗平均の変化量が {threshold} 未満のトークンの割合）",
         "p1_learning_rate": "Phase 1：学習率（Adam）",
         "p1_batch": "Phase 1：バッチあたりのトークン数",
         "p1_noise": "Phase 1：ノイズ",
         "p1_state": "Phase 1：コンテキストのデータ型",
+        "heal_steps": "追加学習：ステップ数",
+        "heal_parameters": "追加学習：学習対象のパラメータ",
+        "heal_ce_weight": "追加学習：テキストの交差エントロピーの重み",
+        "heal_learning_rate": "追加学習：学習率（AdamW）",
+        "heal_schedule": "追加学習：スケジュール",
+        "heal_batch_size": "追加学習：バッチサイズ",
+        "heal_precision": "追加学習：精度",
         "results": "結果",
         "model": "モデル",
         "context": "コンテキスト",
@@ -242,11 +249,14 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "オーバーヘッドはそのベースラインに対する比で、Phase 1 の時間は含みません。",
         "timed_elsewhere": "{name} のオーバーヘッドは示しません。学習時間がベースラインとは別の環境"
         "（{device}、{processes} プロセス × {threads} スレッド）での値だからです。",
-        "healed_note": "変換したモデルと対照は、学習済みの {baseline} から、同じデータとその予測を教師として "
-        "{steps} ステップ追加学習したものです。最良エポックは {baseline} の最良エポックに、そこからのエポック数を"
-        "加えて示します。対照は {baseline} そのものを同様に追加学習したもので、キャッシュを小さくせずに追加学習だけで"
-        "得られる分を示します。",
-        "against_control": "{name} と対照 {control} との差：{change}。",
+        "healed_note": "学習済みの {baseline} から続けたモデルは、同じデータを用い、{baseline} の予測も教師として "
+        "{steps} ステップ追加学習したものです。最良エポックは、{baseline} の最良エポックにその後のエポック数を加えて"
+        "示します。",
+        "healed_by_text_note": "学習済みの {baseline} から続けたモデルは、同じデータで {steps} ステップ追加学習した"
+        "ものです。最良エポックは、{baseline} の最良エポックにその後のエポック数を加えて示します。",
+        "control_note": "{control} は、変換していない {baseline} を同様に追加学習したものです。キャッシュを小さくせずに"
+        "追加学習だけで得られる分を示します。",
+        "against_control": "対照 {control} に対する {name} の差：{change}。",
         "input_note": "コンテキスト源「input」のキャッシュはベースラインと同じ大きさです。コンテキストはトークン"
         "埋め込みを置き換えるだけで、後段のアテンション層は従来どおりキーとバリューをすべてキャッシュします。元のレポートの"
         "「1536.0 KB」は計算式による値でしたが、ここに示すのは実測値です。",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_LOGITS = 2**25  # logits held at once: 64 MiB in bfloat16
+CHUNK_LOGITS = 2**25  # logits of one model held at once: 64 MiB in bfloat16
 ROW_BLOCK_LOGITS = 2**19  # logits whose softmax stays in a CPU's second-level cache: 2 MiB in fp32
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,9 +106,11 @@ def test_the_report_says_what_the_longer_training_is_worth(run):
     change = converted["best_val_ppl"] / control["best_val_ppl"] - 1
     assert f"Converted against the control Control: {'+' if change > 0 else '−'}{abs(change):.1%}"[:-1] in english
     assert "| Control | control: baseline, healed |" in english and "| Converted | layer 6, converted |" in english
-    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps longer" in english
+    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps on the same text, taught by" in english
     assert "Step 9/9: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
-    assert "| Control | 対照：ベースラインの追加学習 |" in japanese and "Converted と対照 Control との差" in japanese
+    assert (
+        "| Control | 対照：ベースラインの追加学習 |" in japanese and "対照 Control に対する Converted の差" in japanese
+    )
 
 
 def test_curves_go_on_where_the_baseline_ended(run):
@@ -129,6 +132,27 @@ def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
 def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
     with pytest.raises(ValueError, match=r"holds a run with heal.steps 9, not 5: choose another folder"):
         Run(run, healing_recipe(folder, {**HEAL, "steps": 5}))
+
+
+def test_healing_that_failed_may_be_tried_with_other_options(folder, tmp_path, monkeypatch):
+    recipe = alone(healing_recipe(folder, {**HEAL, "learning_rate": 1e9}), "Pythia", "Converted")
+    with pytest.raises(RuntimeError, match="1 of 2 models failed"):
+        monkeypatch.setattr(module, "convert", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("nan")))
+        compare(recipe, tmp_path, progress=False)
+    assert Run(tmp_path, healing_recipe(folder)).finished("Pythia")
+
+
+def test_a_healing_goes_on_however_its_folder_is_named(folder, run, tmp_path, monkeypatch):
+    recipe = alone(healing_recipe(folder), "Converted")
+    monkeypatch.chdir(run.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "context_pythia.experiments.convert.heal", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe, tmp_path, progress=False, origin=Run(Path(run.name), healing_recipe(folder)))
+    compare(recipe, tmp_path, progress=False, origin=Run(run, healing_recipe(folder)))
+    assert entries(tmp_path)["Converted"]["best_val_ppl"] == entries(run)["Converted"]["best_val_ppl"]
 
 
 def test_a_failed_healing_is_recorded_and_made_up_for(folder, run, tmp_path, monkeypatch):

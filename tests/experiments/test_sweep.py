@@ -132,6 +132,15 @@ def test_healing_leaves_the_identities_of_what_is_not_healed_as_they_are():
     assert one.identity == other.identity == "11f139a8f9"  # of studies from before there was healing
 
 
+def test_a_study_from_before_there_was_healing_goes_on(tmp_path, quick_trials):
+    worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    queue = Queue(open_storage(None, tmp_path / "sweep"), "sweep", tmp_path / "sweep")
+    held = queue.study.user_attrs[worker.RECIPE]
+    assert "heal" not in held and "from_baseline" not in held["models"][0]
+    worker.sweep(plan_of(load_recipe("quick", {"heal.steps": 4}), seeds=(0, 1)), tmp_path / "sweep", progress=False)
+    assert len(quick_trials) == 4
+
+
 def test_equal_settings_have_one_identity_however_they_were_asked_for(tmp_path):
     (asked,) = plan_of(over=["learning_rate=1e-3"], models=("Pythia",)).combinations()
     moved = load_recipe("quick", {"data.cache_dir": str(tmp_path), "train.learning_rate": 0.001})

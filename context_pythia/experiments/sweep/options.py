@@ -196,7 +196,8 @@ class SweepPlan:
         trained = [model for model in self.recipe.models if model.name in self.models]
         healed = next((model.name for model in trained if model.from_baseline), None)
         if healed is not None and self._baseline not in self.models:
-            raise ValueError(f"{healed} is made of the trained baseline: name the baseline with --models too")
+            named = self._baseline or "a baseline of the recipe"
+            raise ValueError(f"{healed} is made of the trained baseline: name {named} with --models too")
         if healed is not None and self.sampler != "grid":
             raise ValueError(f"{healed} is made of the trained baseline of its setting: sweep it with --sampler grid")
         paths = [dimension.path for dimension in self.dimensions]

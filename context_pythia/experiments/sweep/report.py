@@ -46,6 +46,7 @@ def _blocks(
     best = {row["model"]: row for row in reversed(rows) if row["n"]}
     yield _table(sorted(best.values(), key=lambda row: row["mean"]), searched, text)
     budgets = {name: sum(trial["model"] == name for trial in trials) for name in {row["model"] for row in rows}}
+    yield from _healed(rows, metrics["recipe"], text)
     yield Paragraph(text["budget"].format(budgets=", ".join(f"{name} {n}" for name, n in sorted(budgets.items()))))
     yield Heading(text["all_settings"])
     if PERPLEXITIES in pictures:
@@ -72,6 +73,23 @@ def _blocks(
     yield Paragraph(text["where"])
     yield Heading(text["rest"])
     yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+
+
+def _healed(rows: list[dict[str, Any]], recipe: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
+    """What the models that are made of the trained baseline lose against the control of the same setting."""
+    sources = {model["name"]: model["context_source"] for model in recipe["models"] if model.get("from_baseline")}
+    healed = [row for row in rows if row["model"] in sources and row["n"]]
+    if not healed:
+        return
+    yield Paragraph(text["healed"].format(names=", ".join(dict.fromkeys(row["model"] for row in healed))), "note")
+    for row in healed:
+        for control in healed:
+            shared = (path for path in row["setting"] if not path.startswith("model."))
+            alike = all(row["setting"][path] == control["setting"][path] for path in shared)
+            if sources[row["model"]] and not sources[control["model"]] and alike and row["n"] == control["n"]:
+                facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
+                change = _change(row["mean"] / control["mean"] - 1)
+                yield Paragraph(text["against_control"].format(change=change, **facts), "note")
 
 
 def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:

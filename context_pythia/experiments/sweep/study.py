@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
 
 GRACE = 120.0  # seconds without a new sign of life after which a worker on another machine counts as dead
 BEAT = 20.0
@@ -183,12 +183,22 @@ class Queue:
         )
         self.study.add_trial(waiting)
 
-    def take(self, ready: Callable[[FrozenTrial], bool] = lambda trial: True) -> Claim | None:
-        """The first `ready` trial that nobody works on, now this process's own; None where there is none."""
+    def take(
+        self, ready: Callable[[FrozenTrial, Mapping[str, TrialState]], bool] = lambda trial, states: True
+    ) -> Claim | None:
+        """The first `ready` trial that nobody works on, now this process's own; None where there is none.
+
+        Args:
+            ready: whether a trial can begin where the trials of these identities are in these states.
+        """
         from optuna.trial import TrialState
 
-        for trial, counts in self._judged():
-            claim = None if trial.state.is_finished() or (counts and not ready(trial)) else self._claim(trial)
+        judged = list(self._judged())
+        states = {trial.user_attrs[IDENTITY]: trial.state for trial, counts in judged if counts}
+        for trial, counts in judged:
+            if trial.state.is_finished() or (counts and not ready(trial, states)):
+                continue
+            claim = self._claim(trial)
             if claim is None:
                 continue
             if counts:

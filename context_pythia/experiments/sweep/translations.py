@@ -14,6 +14,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "perplexities": "The mean of each setting's best validation perplexities, and each seed's (small).",
         "best_of_each": "Best setting of each model",
         "budget": "Trials of each model: {budgets}. Perplexities of models compare where each was searched as much.",
+        "healed": "Trained longer than the others, since they go on from the trained baseline: {names}.",
+        "against_control": "{name} against the control {control}, means over as many seeds: {change}.",
         "all_settings": "All settings",
         "table_note": "Mean, smallest, largest and sample standard deviation of the best validation perplexity over "
         "seeds. n: seeds with a result, of all. Change and reduction: against the baseline's setting of the best mean. "
@@ -65,6 +67,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "perplexities": "各設定の最良検証パープレキシティの平均と、シードごとの値（小さい点）。",
         "best_of_each": "モデルごとの最良の設定",
         "budget": "モデルごとの試行数：{budgets}。同じだけ探索したモデルどうしでのみ、パープレキシティを比べられる。",
+        "healed": "学習済みのベースラインから続けたため、ほかのモデルより長く学習しています：{names}。",
+        "against_control": "対照 {control} に対する {name} の差（同数のシードの平均）：{change}。",
         "all_settings": "すべての設定",
         "table_note": "シードにわたる最良検証パープレキシティの平均、最小、最大、標本標準偏差。n：結果のあるシード数と"
         "総数。差と削減率：平均が最良のベースラインの設定に対する値。KVキャッシュ：generate()が満たしたキャッシュの実測値、"

@@ -7,13 +7,14 @@ trained again, and a trial that another worker left half done goes on from its c
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from context_pythia.data.packing import load_data
 from context_pythia.errors import first_line
 from context_pythia.experiments.build import best_device, embedding_rows
-from context_pythia.experiments.compare import compare
+from context_pythia.experiments.compare import check_training, compare
 from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import Run, provenance, read_metrics
 from context_pythia.experiments.sweep.options import Setting, SweepPlan
@@ -22,7 +23,6 @@ from context_pythia.experiments.sweep.results import sweep_metrics
 from context_pythia.experiments.sweep.search import Search
 from context_pythia.experiments.sweep.study import (
     ERROR,
-    IDENTITY,
     RESULT,
     SEED,
     Claim,
@@ -32,10 +32,9 @@ from context_pythia.experiments.sweep.study import (
 )
 from context_pythia.files import write_json
 from context_pythia.recipe_files import deciding_values
-from context_pythia.training.phase2 import check_options
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, TrialState
 
     from context_pythia.recipe import Recipe
 
@@ -91,6 +90,11 @@ def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
     """Raise `ValueError` where the study holds trials of another recipe or sampler: they would not compare."""
     wanted = deciding_values(plan.recipe) | {"sampler": plan.sampler}
     del wanted["seed"]
+    if not any(model.from_baseline for model in plan.recipe.models):
+        # Nothing is healed, and a study from before there was healing goes on.
+        del wanted["heal"]
+        for model in wanted["models"]:
+            del model["from_baseline"]
     with queue.exclusive:
         held = queue.study.user_attrs.get(RECIPE)
         if held is None:
@@ -111,7 +115,7 @@ def _difference(key: str, held: Any, wanted: Any) -> str:
 
 def check_setting(recipe: Recipe, progress: bool) -> None:
     """Raise `ValueError` for what a recipe cannot tell to be wrong before its text is read."""
-    check_options(recipe.train)
+    check_training(recipe)
     data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
 
@@ -120,7 +124,7 @@ def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str,
     search = Search(plan, queue)
     waiting = 0
     while True:
-        claim = queue.take(lambda trial: _origin_ended(plan, queue, trial))
+        claim = queue.take(lambda trial, states: _origin_ended(plan, trial, states))
         if claim is None:
             if search.fill():
                 continue
@@ -158,23 +162,21 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
     claim.end(values, {RESULT: {key: entry[key] for key in KEPT}})
 
 
-def _origin_ended(plan: SweepPlan, queue: Queue, trial: FrozenTrial) -> bool:
+def _origin_ended(plan: SweepPlan, trial: FrozenTrial, states: Mapping[str, TrialState]) -> bool:
     """Whether the trial need not wait for that of the baseline which its model is made of."""
     try:
         origin = plan.origin(plan.setting(trial.params, trial.user_attrs[SEED]))
     except ValueError:  # which the trial's end will tell
         return True
-    if origin is None:
-        return True
-    states = {other.user_attrs[IDENTITY]: other.state for other in queue.trials()}
-    return origin.identity not in states or states[origin.identity].is_finished()
+    return origin is None or origin.identity not in states or states[origin.identity].is_finished()
 
 
 def _trained_origin(plan: SweepPlan, setting: Setting, out: Path) -> Run | None:
     """The run with the trained baseline that the model of `setting` is made of, if it is made of one.
 
     Raises:
-        ValueError: the baseline's training failed, or its run folder is not here.
+        ValueError: the baseline's training failed.
+        FileNotFoundError: its run folder is not here, so the trial is another worker's.
     """
     origin = plan.origin(setting)
     if origin is None:
@@ -182,7 +184,9 @@ def _trained_origin(plan: SweepPlan, setting: Setting, out: Path) -> Run | None:
     name, folder = origin.recipe.models[0].name, run_folder(origin, out)
     entry = _entry(folder)
     if entry is None:
-        raise ValueError(f"no trained {name} in {folder}: workers that heal must share --out, not only the storage")
+        raise FileNotFoundError(
+            f"no trained {name} in {folder}: workers that heal must share --out, not only the storage"
+        )
     if entry["error"] is not None:
         raise ValueError(f"its baseline {name} failed: {entry['error']}")
     return Run(folder, origin.recipe)
