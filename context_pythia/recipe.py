@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from context_pythia.options import Options, option
 
@@ -130,7 +130,7 @@ class HealOptions(Options):
         "weight of the cross-entropy with the text; the rest is the divergence from the original",
         bounds=">= 0 and <= 1",
     )
-    batch_size: int = option(32, "samples a batch and device", bounds=">= 1")
+    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
     learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
     schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
     warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
@@ -142,6 +142,10 @@ class HealOptions(Options):
     checkpoint_steps: int = option(
         0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
     )
+
+    def teaches_a_control(self, body: Any) -> bool:
+        """Whether a model learns when it is healed towards itself; `body` has its dropouts."""
+        return bool(self.ce_weight or body.hidden_dropout or body.attention_dropout)
 
 
 @dataclass
@@ -235,7 +239,7 @@ class Recipe(Options):
         if not self.heal.steps:
             raise ValueError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
         if model.context_source is None:
-            if not (self.heal.ce_weight or body.hidden_dropout or body.attention_dropout):
+            if not self.heal.teaches_a_control(body):
                 raise ValueError(
                     f"heal.ce_weight 0: without dropout the baseline agrees with itself, which {model.name} would be "
                     "healed towards; give a weight above 0"

@@ -46,7 +46,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
     A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
 
     Args:
-        origin: the run with the trained baseline for models that are made of one, if it is not this run.
+        origin: as `Run` takes it.
 
     Raises:
         RuntimeError: a model failed; the report is written first.
@@ -58,7 +58,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
             print(f"{options.name}: finished before, kept", flush=True)
             continue
         try:
-            run.add(_make_and_measure(options, run, data, progress, origin))
+            run.add(_make_and_measure(options, run, data, progress))
         except (RuntimeError, MemoryError) as error:
             if processes.count() > 1:
                 # The other processes wait for this one in the middle of a model.
@@ -105,8 +105,8 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
 
 def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
     with processes.main_first():
-        run = Run(out, recipe)
-        _check_origins(recipe, run, origin or run)
+        run = Run(out, recipe, origin)
+        _check_origins(recipe, run)
         data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
     run.use_data(data.summary)
@@ -114,22 +114,21 @@ def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) 
     return run, data
 
 
-def _check_origins(recipe: Recipe, run: Run, origin: Run) -> None:
-    """Raise `ValueError` where a model is to be made of a baseline that is not there yet when its turn comes."""
-    trained = any(options.is_baseline and origin.finished(options.name) for options in origin.recipe.models)
-    for options in recipe.models:
-        trained = trained or options.is_baseline
-        if not options.from_baseline or run.finished(options.name):
-            continue
-        if not trained:
-            raise ValueError(
-                f"{options.name} is made of the trained baseline, and {origin.folder} has none: name one before it"
-            )
-        if processes.count() > 1:
-            raise ValueError(
-                f"{options.name} is made of the trained baseline in one process, {processes.count()} were started: "
-                "train the others with --models, and then this one"
-            )
+def _check_origins(recipe: Recipe, run: Run) -> None:
+    """Raise `ValueError` where a model is to be made of a baseline that is not there when its turn comes."""
+    healed = [model.name for model in recipe.models if model.from_baseline and not run.finished(model.name)]
+    if not healed:
+        return
+    trained = any(model.is_baseline and run.origin.finished(model.name) for model in run.origin.recipe.models)
+    if not trained and not any(model.is_baseline for model in recipe.models):
+        raise ValueError(
+            f"{healed[0]} is made of the trained baseline, and {run.origin.folder} has none: name one before it"
+        )
+    if processes.count() > 1:
+        raise ValueError(
+            f"{healed[0]} is made of the trained baseline in one process, {processes.count()} were started: "
+            "train the others with --models, and then this one"
+        )
 
 
 def check_training(recipe: Recipe) -> None:
@@ -164,12 +163,9 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
     return result
 
 
-def _make_and_measure(
-    options: ModelOptions, run: Run, data: PackedData, progress: bool, origin: Run | None = None
-) -> dict[str, Any]:
-    if options.from_baseline:
-        return _heal_and_measure(options, run, origin or run, data, progress)
-    return _train_and_measure(options, run, data, progress)
+def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    make = _heal_and_measure if options.from_baseline else _train_and_measure
+    return make(options, run, data, progress)
 
 
 def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
@@ -197,10 +193,10 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
     )
 
 
-def _heal_and_measure(options: ModelOptions, run: Run, origin: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
     """The entry of a model that is made of the trained baseline; its epochs are counted from there."""
-    baseline, entry = origin.baseline()
-    recipe, original, folder = run.recipe, str(origin.model_folder(baseline)), run.model_folder(options)
+    baseline, entry = run.origin.baseline()
+    recipe, original, folder = run.recipe, str(run.origin.model_folder(baseline)), run.model_folder(options)
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
     width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}

@@ -223,7 +223,7 @@ def _convert(
         return_freed_memory()
         original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
-        if control and not (healing.ce_weight or config.hidden_dropout or config.attention_dropout):
+        if control and not healing.teaches_a_control(config):
             raise ValueError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
         width = config.hidden_size if control else checked_width(options, original)
         if vocabulary_rows(tokenizer) > config.vocab_size:

@@ -75,14 +75,16 @@ class Run:
     Args:
         folder: made if it is not there.
         recipe: what is to be run now.
+        origin: the run with the trained baseline for models that are made of one, if it is not this run.
 
     Raises:
         ValueError: the folder holds a run of another recipe; the message names the first difference.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    def __init__(self, folder: Path, recipe: Recipe, origin: Run | None = None):
         self.folder = folder
+        self.origin = origin or self
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -191,4 +191,4 @@ def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     recipe = healing_recipe(folder)
     with pytest.raises(ValueError, match="Control is made of the trained baseline in one process, 2 were started"):
-        module._check_origins(recipe, Run(tmp_path, recipe), Run(tmp_path, recipe))
+        module._check_origins(recipe, Run(tmp_path, recipe))

@@ -137,6 +137,16 @@ def _value(word: str, option: Option) -> Any:
         return word
 
 
+def trial_values(recipe: Recipe) -> dict[str, Any]:
+    """What decides a recipe's trials: where nothing is healed, all as it was before there was healing."""
+    values = deciding_values(recipe)
+    if not any(model.from_baseline for model in recipe.models):
+        del values["heal"]
+        for model in values["models"]:
+            del model["from_baseline"]
+    return values
+
+
 @dataclass(frozen=True)
 class Setting:
     """A setting that can be trained: the values searched that concern the model, and the recipe they make of it."""
@@ -147,10 +157,8 @@ class Setting:
     @functools.cached_property
     def identity(self) -> str:
         """A hash of all that decides the result."""
-        values = deciding_values(self.recipe)
+        values = trial_values(self.recipe)
         del values["name"]
-        if not self.recipe.models[0].from_baseline:
-            del values["heal"], values["models"][0]["from_baseline"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
     @property

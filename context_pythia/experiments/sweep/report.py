@@ -82,14 +82,19 @@ def _healed(rows: list[dict[str, Any]], recipe: dict[str, Any], text: dict[str, 
     if not healed:
         return
     yield Paragraph(text["healed"].format(names=", ".join(dict.fromkeys(row["model"] for row in healed))), "note")
+    controls = {_around_model(row): row for row in healed if sources[row["model"]] is None}
     for row in healed:
-        for control in healed:
-            shared = (path for path in row["setting"] if not path.startswith("model."))
-            alike = all(row["setting"][path] == control["setting"][path] for path in shared)
-            if sources[row["model"]] and not sources[control["model"]] and alike and row["n"] == control["n"]:
-                facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
-                change = _change(row["mean"] / control["mean"] - 1)
-                yield Paragraph(text["against_control"].format(change=change, **facts), "note")
+        control = controls.get(_around_model(row))
+        if control is not None and control is not row and row["n"] == control["n"]:
+            facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
+            yield Paragraph(
+                text["against_control"].format(change=_change(row["mean"] / control["mean"] - 1), **facts), "note"
+            )
+
+
+def _around_model(row: dict[str, Any]) -> str:
+    """A row's setting without the options of its model."""
+    return repr({path: value for path, value in row["setting"].items() if not path.startswith("model.")})
 
 
 def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:

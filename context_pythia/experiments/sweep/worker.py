@@ -17,7 +17,7 @@ from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import check_training, compare
 from context_pythia.experiments.document import write_in_languages
 from context_pythia.experiments.record import Run, provenance, read_metrics
-from context_pythia.experiments.sweep.options import Setting, SweepPlan
+from context_pythia.experiments.sweep.options import Setting, SweepPlan, trial_values
 from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import sweep_metrics
 from context_pythia.experiments.sweep.search import Search
@@ -31,7 +31,6 @@ from context_pythia.experiments.sweep.study import (
     require_optuna,
 )
 from context_pythia.files import write_json
-from context_pythia.recipe_files import deciding_values
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, TrialState
@@ -88,13 +87,8 @@ def sweep(
 
 def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
     """Raise `ValueError` where the study holds trials of another recipe or sampler: they would not compare."""
-    wanted = deciding_values(plan.recipe) | {"sampler": plan.sampler}
+    wanted = trial_values(plan.recipe) | {"sampler": plan.sampler}
     del wanted["seed"]
-    if not any(model.from_baseline for model in plan.recipe.models):
-        # Nothing is healed, and a study from before there was healing goes on.
-        del wanted["heal"]
-        for model in wanted["models"]:
-            del model["from_baseline"]
     with queue.exclusive:
         held = queue.study.user_attrs.get(RECIPE)
         if held is None:
