@@ -68,12 +68,11 @@ def load_recipe(
     Raises:
         ValueError: unknown recipe, section, option, value or model; the message names it and the valid ones.
     """
-    stem, values = _read(name_or_path)
-    recipe = recipe_from_dict({"name": stem} | _mapping({} if values is None else values, f"recipe {name_or_path}"))
+    stem, content = _read(name_or_path)
+    values = {"name": stem} | _mapping({} if content is None else content, f"recipe {name_or_path}")
     if models is not None:
-        _only_known(models, [model.name for model in recipe.models], f"recipe {recipe.name}: model")
-        recipe = dataclasses.replace(recipe, models=[model for model in recipe.models if model.name in models])
-    return overridden(recipe, overrides or {})
+        values = _selected(values, models)  # before the overrides, which the other models may not fit
+    return recipe_from_dict(_overlaid(values, overrides or {}))
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -97,6 +96,15 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     return Recipe(**arguments)
 
 
+def _selected(values: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """A recipe's nested values with the wanted models alone; what is no list of models is left to be refused."""
+    models = values.get("models", [{"name": ModelOptions().name}])
+    if not isinstance(models, list) or not all(isinstance(model, Mapping) for model in models):
+        return values
+    _only_known(wanted, [str(model.get("name")) for model in models], f"recipe {values['name']}: model")
+    return values | {"models": [model for model in models if model.get("name") in wanted]}
+
+
 def _model_from_dict(values: Any, position: int) -> ModelOptions:
     given = _mapping(values, f"model {position}")
     label = f"model {given.get('name', position)}"
@@ -117,6 +125,11 @@ def _mapping(values: Any, what: str) -> dict[str, Any]:
 
 def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe with values by dotted path over its own, checked as a whole; see `load_recipe`."""
+    return recipe_from_dict(_overlaid(recipe_to_dict(recipe), overrides))
+
+
+def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's nested values with others over them; the result alone is checked, for the two may need each other."""
     owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
     changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
     known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
@@ -124,19 +137,22 @@ def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     for path, value in overrides.items():
         section, _, name = path.rpartition(".")
         changes[section][name] = value
-    arguments: dict[str, Any] = changes.pop("")
+    result = dict(values) | changes.pop("")
     of_models = changes.pop("model")
-    for section, values in changes.items():
-        arguments[section] = dataclasses.replace(getattr(recipe, section), **values)
-    # A conversion chooses all but the width itself.
-    of_converted = {name: value for name, value in of_models.items() if name == "context_dim"}
-    arguments["models"] = [
-        model
-        if model.context_source is None
-        else dataclasses.replace(model, **(of_converted if model.from_baseline else of_models))
-        for model in recipe.models
-    ]
-    return dataclasses.replace(recipe, **arguments)
+    for section in (section for section, given in changes.items() if given):
+        result[section] = _mapping(values.get(section) or {}, f"section {section}") | changes[section]
+    if of_models and isinstance(values.get("models"), list):
+        result["models"] = [_overlaid_model(model, of_models) for model in values["models"]]
+    return result
+
+
+def _overlaid_model(model: Any, changes: Mapping[str, Any]) -> Any:
+    if not isinstance(model, Mapping) or model.get("context_source") is None:
+        return model
+    if model.get("from_baseline"):
+        # A conversion chooses all but the width itself.
+        changes = {name: value for name, value in changes.items() if name == "context_dim"}
+    return {**model, **changes}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

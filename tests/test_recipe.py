@@ -98,6 +98,13 @@ def test_what_is_made_of_the_baseline_is_no_baseline():
     assert [model.is_baseline for model in recipe.models] == [True, False, False]
 
 
+def test_an_override_mends_what_the_file_alone_would_be_refused_for(write):
+    text = "models: [{name: a}, {name: b, context_source: layer, context_dim: 60, from_baseline: true}]"
+    with pytest.raises(ValueError, match="heal.steps 0: b is the baseline converted and healed"):
+        load_recipe(write(text))
+    assert load_recipe(write(text), {"heal.steps": 5}).heal.steps == 5
+
+
 def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
     recipe = load_recipe("tuned", {"model.context_dim": 60, "model.phase1": True, "model.context_block_layers": 2})
     converted, shared = recipe.models[2], recipe.models[-1]
@@ -173,9 +180,11 @@ def test_an_unknown_recipe_is_named_with_the_packaged_ones():
         load_recipe("quik")
 
 
-def test_unknown_models_and_overrides_are_named_with_the_valid_ones():
+def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
     with pytest.raises(ValueError, match="model 'shard' is unknown .*valid: Pythia, input, shared, layer"):
         load_recipe("quick", models=["shard"])
+    with pytest.raises(ValueError, match="section models: must be a list, not 3"):
+        load_recipe(write("models: 3"), models=["a"])
     with pytest.raises(ValueError, match=r"option 'train.lr' is unknown.*; valid: name, seed, model.name, "):
         load_recipe("quick", {"train.lr": 1.0})
 

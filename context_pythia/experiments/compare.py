@@ -211,7 +211,7 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     healed = (p for name, p in model.named_parameters() if is_healed(name, recipe.heal.parameters))
     return model_entry(
         options,
-        from_baseline={"name": baseline.name, "best_epoch": entry["best_epoch"]},
+        from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
         parameters=model.num_parameters(),
         trainable_parameters=sum(parameter.numel() for parameter in healed),
         best_val_ppl=healing["val_ppl"],

@@ -20,12 +20,12 @@ from context_pythia.experiments.document import (
     write_document,
 )
 from context_pythia.experiments.figures import Series, frontier, position_curves
+from context_pythia.experiments.formats import DASH, change, kilobytes, percent, plain
 from context_pythia.experiments.positions import POSITIONS, position_blocks, position_table
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.translations import TRANSLATIONS
 
 PICTURE = "frontier.png"
-_DASH = "–"
 _COLUMNS = (
     "model",
     "ppl",
@@ -114,7 +114,7 @@ def _blocks(
         "platform": str(provenance.get("platform")),
         "threads": str(provenance.get("threads")),
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
-        "commit": str(provenance.get("commit") or _DASH),
+        "commit": plain(provenance.get("commit")),
         "created": str(provenance.get("created")),
         "command": str(provenance.get("command")),
     }
@@ -132,12 +132,12 @@ def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
     return text["eval_best"].format(
         first=label(first),
         name=label(best),
-        reduction=_percent(best["cache"]["reduction_measured"]),
-        kb=_kilobytes(best["cache"]),
-        first_kb=_kilobytes(first["cache"]),
+        reduction=percent(best["cache"]["reduction_measured"], 2),
+        kb=kilobytes(best["cache"]["bytes_measured"]),
+        first_kb=kilobytes(first["cache"]["bytes_measured"]),
         ppl=_number(best["perplexity"]),
         first_ppl=_number(first["perplexity"]),
-        change=_change(best["change"]),
+        change=change(best["change"], 2),
     )
 
 
@@ -166,22 +166,22 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         label(row),
         _number(row["perplexity"]),
-        _change(row["change"]),
-        _percent(row["accuracy"]),
+        change(row["change"], 2),
+        percent(row["accuracy"], 2),
         _number(cached.get("perplexity")),
-        _change(cached.get("change")),
-        _kilobytes(cache),
-        _percent(None if cache is None else cache["reduction_measured"]),
-        _DASH if row["kl"] is None else f"{abs(row['kl']):.3g}",
-        _percent(row["agreement"]),
-        _DASH if row["logit_difference"] is None else f"{row['logit_difference']:.2g}",
+        change(cached.get("change"), 2),
+        kilobytes(cache and cache["bytes_measured"]),
+        percent(cache and cache["reduction_measured"], 2),
+        DASH if row["kl"] is None else f"{abs(row['kl']):.3g}",
+        percent(row["agreement"], 2),
+        DASH if row["logit_difference"] is None else f"{row['logit_difference']:.2g}",
     ]
 
 
 def _cache_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     held = [(label(row), row["cache"]) for row in rows if row["cache"]]
     keys = ("bytes_measured", "bytes_formula", "bytes_slack")
-    return [[name, *(_DASH if cache[key] is None else f"{cache[key]:,.0f}" for key in keys)] for name, cache in held]
+    return [[name, *(DASH if cache[key] is None else f"{cache[key]:,.0f}" for key in keys)] for name, cache in held]
 
 
 def _setup(metrics: dict[str, Any]) -> dict[str, str]:
@@ -235,16 +235,4 @@ def _series(rows: list[dict[str, Any]]) -> list[Series]:
 
 
 def _number(value: float | None) -> str:
-    return _DASH if value is None else f"{value:,.2f}" if value >= 1000 else f"{value:.5g}"
-
-
-def _percent(value: float | None) -> str:
-    return _DASH if value is None else f"{round(100 * value, 2) + 0.0:.2f} %"
-
-
-def _change(value: float | None) -> str:
-    return _DASH if value is None else f"{round(100 * value, 2) + 0.0:+.2f} %"
-
-
-def _kilobytes(cache: dict[str, Any] | None) -> str:
-    return _DASH if cache is None else f"{cache['bytes_measured'] / 1024:,.1f} KB"
+    return DASH if value is None else f"{value:,.2f}" if value >= 1000 else f"{value:.5g}"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments.build import build_model, describe_cache, describe_parameters, expected_rows
 from context_pythia.experiments.document import Table, to_console
+from context_pythia.experiments.formats import DASH, integer, kilobytes
 from context_pythia.recipe import Recipe
 
 
@@ -18,7 +19,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
     """Print the figures of each model, as a table or as JSON.
 
     Args:
-        recipe: its models are built with random weights.
+        recipe: its models are built with random weights; what the trained baseline decides is left open.
         model: folder or Hub name of a saved model, in place of a recipe.
         length: tokens in the measured cache.
         dtype: of the model and its cache.
@@ -29,10 +30,12 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if recipe is not None:
         rows = expected_rows(recipe)
-        models = [
-            _describe(options.name, build_model(options, recipe, rows).to(torch_dtype), length)
-            for options in recipe.models
-        ]
+        models = []
+        for options in recipe.models:
+            models.append(_describe(options.name, build_model(options, recipe, rows).to(torch_dtype), length))
+            if options.from_baseline and options.context_source is not None:
+                # How it divides the context between rotary keys and latent decides the size of the way back.
+                models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
     else:
         assert model is not None
         models = [_describe(model, load_pretrained(model, torch_dtype), length)]
@@ -57,10 +60,11 @@ def _table(models: list[dict[str, Any]]) -> str:
     rows = [
         [
             model["name"],
-            *(f"{model[key]:,}" for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
-            *(f"{model['cache'][key] / 1024:,.1f} KB" for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
+            *(integer(model[key]) for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
+            *(kilobytes(model["cache"][key]) for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
         ]
         for model in models
     ]
     title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
-    return "\n".join([title, "", to_console(Table(head, rows))])
+    note = ["", f"{DASH}: the conversion of the trained baseline decides it"]
+    return "\n".join([title, "", to_console(Table(head, rows)), *(note if any(DASH in row for row in rows) else [])])

@@ -5,17 +5,28 @@ Every figure comes from the run's records; a figure that is missing, because a m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table
 from context_pythia.experiments.figures import frontier, learning_curves, position_curves, series_of
+from context_pythia.experiments.formats import (
+    DASH,
+    change,
+    finite,
+    integer,
+    kilobytes,
+    number,
+    pair,
+    percent,
+    perplexity,
+    perplexity_digits,
+    plain,
+)
 from context_pythia.experiments.positions import POSITIONS, position_blocks
 from context_pythia.experiments.record import is_baseline
 
 CURVES, FRONTIER = "curves.png", "frontier.png"
-_DASH = "–"
 
 
 class Report:
@@ -26,7 +37,7 @@ class Report:
         self.data, self.recipe = metrics["data"], metrics["recipe"]
         self.models: list[dict[str, Any]] = metrics["models"]
         self.series = [series_of(model) for model in self.models]
-        self.done = [model for model in self.models if model["error"] is None and _finite(model["best_val_ppl"])]
+        self.done = [model for model in self.models if model["error"] is None and finite(model["best_val_ppl"])]
         self.failed = [model for model in self.models if model["error"] is not None]
         entered = {model["name"] for model in self.models}
         self.pending = [model for model in self.recipe.get("models", []) if model["name"] not in entered]
@@ -34,7 +45,7 @@ class Report:
 
     def blocks(self, pictures: dict[str, bytes]) -> Iterator[Block]:
         text = self.text
-        yield Heading(text["title"].format(recipe=self.recipe.get("name", _DASH)), level=1)
+        yield Heading(text["title"].format(recipe=self.recipe.get("name", DASH)), level=1)
         yield Paragraph(self._headline(), "lead")
         if self.failed or self.pending:
             counts = {"done": len(self.done), "failed": len(self.failed), "pending": len(self.pending)}
@@ -63,7 +74,7 @@ class Report:
         yield self._facts(self._provenance())
         if earlier := self.provenance.get("earlier"):
             yield Paragraph(text["earlier"])
-            yield Code("\n".join(f"{_plain(call.get('updated'))}  {_plain(call.get('command'))}" for call in earlier))
+            yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier))
 
     def pictures(self) -> dict[str, bytes]:
         series, pictures = self.series, {}
@@ -80,7 +91,13 @@ class Report:
             return self.text["nothing"]
         best = min(self.done, key=lambda model: model["best_val_ppl"])
         if self.baseline is None:
-            return self.text["no_baseline"].format(**self._figures(best), **self._setup())
+            facts = self._figures(best) | self._setup()
+            origin = best.get("from_baseline") or {}
+            if "best_val_ppl" not in origin:
+                return self.text["no_baseline"].format(**facts)
+            facts["change"] = change(best["best_val_ppl"] / origin["best_val_ppl"] - 1)
+            facts |= {"baseline": origin["name"], "base_ppl": perplexity(origin["best_val_ppl"])}
+            return self.text["made_elsewhere"].format(**facts)
         facts = self._setup() | {f"base_{key}": value for key, value in self._figures(self.baseline).items()}
         facts["baseline"] = self.baseline["name"]
         smaller = [model for model in self.done if (_cache(model, "reduction_measured") or 0) > 0]
@@ -97,25 +114,25 @@ class Report:
     def _setup(self) -> dict[str, Any]:
         """Length and dtype at which the caches were measured."""
         cache: dict[str, Any] = next((model["cache"] for model in self.models if model["cache"]), {})
-        return {"length": _integer(cache.get("length")), "dtype": cache.get("dtype", _DASH)}
+        return {"length": integer(cache.get("length")), "dtype": cache.get("dtype", DASH)}
 
     def _figures(self, model: dict[str, Any]) -> dict[str, str]:
         return {
             "name": model["name"],
-            "ppl": _perplexity(model["best_val_ppl"]),
-            "kb": _kilobytes(_cache(model, "bytes_measured")),
-            "reduction": _percent(_cache(model, "reduction_measured")),
+            "ppl": perplexity(model["best_val_ppl"]),
+            "kb": kilobytes(_cache(model, "bytes_measured")),
+            "reduction": percent(_cache(model, "reduction_measured")),
             "change": self._change(model),
         }
 
     def _change(self, model: dict[str, Any]) -> str:
         """Difference to the baseline's best perplexity, in its digits and in percent."""
-        if self.baseline is None or model is self.baseline or not _finite(model["best_val_ppl"]):
-            return _DASH
+        if self.baseline is None or model is self.baseline or not finite(model["best_val_ppl"]):
+            return DASH
         base = self.baseline["best_val_ppl"]
         difference = model["best_val_ppl"] - base
         sign = "−" if difference < 0 else "+"
-        return f"{sign}{abs(difference):,.{_digits(base)}f} ({_signed_percent(difference / base)})"
+        return f"{sign}{abs(difference):,.{perplexity_digits(base)}f} ({change(difference / base)})"
 
     def _results(self) -> Table:
         by_formula = any(_cache(model, "bytes_formula") != _cache(model, "bytes_measured") for model in self.done)
@@ -130,17 +147,17 @@ class Report:
                 "context": self._context(model),
                 "best_ppl": figures["ppl"] if model["error"] is None else self.text["failed"],
                 "measured": figures["kb"],
-                "formula": _kilobytes(_cache(model, "bytes_formula")),
-                "parameters": _pair(model["trainable_parameters"], model["parameters"]),
+                "formula": kilobytes(_cache(model, "bytes_formula")),
+                "parameters": pair(model["trainable_parameters"], model["parameters"]),
                 "best_epoch": self._best_epoch(model),
-                "accuracy": _percent(model["val_accuracy"]),
-                "seconds_epoch": _number(model["seconds_per_epoch"], 1),
+                "accuracy": percent(model["val_accuracy"]),
+                "seconds_epoch": number(model["seconds_per_epoch"], 1),
                 "overhead": self._overhead(model),
             }
             rows.append([figures[key] for key in keys])
         for model in self.pending:
             cells = {"model": model["name"], "context": self._context(model), "best_ppl": self.text["pending"]}
-            rows.append([cells.get(key, _DASH) for key in keys])
+            rows.append([cells.get(key, DASH) for key in keys])
         return Table([self.text[key] for key in keys], rows, text_columns=2)
 
     def _context(self, model: dict[str, Any]) -> str:
@@ -156,7 +173,7 @@ class Report:
     def _best_epoch(self, model: dict[str, Any]) -> str:
         """In epochs after the baseline's best for what is made of it."""
         if not (origin := model.get("from_baseline")) or model["best_epoch"] is None:
-            return _integer(model["best_epoch"])
+            return integer(model["best_epoch"])
         return f"{origin['best_epoch']} + {model['best_epoch']:.3g}"
 
     def _healed(self) -> Iterator[Block]:
@@ -172,16 +189,16 @@ class Report:
             return
         yield Paragraph(self.text["control_note"].format(control=control["name"], **facts), "note")
         for model in (model for model in healed if model is not control):
-            change = _signed_percent(model["best_val_ppl"] / control["best_val_ppl"] - 1)
-            facts = {"name": model["name"], "control": control["name"], "change": change}
+            apart = change(model["best_val_ppl"] / control["best_val_ppl"] - 1)
+            facts = {"name": model["name"], "control": control["name"], "change": apart}
             yield Paragraph(self.text["against_control"].format(**facts), "note")
 
     def _overhead(self, model: dict[str, Any]) -> str:
         base = self.baseline and self.baseline["seconds_per_epoch"]
         seconds = model["seconds_per_epoch"]
         # A step of healing has a teacher and a batch of its own.
-        comparable = base and _finite(seconds) and self._timed_as_baseline(model) and not model.get("from_baseline")
-        return f"×{seconds / base:.2f}" if comparable else _DASH
+        comparable = base and finite(seconds) and self._timed_as_baseline(model) and not model.get("from_baseline")
+        return f"×{seconds / base:.2f}" if comparable else DASH
 
     def _timed_as_baseline(self, model: dict[str, Any]) -> bool:
         """False where the machine is known and was another; older runs have none."""
@@ -190,7 +207,7 @@ class Report:
 
     def _cache(self) -> Iterator[Block]:
         rows = [
-            [model["name"], *(_integer(_cache(model, key)) for key in
+            [model["name"], *(integer(_cache(model, key)) for key in
              ("numbers_per_token", "bytes_measured", "bytes_formula", "bytes_slack"))]
             for model in self.models if model["cache"]
         ]  # fmt: skip
@@ -217,14 +234,14 @@ class Report:
             if model.get("from_baseline"):
                 done = f"Step {entry['step']}/{self.recipe.get('heal', {}).get('steps')}"
             yield (
-                f"{done}: train_loss={_number(entry['train_loss'], 4)}, "
-                f"val_ppl={_number(entry['val_ppl'], 2)}, val_acc={_number(entry['val_accuracy'], 4)}, "
-                f"{_number(entry['seconds'], 1)} s{' *' if entry['best'] else ''}"
+                f"{done}: train_loss={number(entry['train_loss'], 4)}, "
+                f"val_ppl={number(entry['val_ppl'], 2)}, val_acc={number(entry['val_accuracy'], 4)}, "
+                f"{number(entry['seconds'], 1)} s{' *' if entry['best'] else ''}"
             )
         if model["stop_reason"]:
             yield (
                 f"Stopped after epoch {model['history'][-1]['epoch']}: {model['stop_reason']}; "
-                f"best val_ppl={_number(model['best_val_ppl'], 2)} in epoch {_integer(model['best_epoch'])}"
+                f"best val_ppl={number(model['best_val_ppl'], 2)} in epoch {integer(model['best_epoch'])}"
             )
 
     def _phase1(self) -> Iterator[Block]:
@@ -237,12 +254,12 @@ class Report:
             phase1 = model["phase1"]
             reached = phase1["convergence_rate"]
             rank = self.text["rank_value"].format(
-                rank=_number(phase1["effective_rank"], 1), dim=_integer(model["context_dim"])
+                rank=number(phase1["effective_rank"], 1), dim=integer(model["context_dim"])
             )
-            met = _DASH if wanted is None else self.text["yes" if reached >= wanted else "no"]
+            met = DASH if wanted is None else self.text["yes" if reached >= wanted else "no"]
             rows.append(
-                [model["name"], met, _percent(reached), _percent(wanted), _integer(phase1["iterations"]), rank]
-                + [_number(phase1.get("seconds"), 1)]
+                [model["name"], met, percent(reached), percent(wanted), integer(phase1["iterations"]), rank]
+                + [number(phase1.get("seconds"), 1)]
             )
         head = ["model", "met", "reached", "wanted", "iterations", "rank", "seconds"]
         yield Heading(self.text["phase1"])
@@ -263,55 +280,58 @@ class Report:
         data, text = self.data, self.text
         body, train = self.recipe.get("architecture", {}), self.recipe.get("train", {})
         length = data.get("sequence_length")
-        batch, accumulation = _plain(train.get("batch_size")), train.get("gradient_accumulation", 1)
-        schedule, warmup = _plain(train.get("schedule")), train.get("warmup_ratio")
+        batch, accumulation = plain(train.get("batch_size")), train.get("gradient_accumulation", 1)
+        schedule, warmup = plain(train.get("schedule")), train.get("warmup_ratio")
         facts = {
-            "data_source": _plain(data.get("source")),
-            "documents": _pair(data.get("documents_train"), data.get("documents_validation")),
-            "samples": _pair(data.get("samples_train"), data.get("samples_validation")),
-            "sequence_length": text["tokens"].format(length=length, with_target=length + 1) if length else _DASH,
-            "tokenizer": _plain(data.get("tokenizer")),
-            "vocabulary": _integer(data.get("vocab_size")),
+            "data_source": plain(data.get("source")),
+            "documents": pair(data.get("documents_train"), data.get("documents_validation")),
+            "samples": pair(data.get("samples_train"), data.get("samples_validation")),
+            "sequence_length": text["tokens"].format(length=length, with_target=length + 1) if length else DASH,
+            "tokenizer": plain(data.get("tokenizer")),
+            "vocabulary": integer(data.get("vocab_size")),
             "architecture": text["body"].format(
-                layers=_plain(body.get("num_hidden_layers")),
-                hidden=_plain(body.get("hidden_size")),
-                heads=_plain(body.get("num_attention_heads")),
-                mlp=_plain(body.get("intermediate_size")),
+                layers=plain(body.get("num_hidden_layers")),
+                hidden=plain(body.get("hidden_size")),
+                heads=plain(body.get("num_attention_heads")),
+                mlp=plain(body.get("intermediate_size")),
             ),
-            "epochs": _plain(train.get("epochs")),
+            "dropout": text["dropout_value"].format(
+                hidden=plain(body.get("hidden_dropout")), attention=plain(body.get("attention_dropout"))
+            ),
+            "epochs": plain(train.get("epochs")),
             "batch": text["accumulated"].format(batch=batch, accumulation=accumulation) if accumulation > 1 else batch,
-            "learning_rate": _plain(train.get("learning_rate")),
-            "weight_decay": _plain(train.get("weight_decay")),
-            "schedule": text["warmup"].format(schedule=schedule, warmup=_percent(warmup)) if warmup else schedule,
-            "precision": _plain(train.get("precision")),
-            "patience": text["patience_value"].format(patience=_plain(train.get("patience"))),
-            "seed": _plain(self.recipe.get("seed")),
+            "learning_rate": plain(train.get("learning_rate")),
+            "weight_decay": plain(train.get("weight_decay")),
+            "schedule": text["warmup"].format(schedule=schedule, warmup=percent(warmup)) if warmup else schedule,
+            "precision": plain(train.get("precision")),
+            "patience": text["patience_value"].format(patience=plain(train.get("patience"))),
+            "seed": plain(self.recipe.get("seed")),
         }
         if any(model["phase1"] for model in self.models):
             phase1 = self.recipe.get("phase1", {})
             facts |= {
-                "p1_iterations": _plain(phase1.get("max_iterations")),
+                "p1_iterations": plain(phase1.get("max_iterations")),
                 "p1_wanted": text["p1_wanted_value"].format(
-                    rate=_percent(phase1.get("convergence_rate")), threshold=_plain(phase1.get("threshold"))
+                    rate=percent(phase1.get("convergence_rate")), threshold=plain(phase1.get("threshold"))
                 ),
-                "p1_learning_rate": _plain(phase1.get("learning_rate")),
-                "p1_batch": _integer(phase1.get("batch_tokens")),
-                "p1_noise": _plain(phase1.get("noise")),
-                "p1_state": _plain(phase1.get("state_dtype")),
+                "p1_learning_rate": plain(phase1.get("learning_rate")),
+                "p1_batch": integer(phase1.get("batch_tokens")),
+                "p1_noise": plain(phase1.get("noise")),
+                "p1_state": plain(phase1.get("state_dtype")),
             }
         if any(model.get("from_baseline") for model in self.models):
             names = ("steps", "batch_size", "parameters", "ce_weight", "learning_rate", "schedule", "precision")
-            facts |= {f"heal_{name}": _plain(self.recipe.get("heal", {}).get(name)) for name in names}
+            facts |= {f"heal_{name}": plain(self.recipe.get("heal", {}).get(name)) for name in names}
         return facts
 
     def _provenance(self) -> dict[str, str]:
         facts = self.provenance
         keys = ("device", "platform", "threads", "commit", "created")
         versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
-        return {key: _plain(facts.get(key)) for key in keys} | {
-            "versions": versions or _DASH,
-            "fingerprint": _plain(facts.get("data_fingerprint")),
-            "command": _plain(facts.get("command")),
+        return {key: plain(facts.get(key)) for key in keys} | {
+            "versions": versions or DASH,
+            "fingerprint": plain(facts.get("data_fingerprint")),
+            "command": plain(facts.get("command")),
         }
 
 
@@ -324,44 +344,3 @@ def _convergence_lines(history: list[dict[str, Any]], width: int = 10) -> Iterat
         line = history[start : start + width]
         rates = "  ".join(f"{100 * entry['convergence_rate']:5.1f}" for entry in line)
         yield f"{line[0]['iteration']:>4}:  {rates}"
-
-
-def _finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _plain(value: Any) -> str:
-    return _DASH if value is None else str(value)
-
-
-def _integer(value: int | None) -> str:
-    return _DASH if value is None else f"{value:,}"
-
-
-def _pair(first: int | None, second: int | None) -> str:
-    return _DASH if first is None and second is None else f"{_integer(first)} / {_integer(second)}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return _DASH if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    # Rounded first and added to zero, so that a loss of nothing is not "-0.0 %".
-    return _DASH if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
-
-
-def _signed_percent(value: float) -> str:
-    return ("−" if value < 0 else "+") + _percent(abs(value))
-
-
-def _perplexity(value: float | None) -> str:
-    return _DASH if value is None else f"{value:,.{_digits(value)}f}"
-
-
-def _digits(perplexity: float) -> int:
-    return 2 if perplexity < 100 else 1
-
-
-def _kilobytes(value: int | None) -> str:
-    return _DASH if value is None else f"{value / 1024:.1f} KB"

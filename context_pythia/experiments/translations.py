@@ -15,6 +15,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "{base_ppl} with a measured KV cache of {base_kb} at {length} tokens in {dtype}.",
         "no_baseline": "{name} has the best perplexity, {ppl}, with a measured KV cache of {kb} at {length} tokens in "
         "{dtype}. There is no finished baseline to compare it with.",
+        "made_elsewhere": "{name}, which is made of {baseline}, takes its perplexity from {base_ppl} to {ppl} "
+        "({change}), with a measured KV cache of {kb} at {length} tokens in {dtype}. {baseline} has its own report.",
         "nothing": "No model of this run has a result yet.",
         "unfinished": "The run is incomplete: {done} of {total} models have a result (failed: {failed}, not run yet: "
         "{pending}).",
@@ -35,6 +37,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "vocabulary": "Vocabulary",
         "architecture": "Architecture",
         "body": "{layers} layers of width {hidden}, {heads} heads, MLP of width {mlp}",
+        "dropout": "Dropout",
+        "dropout_value": "{hidden} (hidden), {attention} (attention weights)",
         "epochs": "Epochs at most",
         "batch": "Batch size",
         "accumulated": "{batch} × {accumulation} accumulated",
@@ -181,6 +185,9 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "で {base_kb} です。",
         "no_baseline": "パープレキシティが最も良いのは {name} の {ppl} で、KV キャッシュの実測値は {length} トークン・"
         "{dtype} で {kb} です。比較できるベースラインの結果はありません。",
+        "made_elsewhere": "{baseline} から作られた {name} により、パープレキシティは {base_ppl} から {ppl} になりました"
+        "（{change}）。KV キャッシュの実測値は {length} トークン・{dtype} で {kb} です。{baseline} のレポートは"
+        "別にあります。",
         "nothing": "この実験には、まだ結果の出たモデルがありません。",
         "unfinished": "この実験は完了していません。全 {total} モデルのうち、完了 {done}、失敗 {failed}、未実行 "
         "{pending} です。",
@@ -201,6 +208,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "vocabulary": "語彙数",
         "architecture": "アーキテクチャ",
         "body": "{layers} 層、隠れ次元 {hidden}、{heads} ヘッド、MLP 次元 {mlp}",
+        "dropout": "ドロップアウト",
+        "dropout_value": "{hidden}（隠れ層）、{attention}（アテンション重み）",
         "epochs": "最大エポック数",
         "batch": "バッチサイズ",
         "accumulated": "{batch} × 勾配累積 {accumulation} 回",

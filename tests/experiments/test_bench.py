@@ -324,6 +324,19 @@ def test_training_is_timed_in_processes_that_take_turns(tmp_path):
     assert not multiprocessing.active_children()
 
 
+def test_what_is_made_of_the_trained_baseline_is_left_out_and_said(tmp_path, capsys):
+    made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
+    sections = {"heal": {"steps": 1}, "architecture": {"model_vocab_size": 280}}
+    recipe = tiny_recipe(tmp_path, models=[{"name": "Pythia"}, made], **sections)
+    given = options(lengths=(8,), batch_sizes=(1,), caches=("dynamic",), rounds=1)
+    metrics = bench([], recipe, None, None, given, progress=False)
+    assert [entry["name"] for entry in metrics["models"]] == ["Pythia, DynamicCache"]
+    assert metrics["notes"][0].startswith("converted is left out, it is made of the trained baseline")
+    assert f"note: {metrics['notes'][0]}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="converted is made of the trained baseline: name its folder"):
+        bench([], tiny_recipe(tmp_path, models=[made], **sections), None, None, given, progress=False)
+
+
 def test_training_options_that_cannot_be_are_refused_before_anything_starts(tmp_path):
     recipe = tiny_recipe(tmp_path, train={"warmup_ratio": 0.5})
     with pytest.raises(ValueError, match="warmup_ratio 0.5: needs the schedule"):

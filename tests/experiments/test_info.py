@@ -17,6 +17,17 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
 
 
+def test_what_a_conversion_decides_is_left_open(capsys):
+    recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "data.tokenizer": "train"})
+    info(recipe, None, length=8, dtype="float32", as_json=True)
+    control, converted = json.loads(capsys.readouterr().out)["models"][1:3]
+    assert control["parameters"] == control["trainable_parameters"] > 0
+    assert (converted["parameters"], converted["trainable_parameters"]) == (None, None)
+    assert converted["cache"]["bytes_measured"] == 4 * 8 * 256
+    info(recipe, None, length=8, dtype="float32", as_json=False)
+    assert capsys.readouterr().out.endswith("\n–: the conversion of the trained baseline decides it\n")
+
+
 def test_saved_model_is_described_as_a_table(finished_run, capsys):
     info(None, str(finished_run / "models" / "shared"), length=20, dtype="bfloat16", as_json=False)
     output = capsys.readouterr().out

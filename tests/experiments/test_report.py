@@ -144,7 +144,7 @@ def test_differences_reductions_and_overheads_are_those_to_the_baseline(records)
     assert (worse["Best PPL"], worse["Against baseline"]) == ("470.4", "+70.4 (+17.6 %)")
     assert (better["Against baseline"], better["Reduction"]) == ("−10.0 (−2.5 %)", "75.0 %")
     assert (table["shared 256"]["KV cache"], table["shared 256"]["Reduction"]) == ("136.0 KB", "95.6 %")
-    assert (worse["KV cache"], worse["Reduction"], worse["Overhead"]) == ("3072.0 KB", "0.0 %", "×1.24")
+    assert (worse["KV cache"], worse["Reduction"], worse["Overhead"]) == ("3,072.0 KB", "0.0 %", "×1.24")
     assert (base["Against baseline"], base["Reduction"], base["Overhead"]) == ("–", "–", "×1.00")
     assert better["Parameters, trained / all"] == "70,559,232 / 70,756,608"
     assert better["Accuracy"] == "22.0 %"
@@ -165,7 +165,7 @@ def test_seconds_of_another_machine_have_no_overhead(records, lang):
 def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(records):
     lead = markdown(records).split("\n\n")[1]
     assert "layer 256 has the best perplexity: 390.0 against 400.0, a difference of −10.0 (−2.5 %)." in lead
-    assert "768.0 KB in place of 3072.0 KB at 128 tokens in float32, a reduction of 75.0 %" in lead
+    assert "768.0 KB in place of 3,072.0 KB at 128 tokens in float32, a reduction of 75.0 %" in lead
     assert "that of shared 256, measures 136.0 KB, a reduction of 95.6 %, at perplexity 440.0" in lead
 
 

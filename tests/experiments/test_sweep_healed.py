@@ -35,7 +35,7 @@ def folder(tmp_path_factory, own_cache):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """By two workers at one time, one of which waits for the baseline that the other trains."""
+    """By two workers at one time."""
     recipe, out = folder / "tiny.yaml", folder / "sweep"
     save_recipe(healing_recipe(folder), recipe)
     options = ["sweep", str(recipe), "--over", "heal.steps=3,9", "--out", str(out), "--quiet", "--lang", "ja"]
@@ -89,6 +89,23 @@ def test_trials_are_taken_when_the_baseline_has_ended(folder, tmp_path):
     assert (third.trial.params["model"], third.trial.user_attrs["seed"]) == ("Control", 1)
 
 
+def test_a_worker_waits_for_the_baseline_that_another_trains(folder, tmp_path, monkeypatch, capsys):
+    plan = plan_of(folder, models=["Pythia", "Control"])
+    queue = Queue(open_storage(None, tmp_path), tmp_path.name, tmp_path)
+    assert worker.Search(plan, queue).fill()
+    claims = [queue.take()]
+
+    def other_worker_ends(seconds):
+        with claims.pop() as claim:
+            worker._run(plan, claim, tmp_path, progress=False)
+
+    monkeypatch.setattr(worker.time, "sleep", other_worker_ends)
+    worker.sweep(plan, tmp_path, progress=False)
+    output = capsys.readouterr().out
+    assert not claims and "waiting for 2 of 2 trials in other workers" in output
+    assert output.index("trial 1 of 2: Pythia") < output.index("trial 2 of 2: Control")
+
+
 def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatch):
     plan = plan_of(folder)
 
@@ -124,6 +141,18 @@ def test_wrong_options_of_healing_are_found_before_any_training(folder, tmp_path
         with pytest.raises(ValueError, match="heal.warmup_ratio 0.05: needs the schedule constant_with_warmup"):
             run()
     assert not list(tmp_path.rglob("models"))
+
+
+def test_the_report_of_a_trial_names_the_baseline_that_it_is_made_of(finished):
+    trials = {
+        trial["model"]: trial for trial in trials_of(finished).values() if trial["setting"]["heal.steps"] in (None, 9)
+    }
+    folder, before, after = (
+        trials["Converted"]["folder"],
+        *(trials[name]["val_ppl"] for name in ("Pythia", "Converted")),
+    )
+    report = (finished / "trials" / folder / "report.md").read_text()
+    assert f"Converted, which is made of Pythia, takes its perplexity from {before:,.2f} to {after:,.2f} (" in report
 
 
 def test_the_report_compares_with_the_control(finished):

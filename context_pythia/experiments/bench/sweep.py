@@ -7,6 +7,7 @@ so that what was measured survives an interruption. `bench --train` is in `train
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -66,10 +67,14 @@ def bench(
     """
     if out is not None:
         _make_folder(out)
+    recipe, notes = _of_first_weights(recipe)
     device = best_device()
     with _threads(options.threads), quiet_transformers():
-        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": _settings(options, device)}
+        settings = _settings(options, device)
+        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": settings, "notes": notes}
         made = provenance(device)
+        for note in notes:
+            print(f"note: {note}", flush=True)
         try:
             if train:
                 assert recipe is not None
@@ -85,6 +90,22 @@ def bench(
                 write_json(out / "provenance.json", made)
                 print("\n" + write_in_languages(write_bench, out, lang), flush=True)
     return metrics
+
+
+def _of_first_weights(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
+    """The recipe without models that are made of its trained baseline, and a line for each of these.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    if recipe is None:
+        return None, []
+    made = [model.name for model in recipe.models if model.from_baseline]
+    if len(made) == len(recipe.models):
+        raise ValueError(f"{made[0]} is made of the trained baseline: name its folder in place of the recipe")
+    kept = [model for model in recipe.models if not model.from_baseline]
+    notes = [f"{name} is left out, it is made of the trained baseline: bench its folder when it is" for name in made]
+    return dataclasses.replace(recipe, models=kept), notes
 
 
 def _load(
@@ -112,7 +133,7 @@ def _decode_metrics(
     for model in models.values():
         model.to(device)
     found, notes = subjects(models, options.caches)
-    metrics |= {"notes": notes, "models": [], "cells": []}
+    metrics |= {"notes": metrics["notes"] + notes, "models": [], "cells": []}
     for note in notes:
         print(f"note: {note}", flush=True)
     for subject in found:

@@ -12,9 +12,9 @@ from typing import Any
 
 from context_pythia.experiments.bench.translations import BENCH_TRANSLATIONS
 from context_pythia.experiments.document import Table, to_console
+from context_pythia.experiments.formats import DASH, change, integer, number, percent
 from context_pythia.training.timing import PARTS
 
-_DASH = "–"
 _MEGABYTE = 2**20
 
 
@@ -67,9 +67,9 @@ def cell_figures(metrics: dict[str, Any], cell: dict[str, Any], text: dict[str, 
         for kind in ("decode", "generate"):
             line += [_spread(row[kind], 1000), *(_times(peer, row, kind) for peer in (dynamic, static))]
         line += [
-            f"{cell['batch_size'] / median(row['generate']):,.1f}" if row["generate"] else _DASH,
+            f"{cell['batch_size'] / median(row['generate']):,.1f}" if row["generate"] else DASH,
             megabytes(cache["filled"] if cache else None),
-            f"{round(100 * (1 - cache['filled'] / base['filled']), 1) + 0.0:.1f} %" if cache and base else _DASH,
+            percent(1 - cache["filled"] / base["filled"] if cache and base else None),
             megabytes(None if most is None else most + entries[name]["weight_bytes"]),
         ]
         cells.append(line)
@@ -90,9 +90,9 @@ def memory_figures(metrics: dict[str, Any], text: dict[str, str]) -> Table:
         line = [entry["name"], f"{entry['parameters']:,}", megabytes(entry["weight_bytes"])]
         if one := entry["conversation"]:
             line += [megabytes(one["bytes"]), megabytes(one["slack"]), f"{one['fit']:,}"]
-            line += [f"{one['fit'] / base:.2f}" if base else _DASH]
+            line += [f"{one['fit'] / base:.2f}" if base else DASH]
             line += [f"{one['fit_with_slack']:,}", f"{one['tokens_fit']:,}"]
-        rows.append(line + [_DASH] * (len(keys) - len(line)))
+        rows.append(line + [DASH] * (len(keys) - len(line)))
     return Table([text[key] for key in keys], rows)
 
 
@@ -178,12 +178,12 @@ def step_figures(metrics: dict[str, Any], text: dict[str, str]) -> Table:
                 row["name"],
                 row["precision"],
                 _spread([step["step"] for turn in row["rounds"] for step in turn]),
-                f"{metrics['tokens_per_step'] / median(seconds):,.0f}" if seconds else _DASH,
-                _DASH if speed is None else f"{speed:.2f}",
-                _DASH if overhead is None or row is peer or row["plain"] else f"{100 * (overhead - 1):+.1f} %",
-                _DASH if share is None else f"{100 * share:.1f} %",
+                f"{metrics['tokens_per_step'] / median(seconds):,.0f}" if seconds else DASH,
+                number(speed, 2),
+                DASH if overhead is None or row is peer or row["plain"] else change(overhead - 1),
+                percent(share),
                 megabytes(row["peak_bytes"]),
-                f"{row['parameters']:,}" if "parameters" in row else _DASH,
+                integer(row.get("parameters")),
             ]
         )
     return Table([text[key] for key in keys], rows, text_columns=2)
@@ -193,7 +193,7 @@ def part_figures(metrics: dict[str, Any], text: dict[str, str]) -> Table:
     rows = []
     for row in metrics["rows"]:
         parts = mean_parts(row)
-        rows.append([row["name"], *(f"{parts[part]:.3f}" if parts else _DASH for part in PARTS)])
+        rows.append([row["name"], *(f"{parts[part]:.3f}" if parts else DASH for part in PARTS)])
     return Table([text["model"], *(text[part] for part in PARTS)], rows)
 
 
@@ -217,17 +217,17 @@ def rates(metrics: dict[str, Any]) -> str:
 def _times(first: dict[str, Any] | None, second: dict[str, Any] | None, kind: str) -> str:
     """How many times as long as the second row the first one takes."""
     ratio = paired_ratio(first[kind], second[kind]) if first and second else None
-    return _DASH if ratio is None else f"{ratio:.2f}"
+    return number(ratio, 2)
 
 
 def _spread(seconds: Sequence[float], unit: float = 1.0) -> str:
     """Median, and in brackets the smallest and largest."""
     if not seconds:
-        return _DASH
+        return DASH
     digits = 1 if median(seconds) * unit >= 100 else 2 if median(seconds) * unit >= 10 else 3
     middle, least, most = (f"{unit * f(seconds):.{digits}f}" for f in (median, min, max))
     return f"{middle} ({least}–{most})"
 
 
 def megabytes(value: int | None) -> str:
-    return _DASH if value is None else f"{value / _MEGABYTE:,.1f}"
+    return DASH if value is None else f"{value / _MEGABYTE:,.1f}"

@@ -136,7 +136,6 @@ def train_metrics(
             "tokens_per_step": tokens,
             "rates": {precision: [] for precision in precisions},
             "rows": [_row(job) for job in jobs],
-            "notes": [],
         }
         total = len(jobs) * (1 + options.rounds)
         bar = ends.enter_context(tqdm(total=total, bar_format=bar_format, disable=None if progress else True))

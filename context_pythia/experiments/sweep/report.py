@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
+from context_pythia.experiments.formats import DASH, change, kilobytes, percent, perplexity
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.sweep.figures import pareto, perplexities
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
-_DASH = "–"
 
 
 def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
@@ -59,13 +59,13 @@ def _blocks(
     yield from _importance(metrics["importance"], text)
     yield Heading(text["settings"])
     facts = {
-        "searched": ", ".join(searched) or _DASH,
+        "searched": ", ".join(searched) or DASH,
         "sampler": metrics["sampler"],
         "seeds": ", ".join(map(str, metrics["seeds"])),
         "study": metrics["study"],
         "device": str(provenance.get("device")),
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
-        "commit": str(provenance.get("commit") or _DASH),
+        "commit": str(provenance.get("commit") or DASH),
         "created": str(provenance.get("created")),
         "command": str(provenance.get("command")),
     }
@@ -88,7 +88,7 @@ def _healed(rows: list[dict[str, Any]], recipe: dict[str, Any], text: dict[str, 
         if control is not None and control is not row and row["n"] == control["n"]:
             facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
             yield Paragraph(
-                text["against_control"].format(change=_change(row["mean"] / control["mean"] - 1), **facts), "note"
+                text["against_control"].format(change=change(row["mean"] / control["mean"] - 1, 2), **facts), "note"
             )
 
 
@@ -135,11 +135,11 @@ def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
 def _figures(row: dict[str, Any]) -> dict[str, str]:
     return {
         "name": ", ".join(filter(None, (row["model"], _words(row)))),
-        "ppl": _perplexity(row["mean"]),
+        "ppl": perplexity(row["mean"], 2),
         "n": str(row["n"]),
-        "kb": _kilobytes(row["cache_bytes"]),
-        "reduction": _percent(row["reduction"]),
-        "change": _change(row["change"]),
+        "kb": kilobytes(row["cache_bytes"]),
+        "reduction": percent(row["reduction"]),
+        "change": change(row["change"], 2),
     }
 
 
@@ -155,12 +155,12 @@ def _table(rows: list[dict[str, Any]], searched: list[str], text: dict[str, str]
         [row["model"], *(_value(row["setting"][path]) for path in searched)]
         + [
             f"{row['n']} / {row['trials']}",
-            text["failed"] if row["failed"] == row["trials"] else _perplexity(row["mean"]),
-            _DASH if row["n"] < 2 else f"{_perplexity(row['min'])}–{_perplexity(row['max'])}",
-            _perplexity(row["std"]),
-            _change(row["change"]),
-            _kilobytes(row["cache_bytes"]),
-            _percent(row["reduction"]),
+            text["failed"] if row["failed"] == row["trials"] else perplexity(row["mean"], 2),
+            DASH if row["n"] < 2 else f"{perplexity(row['min'], 2)}–{perplexity(row['max'], 2)}",
+            perplexity(row["std"], 2),
+            change(row["change"], 2),
+            kilobytes(row["cache_bytes"]),
+            percent(row["reduction"]),
             text["yes"] if row["unbeaten"] else "",
         ]
         for row in rows
@@ -173,10 +173,10 @@ def _importance(importance: dict[str, Any], text: dict[str, str]) -> Iterator[Bl
     if "reason" in importance:
         yield Paragraph(text["no_importance"].format(reason=importance["reason"]), "note")
         return
-    rows = [[_name(path), _percent(share)] for path, share in importance["shares"].items()]
+    rows = [[_name(path), percent(share)] for path, share in importance["shares"].items()]
     yield Table([text["setting"], text["share"]], rows)
     yield Paragraph(text["importance_note"].format(
-        trials=importance["trials"], evaluator=importance["evaluator"], quantile=_percent(importance["quantile"])
+        trials=importance["trials"], evaluator=importance["evaluator"], quantile=percent(importance["quantile"])
     ))  # fmt: skip
 
 
@@ -186,20 +186,4 @@ def _name(path: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return _DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _perplexity(value: float | None) -> str:
-    return _DASH if value is None else f"{value:,.2f}"
-
-
-def _kilobytes(value: int | None) -> str:
-    return _DASH if value is None else f"{value / 1024:,.1f} KB"
-
-
-def _percent(value: float | None) -> str:
-    return _DASH if value is None else f"{round(100 * value, 1) + 0.0:.1f} %"
-
-
-def _change(value: float | None) -> str:
-    return _DASH if value is None else f"{'−' if value < 0 else '+'}{abs(100 * value):.2f} %"
+    return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
