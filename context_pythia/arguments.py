@@ -15,7 +15,7 @@ from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_
 from context_pythia.experiments.sweep.options import SAMPLERS, SweepPlan, parse_over, parse_seeds
 from context_pythia.flags import add_flags, add_overrides, add_recipe, at_least, numbers, overrides, temperature
 from context_pythia.recipe import PRECISIONS, DataOptions, HealOptions, Recipe
-from context_pythia.recipe_files import load_recipe, packaged_recipes
+from context_pythia.recipe_files import in_order, load_recipe, packaged_recipes
 
 LANGUAGES = ("en", "ja")
 CACHES = ("none", "int8", "int4")
@@ -213,8 +213,9 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
 
 def sweep_keywords(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(args.recipe, overrides(args))
-    wanted = args.models.split(",") if args.models else [model.name for model in recipe.models]
-    models = [model.name for model in load_recipe(args.recipe, models=[name.strip() for name in wanted]).models]
+    models = [model.name for model in recipe.models]
+    if args.models:
+        models = in_order([name.strip() for name in args.models.split(",")], models, recipe.name)
     seeds = parse_seeds(args.seeds) if args.seeds else [recipe.seed]
     plan = SweepPlan(recipe, models, [parse_over(text) for text in args.over], seeds, args.sampler, args.trials)
     return {"plan": plan, "progress": not args.quiet} | {key: getattr(args, key) for key in ("out", "storage", "lang")}

@@ -98,11 +98,22 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 def _selected(values: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     """A recipe's nested values with the wanted models alone; what is no list of models is left to be refused."""
-    models = values.get("models", [{"name": ModelOptions().name}])
-    if not isinstance(models, list) or not all(isinstance(model, Mapping) for model in models):
+    models = values.get("models", [{"name": model.name} for model in Recipe().models])
+    if not isinstance(models, list) or not models:
         return values
-    _only_known(wanted, [str(model.get("name")) for model in models], f"recipe {values['name']}: model")
-    return values | {"models": [model for model in models if model.get("name") in wanted]}
+    names = [_model_from_dict(model, i).name for i, model in enumerate(models, 1)]
+    kept = in_order(wanted, names, values["name"])
+    return values | {"models": [model for model, name in zip(models, names, strict=True) if name in kept]}
+
+
+def in_order(wanted: Sequence[str], names: Sequence[str], recipe: str) -> list[str]:
+    """The wanted of a recipe's models, in the recipe's order.
+
+    Raises:
+        ValueError: one that the recipe has not.
+    """
+    _only_known(wanted, names, f"recipe {recipe}: model")
+    return [name for name in names if name in wanted]
 
 
 def _model_from_dict(values: Any, position: int) -> ModelOptions:
@@ -139,8 +150,9 @@ def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
         changes[section][name] = value
     result = dict(values) | changes.pop("")
     of_models = changes.pop("model")
-    for section in (section for section, given in changes.items() if given):
-        result[section] = _mapping(values.get(section) or {}, f"section {section}") | changes[section]
+    for section, given in changes.items():
+        if given:
+            result[section] = _mapping(values.get(section) or {}, f"section {section}") | given
     if of_models and isinstance(values.get("models"), list):
         result["models"] = [_overlaid_model(model, of_models) for model in values["models"]]
     return result

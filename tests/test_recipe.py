@@ -183,8 +183,15 @@ def test_an_unknown_recipe_is_named_with_the_packaged_ones():
 def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
     with pytest.raises(ValueError, match="model 'shard' is unknown .*valid: Pythia, input, shared, layer"):
         load_recipe("quick", models=["shard"])
-    with pytest.raises(ValueError, match="section models: must be a list, not 3"):
-        load_recipe(write("models: 3"), models=["a"])
+    for text, message in (
+        ("models: 3", "section models: must be a list, not 3"),
+        ("models: []", "models: is empty, name at least one model"),
+        ("models: [{name: 5}]", "model 5: name 5: must be text"),
+        ("models: [{name: a}, {nmae: b}]", "model 2: option 'nmae' is unknown"),
+        ("models: [{name: a}, {context_dim: 8}]", "model 2: has no name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(write(text), models=["a"])
     with pytest.raises(ValueError, match=r"option 'train.lr' is unknown.*; valid: name, seed, model.name, "):
         load_recipe("quick", {"train.lr": 1.0})
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
+from context_pythia.conversion.heal import is_healed
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.evaluation.memory import measure_generated_cache
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
@@ -68,11 +69,10 @@ CONTEXT_OPTIONS = ("context_source", "context_dim", "context_block_layers", "con
 RECURRENT = ("input", "shared")
 
 
-def describe_parameters(model: PreTrainedModel) -> dict[str, int]:
-    return {
-        "parameters": model.num_parameters(),
-        "trainable_parameters": model.num_parameters(only_trainable=True),
-    }
+def describe_parameters(model: PreTrainedModel, healed: str | None = None) -> dict[str, int]:
+    """How many there are, and how many are trained: by healing, where `healed` (`HealOptions.parameters`) is given."""
+    trained = (p for name, p in model.named_parameters() if (is_healed(name, healed) if healed else p.requires_grad))
+    return {"parameters": model.num_parameters(), "trainable_parameters": sum(p.numel() for p in trained)}
 
 
 def describe_cache(model: PreTrainedModel, length: int, decoded: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from context_pythia import processes
-from context_pythia.conversion.heal import is_healed, training_options
+from context_pythia.conversion.heal import training_options
 from context_pythia.conversion.options import ConvertOptions
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import first_line
@@ -208,12 +208,10 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     healing = record["healing"]
     kept = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
     model = load_pretrained(str(folder), torch.float32).to(best_device())
-    healed = (p for name, p in model.named_parameters() if is_healed(name, recipe.heal.parameters))
     return model_entry(
         options,
         from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
-        parameters=model.num_parameters(),
-        trainable_parameters=sum(parameter.numel() for parameter in healed),
+        **describe_parameters(model, recipe.heal.parameters),
         best_val_ppl=healing["val_ppl"],
         best_epoch=kept["epoch"],
         val_accuracy=healing["val_accuracy"],

@@ -20,7 +20,7 @@ from context_pythia.experiments.document import (
     write_document,
 )
 from context_pythia.experiments.figures import Series, frontier, position_curves
-from context_pythia.experiments.formats import DASH, change, kilobytes, percent, plain
+from context_pythia.experiments.formats import DASH, change, integer, kilobytes, percent, plain
 from context_pythia.experiments.positions import POSITIONS, position_blocks, position_table
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.translations import TRANSLATIONS
@@ -181,7 +181,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _cache_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     held = [(label(row), row["cache"]) for row in rows if row["cache"]]
     keys = ("bytes_measured", "bytes_formula", "bytes_slack")
-    return [[name, *(DASH if cache[key] is None else f"{cache[key]:,.0f}" for key in keys)] for name, cache in held]
+    return [[name, *(integer(cache[key]) for key in keys)] for name, cache in held]
 
 
 def _setup(metrics: dict[str, Any]) -> dict[str, str]:

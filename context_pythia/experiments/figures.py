@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from context_pythia.experiments.formats import finite
 from context_pythia.experiments.record import is_baseline
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def series_of(model: Mapping[str, Any]) -> Series:
     """The finite figures of one entry of metrics.json's models."""
 
     def points(entries: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-        return [(entry[x], entry[y]) for entry in entries if _finite(entry[y])]
+        return [(entry[x], entry[y]) for entry in entries if finite(entry[y])]
 
     history, phase1, cache = model["history"] or [], model["phase1"] or {}, model["cache"] or {}
     # What is made of the trained baseline goes on where that ended.
@@ -59,14 +60,10 @@ def series_of(model: Mapping[str, Any]) -> Series:
         # The loss of healing is another one.
         train_loss=[] if origin else points(history, "epoch", "train_loss"),
         convergence=points(phase1.get("history") or [], "iteration", "convergence_rate"),
-        best=(start + epoch, best) if _finite(epoch) and _finite(best) else None,
+        best=(start + epoch, best) if finite(epoch) and finite(best) else None,
         cache_bytes=cache.get("bytes_measured"),
         positions=model.get("val_ppl_by_position") or (),
     )
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> bytes:

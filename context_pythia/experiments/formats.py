@@ -34,9 +34,14 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f} %"
 
 
+def sign(value: float) -> str:
+    """That of a change. What is rounded to nothing has it too: that of the change in percent is that in units."""
+    return "−" if value < 0 else "+"
+
+
 def change(value: float | None, digits: int = 1) -> str:
     """A share by which something is more or less, signed."""
-    return DASH if value is None else ("−" if round(100 * value, digits) < 0 else "+") + percent(abs(value), digits)
+    return DASH if value is None or not math.isfinite(value) else sign(value) + percent(abs(value), digits)
 
 
 def perplexity_digits(value: float) -> int:

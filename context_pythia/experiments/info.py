@@ -32,8 +32,10 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
         rows = expected_rows(recipe)
         models = []
         for options in recipe.models:
-            models.append(_describe(options.name, build_model(options, recipe, rows).to(torch_dtype), length))
-            if options.from_baseline and options.context_source is not None:
+            built = build_model(options, recipe, rows).to(torch_dtype)
+            healed = recipe.heal.parameters if options.from_baseline else None
+            models.append(_describe(options.name, built, length, healed))
+            if healed and options.context_source is not None:
                 # How it divides the context between rotary keys and latent decides the size of the way back.
                 models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
     else:
@@ -42,13 +44,13 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
     print(json.dumps({"models": models}, indent=2) if as_json else _table(models))
 
 
-def _describe(name: str, model: PreTrainedModel, length: int) -> dict[str, Any]:
+def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None = None) -> dict[str, Any]:
     if length > (positions := model.config.max_position_embeddings):
         raise ValueError(f"--length {length}: {name} has {positions} positions, give at most so many")
     cache = describe_cache(model, length)
     return {
         "name": name,
-        **describe_parameters(model),
+        **describe_parameters(model, healed),
         "cached_numbers_per_token": cache.pop("numbers_per_token"),
         "cache": cache,
     }
@@ -66,5 +68,6 @@ def _table(models: list[dict[str, Any]]) -> str:
         for model in models
     ]
     title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
-    note = ["", f"{DASH}: the conversion of the trained baseline decides it"]
-    return "\n".join([title, "", to_console(Table(head, rows)), *(note if any(DASH in row for row in rows) else [])])
+    open_ones = any(model["parameters"] is None for model in models)
+    note = ["", f"{DASH}: the conversion of the trained baseline decides it"] if open_ones else []
+    return "\n".join([title, "", to_console(Table(head, rows)), *note])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from context_pythia.experiments.document import Block, Heading, Paragraph, Picture, Table
 from context_pythia.experiments.figures import Series
+from context_pythia.experiments.formats import change, perplexity
 
 POSITIONS = "positions.png"
 
@@ -33,10 +34,9 @@ def position_table(series: Sequence[Series], text: dict[str, str]) -> Table:
         cells = []
         for i, band in enumerate(one.positions):
             value = band["perplexity"]
-            cell = f"{value:,.{2 if value < 100 else 1}f}"
+            cell = perplexity(value)
             if base is not None and one is not base:
-                change = 100 * (value / base.positions[i]["perplexity"] - 1)
-                cell += f" ({round(change, 1) + 0.0:+.1f} %)".replace("-", "−")
+                cell += f" ({change(value / base.positions[i]['perplexity'] - 1)})"
             cells.append(cell)
         rows.append([one.name, *cells])
     rows.append([text["positions_tokens"], *(f"{tokens:,}" for *_, tokens in bands)])

@@ -22,6 +22,7 @@ from context_pythia.experiments.formats import (
     perplexity,
     perplexity_digits,
     plain,
+    sign,
 )
 from context_pythia.experiments.positions import POSITIONS, position_blocks
 from context_pythia.experiments.record import is_baseline
@@ -131,8 +132,7 @@ class Report:
             return DASH
         base = self.baseline["best_val_ppl"]
         difference = model["best_val_ppl"] - base
-        sign = "−" if difference < 0 else "+"
-        return f"{sign}{abs(difference):,.{perplexity_digits(base)}f} ({change(difference / base)})"
+        return f"{sign(difference)}{abs(difference):,.{perplexity_digits(base)}f} ({change(difference / base)})"
 
     def _results(self) -> Table:
         by_formula = any(_cache(model, "bytes_formula") != _cache(model, "bytes_measured") for model in self.done)

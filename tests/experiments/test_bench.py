@@ -333,8 +333,13 @@ def test_what_is_made_of_the_trained_baseline_is_left_out_and_said(tmp_path, cap
     assert [entry["name"] for entry in metrics["models"]] == ["Pythia, DynamicCache"]
     assert metrics["notes"][0].startswith("converted is left out, it is made of the trained baseline")
     assert f"note: {metrics['notes'][0]}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="converted is made of the trained baseline: name its folder"):
-        bench([], tiny_recipe(tmp_path, models=[made], **sections), None, None, given, progress=False)
+    alone = tiny_recipe(tmp_path, models=[made], **sections)
+    for train, mend in ((False, "name its folder, not the recipe"), (True, "name models that are trained from")):
+        with pytest.raises(ValueError, match=f"converted is made of the trained baseline: {mend}"):
+            bench([], alone, None, None, given, train=train, progress=False)
+    timed = bench([], recipe, None, None, options(steps=1, rounds=1, threads=1), train=True, progress=False)
+    assert [row["name"] for row in timed["rows"]] == ["plain fp32 GPT-NeoX", "Pythia"]
+    assert timed["notes"] == ["converted is left out, it is made of the trained baseline: healing is not timed"]
 
 
 def test_training_options_that_cannot_be_are_refused_before_anything_starts(tmp_path):

@@ -13,7 +13,8 @@ from context_pythia.experiments import formats
         (formats.percent(0.7504), "75.0 %"),
         (formats.percent(-0.0001), "0.0 %"),
         (formats.percent(0.00123, 2), "0.12 %"),
-        (formats.change(-0.0004), "+0.0 %"),
+        (formats.change(-0.0004), "−0.0 %"),
+        (formats.change(0.0), "+0.0 %"),
         (formats.change(-0.0304), "−3.0 %"),
         (formats.change(0.0304, 2), "+3.04 %"),
         (formats.perplexity(99.994), "99.99"),
@@ -34,4 +35,5 @@ def test_what_is_missing_is_a_dash():
 
 
 def test_a_diverged_figure_is_none():
+    assert formats.change(math.nan) == "–"
     assert [formats.finite(value) for value in (None, math.nan, math.inf, 0.0)] == [False, False, False, True]

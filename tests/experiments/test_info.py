@@ -18,10 +18,10 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
 
 
 def test_what_a_conversion_decides_is_left_open(capsys):
-    recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "data.tokenizer": "train"})
+    recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "heal.parameters": "attention"})
     info(recipe, None, length=8, dtype="float32", as_json=True)
     control, converted = json.loads(capsys.readouterr().out)["models"][1:3]
-    assert control["parameters"] == control["trainable_parameters"] > 0
+    assert control["trainable_parameters"] == 3 * 512 * 513  # queries, keys and values
     assert (converted["parameters"], converted["trainable_parameters"]) == (None, None)
     assert converted["cache"]["bytes_measured"] == 4 * 8 * 256
     info(recipe, None, length=8, dtype="float32", as_json=False)

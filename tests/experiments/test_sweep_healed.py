@@ -5,11 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from context_pythia import cli
 from context_pythia.experiments.compare import compare
+from context_pythia.experiments.formats import perplexity
+from context_pythia.experiments.report import write_report
 from context_pythia.experiments.sweep import worker
 from context_pythia.experiments.sweep.options import SweepPlan, parse_over
 from context_pythia.experiments.sweep.study import Queue, open_storage
@@ -99,7 +102,7 @@ def test_a_worker_waits_for_the_baseline_that_another_trains(folder, tmp_path, m
         with claims.pop() as claim:
             worker._run(plan, claim, tmp_path, progress=False)
 
-    monkeypatch.setattr(worker.time, "sleep", other_worker_ends)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=other_worker_ends))
     worker.sweep(plan, tmp_path, progress=False)
     output = capsys.readouterr().out
     assert not claims and "waiting for 2 of 2 trials in other workers" in output
@@ -152,7 +155,12 @@ def test_the_report_of_a_trial_names_the_baseline_that_it_is_made_of(finished):
         *(trials[name]["val_ppl"] for name in ("Pythia", "Converted")),
     )
     report = (finished / "trials" / folder / "report.md").read_text()
-    assert f"Converted, which is made of Pythia, takes its perplexity from {before:,.2f} to {after:,.2f} (" in report
+    write_report(finished / "trials" / folder, "ja")
+    assert "Pythia から作られた Converted" in (finished / "trials" / folder / "report.ja.md").read_text()
+    assert (
+        f"Converted, which is made of Pythia, takes its perplexity from {perplexity(before)} to {perplexity(after)} ("
+        in report
+    )
 
 
 def test_the_report_compares_with_the_control(finished):
@@ -167,6 +175,16 @@ def test_the_report_compares_with_the_control(finished):
     sign = "−" if change < 0 else "+"
     assert f"the control Control, steps 9, means over as many seeds: {sign}{abs(100 * change):.2f} %" in report
     assert report.count("means over as many seeds") == japanese.count("同数のシードの平均") == 2
+
+
+def test_a_flag_mends_a_recipe_without_healing(folder, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    save_recipe(healing_recipe(folder), recipe)
+    recipe.write_text(recipe.read_text().replace("steps: 9", "steps: 0"))
+    # The flag is taken, and the model is what the sweep refuses.
+    sweep = ["sweep", str(recipe), "--heal-steps", "9", "--models", "Converted", "--out", str(tmp_path / "sweep")]
+    assert cli.main(sweep) == 2
+    assert "Converted is made of the trained baseline: name Pythia with --models too" in capsys.readouterr().err
 
 
 def test_options_that_do_not_concern_it_make_no_second_trial(folder):

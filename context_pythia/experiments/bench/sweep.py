@@ -67,7 +67,7 @@ def bench(
     """
     if out is not None:
         _make_folder(out)
-    recipe, notes = _of_first_weights(recipe)
+    recipe, notes = _of_first_weights(recipe, train)
     device = best_device()
     with _threads(options.threads), quiet_transformers():
         settings = _settings(options, device)
@@ -92,7 +92,7 @@ def bench(
     return metrics
 
 
-def _of_first_weights(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
+def _of_first_weights(recipe: Recipe | None, train: bool) -> tuple[Recipe | None, list[str]]:
     """The recipe without models that are made of its trained baseline, and a line for each of these.
 
     Raises:
@@ -102,9 +102,11 @@ def _of_first_weights(recipe: Recipe | None) -> tuple[Recipe | None, list[str]]:
         return None, []
     made = [model.name for model in recipe.models if model.from_baseline]
     if len(made) == len(recipe.models):
-        raise ValueError(f"{made[0]} is made of the trained baseline: name its folder in place of the recipe")
+        mend = "name models that are trained from their first weights" if train else "name its folder, not the recipe"
+        raise ValueError(f"{made[0]} is made of the trained baseline: {mend}")
     kept = [model for model in recipe.models if not model.from_baseline]
-    notes = [f"{name} is left out, it is made of the trained baseline: bench its folder when it is" for name in made]
+    mend = "healing is not timed" if train else "bench its folder when it is"
+    notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
     return dataclasses.replace(recipe, models=kept), notes
 
 
