@@ -141,19 +141,26 @@ def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
     )
 
 
-def _perplexity(row: dict[str, Any], first: dict[str, Any]) -> float:
-    """Of all tokens. A quantised cache was filled by fewer: the first model's, times the change found on these."""
-    if row["perplexity"] is not None:
+def _whole(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the same model whose perplexity is that of all tokens; the first if a quantised one stands alone."""
+    return next((one for one in rows if one["name"] == row["name"] and one["perplexity"] is not None), rows[0])
+
+
+def _perplexity(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """Of all tokens. A quantised cache was filled by fewer: its model's without, times the change found on these."""
+    whole = _whole(row, rows)
+    if row is whole:
         return row["perplexity"]
-    return first["perplexity"] * (1 + row["cached"]["change"])
+    return whole["perplexity"] * row["cached"]["perplexity"] / whole["cached"]["perplexity"]
 
 
-def _positions(row: dict[str, Any], first: dict[str, Any]) -> list[dict[str, float]]:
+def _positions(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     """As `_perplexity`, band by band; empty in the records of an older version."""
-    whole = first.get("perplexity_by_position")
-    if row["perplexity"] is not None or whole is None:
-        return row.get("perplexity_by_position") or []
-    parts = zip(whole, row["cached"]["perplexity_by_position"], first["cached"]["perplexity_by_position"], strict=True)
+    whole = _whole(row, rows)
+    bands = whole.get("perplexity_by_position") or []
+    if row is whole or not bands:
+        return bands
+    parts = zip(bands, row["cached"]["perplexity_by_position"], whole["cached"]["perplexity_by_position"], strict=True)
     return [band | {"perplexity": band["perplexity"] * a["perplexity"] / b["perplexity"]} for band, a, b in parts]
 
 
@@ -225,9 +232,9 @@ def _series(rows: list[dict[str, Any]]) -> list[Series]:
             baseline=row is rows[0],
             perplexity=(),
             train_loss=(),
-            best=(0, _perplexity(row, rows[0])),
+            best=(0, _perplexity(row, rows)),
             cache_bytes=row["cache"]["bytes_measured"],
-            positions=_positions(row, rows[0]),
+            positions=_positions(row, rows),
         )
         for row in rows
         if row["cached"]

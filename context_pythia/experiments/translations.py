@@ -168,9 +168,9 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_quantised": "Quantised caches: transformers' HQQ backend, groups of at most 64 numbers of one token, "
         "residual length {residual} (so many tokens wait unquantised until they are quantised together). Their "
         "bytes are all that they hold: packed integers, scales, zero points and tokens not yet quantised.",
-        "eval_caption": "Perplexity of all tokens (of a quantised cache: that of {first}, times the change found token "
-        "by token over {cached_tokens} tokens) against the measured cache of one sequence of {length} tokens; the "
-        "dashed line joins what nothing else beats in both; an arrow is a model beyond the axis.",
+        "eval_caption": "Perplexity of all tokens (of a quantised cache: that of its model without, times the change "
+        "found token by token over {cached_tokens} tokens) against the measured cache of one sequence of {length} "
+        "tokens; the dashed line joins what nothing else beats in both; an arrow is a model beyond the axis.",
         "eval_tasks": "Tasks of lm-evaluation-harness",
     },
     "ja": {
@@ -342,8 +342,8 @@ TRANSLATIONS: dict[str, dict[str, str]] = {
         "eval_quantised": "量子化キャッシュには transformers の HQQ バックエンドを用い、1 トークン内の最大 64 個の"
         "数値を 1 グループとしました。residual length は {residual} で、"
         "この数のトークンがたまるまで量子化せずに保持します。バイト数は、パックされた整数、スケール、ゼロ点、未量子化のトークンをすべて含む実測値です。",
-        "eval_caption": "全トークンのパープレキシティ（量子化キャッシュは、{cached_tokens} トークンの逐次評価での差を "
-        "{first} の値に掛けたもの）と、{length} トークンの 1 系列あたりのキャッシュの実測値。"
+        "eval_caption": "全トークンのパープレキシティ（量子化キャッシュは、{cached_tokens} トークンの逐次評価での差を"
+        "同じモデルの量子化なしの値に掛けたもの）と、{length} トークンの 1 系列あたりのキャッシュの実測値。"
         "破線は、両方の指標で同時に上回るものがほかにない点を結んだ線、矢印は軸の範囲を超えるモデルです。",
         "eval_tasks": "lm-evaluation-harness のタスク",
     },

@@ -14,6 +14,7 @@ from context_pythia import cli
 from context_pythia.evaluation import perplexity
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.experiments import evaluate as module
+from context_pythia.experiments import formats
 from context_pythia.experiments.evaluate import compare_with_first, evaluate, evaluate_model
 from context_pythia.experiments.evaluation_report import console_table, write_evaluation
 from context_pythia.experiments.report import write_report
@@ -105,19 +106,21 @@ def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, row
     assert "Perplexity by position in the sample: Model 0–16 ----" in console and shown[3] in console
 
 
-def test_a_quantised_cache_by_position_is_the_firsts_times_its_change(evaluated, tmp_path):
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_quantised_cache_by_position_is_its_models_times_the_change(evaluated, tmp_path, index):
     shutil.copytree(evaluated, tmp_path / "eval")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    first = metrics["models"][0]
-    quantised = json.loads(json.dumps(first)) | {"quantised": "int4", "perplexity_by_position": None}
+    whole = metrics["models"][index]
+    quantised = json.loads(json.dumps(whole)) | {"quantised": "int4", "perplexity_by_position": None}
     quantised |= {"perplexity": None, "kl": 0.1}
     quantised["cached"]["perplexity"] *= 1.25
-    quantised["cached"]["change"] = 0.25
     quantised["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
     metrics["models"].append(quantised)
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
     write_evaluation(tmp_path / "eval")
-    line = f"| pythia + int4 | {1.25 * first['perplexity']:.2f} (+25.0 %) |"
+    value = 1.25 * whole["perplexity_by_position"][0]["perplexity"]
+    against = formats.change(value / metrics["models"][0]["perplexity_by_position"][0]["perplexity"] - 1)
+    line = f"| {whole['name']} + int4 | {formats.perplexity(value)} ({against}) |"
     assert line in (tmp_path / "eval" / "report.md").read_text()
 
 
