@@ -13,7 +13,16 @@ from context_pythia.conversion.options import ConvertOptions
 from context_pythia.experiments.bench.options import CACHES as BENCH_CACHES
 from context_pythia.experiments.bench.options import SIZES, BenchOptions, parse_sources
 from context_pythia.experiments.sweep.options import SAMPLERS, SweepPlan, parse_over, parse_seeds
-from context_pythia.flags import add_flags, add_overrides, add_recipe, at_least, numbers, overrides, temperature
+from context_pythia.flags import (
+    add_flags,
+    add_overrides,
+    add_recipe,
+    at_least,
+    comma_separated,
+    numbers,
+    overrides,
+    temperature,
+)
 from context_pythia.recipe import PRECISIONS, DataOptions, HealOptions, Recipe
 from context_pythia.recipe_files import in_order, load_recipe, packaged_recipes
 
@@ -44,7 +53,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def compare_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    models = None if args.models is None else [name.strip() for name in args.models.split(",")]
+    models = None if args.models is None else comma_separated(args.models)
     return _run_keywords(args, models) | {"lang": args.lang}
 
 
@@ -141,7 +150,7 @@ def eval_keywords(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {
         "data": DataOptions(**{"tokenizer": args.models[0]} | given),
         "caches": [cache for cache in dict.fromkeys(args.cache) if cache != "none"],
-        "tasks": [name.strip() for name in args.tasks.split(",")] if args.tasks else [],
+        "tasks": comma_separated(args.tasks) if args.tasks else [],
         "progress": not args.quiet,
     }
 
@@ -162,7 +171,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=numbers, default=(512, 2048), metavar="N,N", help="default: 512,2048")
     parser.add_argument(
         "--caches",
-        type=lambda text: tuple(word.strip() for word in text.split(",")),
+        type=lambda text: tuple(comma_separated(text)),
         default=BENCH_CACHES,
         metavar="A,B",
         help=f"of the GPT-NeoX models (default: {','.join(BENCH_CACHES)}); onednn: static, with our linear maps; "
@@ -187,7 +196,7 @@ def bench_keywords(args: argparse.Namespace) -> dict[str, Any]:
     measured = {path.removeprefix("bench."): given.pop(path) for path in list(given) if path.startswith("bench.")}
     if args.recipe is None and (given or args.only):
         raise ValueError("bench: options of a recipe were given without --recipe")
-    only = [name.strip() for name in args.only.split(",")] if args.only else None
+    only = comma_separated(args.only) if args.only else None
     shapes = {name: getattr(args, name) for name in ("batch_sizes", "lengths", "caches")}
     return {name: getattr(args, name) for name in ("models", "size", "train", "out", "lang")} | {
         "recipe": None if args.recipe is None else load_recipe(args.recipe, given, only),
@@ -215,7 +224,7 @@ def sweep_keywords(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(args.recipe, overrides(args))
     models = [model.name for model in recipe.models]
     if args.models:
-        models = in_order([name.strip() for name in args.models.split(",")], models, recipe.name)
+        models = in_order(comma_separated(args.models), models, recipe.name)
     seeds = parse_seeds(args.seeds) if args.seeds else [recipe.seed]
     plan = SweepPlan(recipe, models, [parse_over(text) for text in args.over], seeds, args.sampler, args.trials)
     return {"plan": plan, "progress": not args.quiet} | {key: getattr(args, key) for key in ("out", "storage", "lang")}

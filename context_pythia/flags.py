@@ -39,9 +39,14 @@ def temperature(text: str) -> float:
     return value
 
 
+def comma_separated(text: str) -> list[str]:
+    """The words between commas, without the spaces around them."""
+    return [word.strip() for word in text.split(",")]
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """An argparse type: different whole numbers from 1 on, separated by commas."""
-    values = tuple(at_least(1)(word.strip()) for word in text.split(","))
+    values = tuple(at_least(1)(word) for word in comma_separated(text))
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"{text}: names a number twice")
     return values

@@ -7,9 +7,8 @@ so that what was measured survives an interruption. `bench --train` is in `train
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +70,9 @@ def bench(
     device = best_device()
     with _threads(options.threads), quiet_transformers():
         settings = _settings(options, device)
-        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": settings, "notes": notes}
+        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": settings, "notes": []}
         made = provenance(device)
-        for note in notes:
-            print(f"note: {note}", flush=True)
+        _note(notes, metrics)
         try:
             if train:
                 assert recipe is not None
@@ -107,7 +105,14 @@ def _of_first_weights(recipe: Recipe | None, train: bool) -> tuple[Recipe | None
     kept = [model for model in recipe.models if not model.from_baseline]
     mend = "healing is not timed" if train else "bench its folder when it is"
     notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
-    return dataclasses.replace(recipe, models=kept), notes
+    return replace(recipe, models=kept), notes
+
+
+def _note(notes: Sequence[str], metrics: dict[str, Any]) -> None:
+    """Say what was left out or added, at once and in the report."""
+    metrics["notes"] += notes
+    for note in notes:
+        print(f"note: {note}", flush=True)
 
 
 def _load(
@@ -135,9 +140,8 @@ def _decode_metrics(
     for model in models.values():
         model.to(device)
     found, notes = subjects(models, options.caches)
-    metrics |= {"notes": metrics["notes"] + notes, "models": [], "cells": []}
-    for note in notes:
-        print(f"note: {note}", flush=True)
+    metrics |= {"models": [], "cells": []}
+    _note(notes, metrics)
     for subject in found:
         metrics["models"].append(_entry(subject, memory, options.new_tokens))
     print(memory_table(metrics), flush=True)

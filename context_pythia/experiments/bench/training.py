@@ -28,7 +28,7 @@ from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import process_memory, release_memory
 from context_pythia.experiments.bench.options import BenchOptions
 from context_pythia.experiments.bench.tables import train_table
-from context_pythia.experiments.build import best_device, build_model, expected_rows
+from context_pythia.experiments.build import best_device, build_model, describe_parameters, expected_rows
 from context_pythia.recipe import ModelOptions, Recipe
 from context_pythia.training.phase2 import check_options
 from context_pythia.training.timing import (
@@ -196,9 +196,7 @@ def _work(connection: Connection, job: Job) -> None:
         model = build_model(job.model, job.recipe, job.rows).to(device)
         tokens = job.recipe.train.batch_size * job.recipe.train.gradient_accumulation
         length = job.recipe.data.sequence_length
-        facts = {
-            "parameters": model.num_parameters(),
-            "trainable_parameters": model.num_parameters(only_trainable=True),
+        facts = describe_parameters(model) | {
             "flops_per_step": step_flops(model, tokens * length, length),
             "process_bytes": empty,
         }

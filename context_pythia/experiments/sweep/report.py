@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
-from context_pythia.experiments.formats import DASH, change, kilobytes, percent, perplexity
+from context_pythia.experiments.formats import DASH, change, kilobytes, percent, perplexity, plain
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.sweep.figures import pareto, perplexities
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
@@ -65,7 +65,7 @@ def _blocks(
         "study": metrics["study"],
         "device": str(provenance.get("device")),
         "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
-        "commit": str(provenance.get("commit") or DASH),
+        "commit": plain(provenance.get("commit")),
         "created": str(provenance.get("created")),
         "command": str(provenance.get("command")),
     }
