@@ -18,7 +18,7 @@ def position_blocks(series: Sequence[Series], text: dict[str, str], pictures: di
         yield Heading(text["positions"])
         yield position_table(series, text)
         yield Paragraph(text["positions_note"])
-        if base := _baseline(measured):
+        if len(measured) > 1 and (base := _baseline(measured)):
             yield Paragraph(text["positions_change"].format(baseline=base.name))
         if POSITIONS in pictures:
             yield Picture(POSITIONS, text["positions_caption"])

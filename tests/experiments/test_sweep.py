@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 from optuna.trial import TrialState
 
 from context_pythia import cli
+from context_pythia.experiments.formats import change, perplexity
 from context_pythia.experiments.report import write_report
 from context_pythia.experiments.sweep import study as study_module
 from context_pythia.experiments.sweep import worker
 from context_pythia.experiments.sweep.figures import perplexities
 from context_pythia.experiments.sweep.options import SweepPlan, parse_over
+from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import importances, settings_over_seeds
 from context_pythia.experiments.sweep.study import JOURNAL, Queue, open_storage
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
@@ -332,6 +335,7 @@ def test_every_trial_is_a_whole_run_folder_with_the_figures_of_the_study(finishe
         (entry,) = metrics_of(folder / "trials" / trial["folder"])["models"]
         assert (trial["val_ppl"], trial["cache_bytes"]) == (entry["best_val_ppl"], entry["cache"]["bytes_measured"])
         assert trial["best_epoch"] == entry["best_epoch"] and trial["model"] == entry["name"]
+        assert trial["val_ppl_by_position"] == entry["val_ppl_by_position"] != []
         assert (folder / "trials" / trial["folder"] / "report.md").exists()
     assert [trial["cache_bytes"] for trial in metrics["trials"]] == [16 * 4 * numbers for numbers in (128, 12, 16)]
 
@@ -357,7 +361,8 @@ def test_a_sweep_keeps_to_its_recipe(finished_sweep):
 
 def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypatch):
     folder, _ = finished_sweep
-    names = {"report.md", "report.html", "report.ja.md", "report.ja.html", "pareto.png", "perplexities.png"}
+    names = {"report.md", "report.html", "report.ja.md", "report.ja.html"}
+    names |= {"pareto.png", "perplexities.png", "positions.png"}
     assert names <= {path.name for path in folder.iterdir()}
     (folder / "report.ja.md").unlink()
     monkeypatch.setitem(sys.modules, "optuna", None)  # neither Optuna nor the study is needed
@@ -367,7 +372,32 @@ def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypa
     for row in metrics_of(folder)["settings"]:
         assert f"| {row['mean']:,.2f} |" in report
     assert "Not computed: 3 trials have a result, 4 at least are needed." in report
-    assert (folder / "report.html").read_text().count("data:image/png") == 2
+    assert (folder / "report.html").read_text().count("data:image/png") == 3
+
+
+def test_the_report_says_where_in_a_sample_the_best_setting_of_each_model_loses(finished_sweep):
+    folder, _ = finished_sweep
+    baseline, *others = metrics_of(folder)["settings"]
+    ours = min(others, key=lambda row: row["mean"])
+    report = (folder / "report.md").read_text()
+    section = report[report.index("## Quality by position") : report.index("## Importance")]
+    first, whole = ours["positions"][0]["perplexity"], baseline["positions"][0]["perplexity"]
+    assert f"| {perplexity(first)} ({change(first / whole - 1)})" in section
+    assert f"| Pythia | {perplexity(whole)} |" in section and "In brackets: against Pythia." in section
+
+
+def test_samples_of_different_lengths_are_not_compared_by_position(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
+    metrics = metrics_of(folder)
+    for row in metrics["settings"]:
+        if not row["baseline"]:
+            row["positions"][-1]["to"] += 1
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copy(folder / "provenance.json", tmp_path)
+    write_sweep(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("## Quality by position") == 2 and "In brackets" not in report
+    assert not (tmp_path / "positions.png").exists()
 
 
 def test_the_picture_of_perplexities_has_a_line_for_each_of_the_best_thirty_settings():
@@ -462,6 +492,18 @@ def test_settings_are_means_and_spreads_over_seeds_against_the_best_baseline():
     assert ours["std"] == pytest.approx(8**0.5)
     assert ours["change"] == pytest.approx(0.2) and ours["reduction"] == 0.75
     assert [row["unbeaten"] for row in rows] == [False, True, True, False, True]
+
+
+def test_a_setting_s_perplexity_by_position_is_the_mean_over_seeds():
+    bands = {"from": 0, "to": 16, "tokens": 32}
+    seeds = [
+        trial("layer", 10.0, 250, seed=i) | {"val_ppl_by_position": [bands | {"perplexity": value}]}
+        for i, value in enumerate((8.0, 12.0))
+    ]
+    (row,) = settings_over_seeds(seeds)
+    assert row["positions"] == [bands | {"perplexity": 10.0}]
+    (row,) = settings_over_seeds([*seeds, trial("layer", 10.0, 250, seed=2)])  # of an older version
+    assert row["positions"] == []
 
 
 def test_importance_finds_what_decides():

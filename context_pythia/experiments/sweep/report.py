@@ -12,23 +12,27 @@ from typing import Any
 import yaml
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
+from context_pythia.experiments.figures import Series, position_curves
 from context_pythia.experiments.formats import DASH, change, kilobytes, percent, perplexity, plain
+from context_pythia.experiments.positions import POSITIONS, position_blocks
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.sweep.figures import pareto, perplexities
 from context_pythia.experiments.sweep.translations import SWEEP_TRANSLATIONS
+from context_pythia.experiments.translations import TRANSLATIONS
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
 
 
 def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
-    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the picture into `folder`.
+    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `folder`.
 
     Raises:
         FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
     """
     metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
     pictures = _pictures(metrics)
-    return write_document(folder, _blocks(metrics, provenance, SWEEP_TRANSLATIONS[lang], pictures), lang, pictures)
+    text = TRANSLATIONS[lang] | SWEEP_TRANSLATIONS[lang]
+    return write_document(folder, _blocks(metrics, provenance, text, pictures), lang, pictures)
 
 
 def _blocks(
@@ -43,8 +47,8 @@ def _blocks(
     if PARETO in pictures:
         yield Picture(PARETO, text["pareto"])
     yield Heading(text["best_of_each"])
-    best = {row["model"]: row for row in reversed(rows) if row["n"]}
-    yield _table(sorted(best.values(), key=lambda row: row["mean"]), searched, text)
+    best = _best_of_each(rows)
+    yield _table(best, searched, text)
     budgets = {name: sum(trial["model"] == name for trial in trials) for name in {row["model"] for row in rows}}
     yield from _healed(rows, metrics["recipe"], text)
     yield Paragraph(text["budget"].format(budgets=", ".join(f"{name} {n}" for name, n in sorted(budgets.items()))))
@@ -56,6 +60,8 @@ def _blocks(
     for trial in trials:
         if trial["state"] == "failed":
             yield Paragraph(text["failure"].format(name=trial["folder"], error=trial["error"]), "alert")
+    for series in _comparable(best):
+        yield from position_blocks(series, text, pictures)
     yield from _importance(metrics["importance"], text)
     yield Heading(text["settings"])
     facts = {
@@ -97,6 +103,22 @@ def _around_model(row: dict[str, Any]) -> str:
     return repr({path: value for path, value in row["setting"].items() if not path.startswith("model.")})
 
 
+def _best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model's best of the rows, which are in order, the best of them first."""
+    best = {row["model"]: row for row in reversed(rows) if row["n"]}
+    return sorted(best.values(), key=lambda row: row["mean"])
+
+
+def _comparable(rows: list[dict[str, Any]]) -> list[list[Series]]:
+    """The rows by their bands of positions: samples of different lengths, if those were searched, do not compare."""
+    groups: dict[tuple[float, ...], list[Series]] = {}
+    for row in rows:
+        positions = row.get("positions") or []  # older sweeps have none
+        one = Series(_figures(row)["name"], row["baseline"], [], [], positions=positions)
+        groups.setdefault(tuple(band["to"] for band in positions), []).append(one)
+    return [series for bands, series in groups.items() if bands]
+
+
 def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
     searched = metrics["searched"]
     rows = sorted((row for row in metrics["settings"] if row["n"]), key=lambda row: row["mean"])
@@ -113,7 +135,11 @@ def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
         for row in rows
     ]
     meaning = ", ".join(map(_name, searched))
-    return {PARETO: pareto(rows, labels, meaning), PERPLEXITIES: perplexities(rows, seeds, names, meaning)}
+    pictures = {PARETO: pareto(rows, labels, meaning), PERPLEXITIES: perplexities(rows, seeds, names, meaning)}
+    comparable = _comparable(_best_of_each(rows))
+    if len(comparable) == 1:
+        pictures[POSITIONS] = position_curves(comparable[0])
+    return pictures
 
 
 _STATES = ("complete", "failed", "running", "waiting")

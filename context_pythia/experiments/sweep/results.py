@@ -69,7 +69,8 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
     `std` is that of a sample, of two seeds at least. `reduction` and `change` are against the baseline's setting of the
     best mean perplexity. `unbeaten`: no other setting has both a better mean perplexity and as small a cache, or the
-    other way round.
+    other way round. `positions` are the bands of `perplexity_by_position`, each the mean over seeds; none where a
+    trial of an older version has none.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -89,6 +90,7 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
                 "max": max(perplexities, default=None),
                 "std": statistics.stdev(perplexities) if len(done) > 1 else None,
                 "cache_bytes": max((trial["cache_bytes"] for trial in done), default=None),
+                "positions": _mean_bands([trial.get("val_ppl_by_position") or [] for trial in done]),
             }
         )
     finished = [row for row in rows if row["n"]]
@@ -100,6 +102,15 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             row["reduction"] = None if row["baseline"] else 1 - row["cache_bytes"] / baseline["cache_bytes"]
         row["unbeaten"] = bool(row["n"]) and not any(_beats(other, row) for other in finished)
     return rows
+
+
+def _mean_bands(seeds: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    if not all(seeds):
+        return []
+    return [
+        {**bands[0], "perplexity": statistics.fmean(band["perplexity"] for band in bands)}
+        for bands in zip(*seeds, strict=True)
+    ]
 
 
 def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:

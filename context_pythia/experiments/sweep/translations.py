@@ -33,6 +33,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "cache": "KV cache",
         "reduction": "Reduction",
         "unbeaten": "Unbeaten",
+        "positions_note": "The best setting of each model: perplexity at these positions of a sample, the mean over "
+        "seeds. At position p the next token is predicted from p + 1 tokens; the last line counts the tokens.",
         "importance": "Importance for perplexity",
         "share": "Share",
         "importance_note": "By {evaluator} (arXiv 2304.10255) over {trials} trials: how much a setting's values among "
@@ -87,6 +89,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "cache": "KVキャッシュ",
         "reduction": "削減率",
         "unbeaten": "非劣解",
+        "positions_note": "モデルごとの最良の設定について、サンプル内の位置ごとのパープレキシティ（シードの平均）を"
+        "示す。位置 p の次のトークンは p + 1 個のトークンから予測する。最終行はトークン数である。",
         "importance": "パープレキシティへの重要度",
         "share": "割合",
         "importance_note": "{evaluator}（arXiv 2304.10255）による。試行{trials}件のうち上位{quantile}での設定値の分布が"

@@ -41,7 +41,7 @@ POLL = 1.0  # seconds between two looks at trials that other workers hold
 TRIALS = "trials"
 RECIPE = "recipe"  # the study's attribute that says what all its trials share
 # Of a trial's entry in its run folder's metrics, what the study keeps: its report needs no run folder.
-KEPT = ("parameters", "best_epoch", "val_accuracy", "stop_reason", "seconds_per_epoch")
+KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch")
 
 
 def sweep(
