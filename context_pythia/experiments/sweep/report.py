@@ -124,7 +124,12 @@ def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
     rows = sorted((row for row in metrics["settings"] if row["n"]), key=lambda row: row["mean"])
     if not rows:
         return {}
-    labels = [", ".join(_value(row["setting"][path]) for path in searched) for row in rows]
+    labels = [
+        ", ".join(_value(row["setting"][path]) for path in searched)
+        if any(value is not None for value in row["setting"].values())
+        else ""
+        for row in rows
+    ]
     names = [": ".join(filter(None, (row["model"], label))) for row, label in zip(rows, labels, strict=True)]
     seeds = [
         [
