@@ -124,12 +124,7 @@ def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
     rows = sorted((row for row in metrics["settings"] if row["n"]), key=lambda row: row["mean"])
     if not rows:
         return {}
-    labels = [
-        ", ".join(_value(row["setting"][path]) for path in searched)
-        if any(value is not None for value in row["setting"].values())
-        else ""
-        for row in rows
-    ]
+    labels = [_label(row["setting"]) for row in rows]
     names = [": ".join(filter(None, (row["model"], label))) for row, label in zip(rows, labels, strict=True)]
     seeds = [
         [
@@ -177,6 +172,12 @@ def _figures(row: dict[str, Any]) -> dict[str, str]:
 def _words(row: dict[str, Any]) -> str:
     """The setting in words; what does not concern the model is left out."""
     return ", ".join(f"{_name(path)} {_value(v)}" for path, v in row["setting"].items() if v is not None)
+
+
+def _label(setting: dict[str, Any]) -> str:
+    """The values alone, for which a picture has room; none where nothing that was searched concerns the model."""
+    values = setting.values()
+    return "" if set(values) <= {None} else ", ".join(map(_value, values))
 
 
 def _table(rows: list[dict[str, Any]], searched: list[str], text: dict[str, str]) -> Table:
