@@ -107,7 +107,7 @@ def info_keywords(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of `compare`")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of `compare`, `sweep`, `bench` or `eval`")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")
 
 

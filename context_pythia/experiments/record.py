@@ -175,16 +175,24 @@ class Run:
         """
         if not processes.is_main():
             return
-        path = self.folder / "provenance.json"
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         of_run = {"seed": self.recipe.seed, "data_fingerprint": self.metrics["data"].get("fingerprint")}
         with FileLock(self.folder / ".lock"):
-            held = read_record(path) if path.exists() else {}
-            created, earlier = held.pop("created", now), held.pop("earlier", [])
-            if held:
-                earlier.append({key: value for key, value in held.items() if key not in of_run})
-            facts = provenance(device) | {"created": created, "updated": now, "models": models}
-            write_json(path, facts | of_run | {"earlier": earlier})
+            write_call(self.folder / "provenance.json", provenance(device) | {"models": models}, of_run)
+
+
+def write_call(path: Path, facts: Mapping[str, Any], of_folder: Mapping[str, Any] | None = None) -> None:
+    """Record the `provenance` of a call in the file, and keep what it holds of earlier ones. The caller has the lock.
+
+    Args:
+        of_folder: what is the same for all calls.
+    """
+    of_folder = of_folder or {}
+    now = facts["created"]
+    held = read_record(path) if path.exists() else {}
+    created, earlier = held.pop("created", now), held.pop("earlier", [])
+    if held:
+        earlier.append({key: value for key, value in held.items() if key not in of_folder})
+    write_json(path, {**facts, "created": created, "updated": now, **of_folder, "earlier": earlier})
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -244,7 +252,7 @@ def _merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
 def read_record(path: Path) -> dict[str, Any]:
     """The object in a run's JSON file; FileNotFoundError or ValueError, in one line, if there is none."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name a run folder that `context-pythia compare` has written")
+        raise FileNotFoundError(f"{path} is missing: name a folder that a command of context-pythia has written into")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

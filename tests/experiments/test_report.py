@@ -350,7 +350,7 @@ def test_an_unknown_language_is_refused_with_the_choices(run):
 @pytest.mark.parametrize("file", ["metrics.json", "provenance.json"])
 def test_a_missing_record_is_named(run, file):
     (run / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing: name a run folder"):
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing: name a folder that a command"):
         write_report(run)
 
 

@@ -1,26 +1,19 @@
-"""Sweeps: what is searched, how workers share a study and survive one another's end, and what is reported."""
+"""Sweeps: what is searched, what a worker trains of it, and what is reported."""
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from optuna.trial import TrialState
 
 from context_pythia import cli
 from context_pythia.experiments.formats import change, perplexity
 from context_pythia.experiments.report import write_report
-from context_pythia.experiments.sweep import study as study_module
 from context_pythia.experiments.sweep import worker
-from context_pythia.experiments.sweep.figures import perplexities
+from context_pythia.experiments.sweep.figures import pareto, perplexities
 from context_pythia.experiments.sweep.options import SweepPlan, parse_over
 from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import importances, settings_over_seeds
@@ -51,11 +44,11 @@ def quick_trials(monkeypatch):
         model, rate = setting.recipe.models[0], setting.recipe.train.learning_rate
         width = 512 if model.context_source is None else model.context_dim
         perplexity = 100 + 10 * abs(rate - 0.002) / 0.002 + 1000 / width + setting.recipe.seed
-        entry = dict.fromkeys(worker.KEPT) | {"error": None, "best_val_ppl": perplexity}
+        entry = dict.fromkeys((*worker.KEPT, "phase1")) | {"error": None, "best_val_ppl": perplexity}
         return entry | {"cache": {"bytes_measured": 4096 * width}}
 
     monkeypatch.setattr(worker, "train_trial", train)
-    monkeypatch.setattr(worker, "check_setting", lambda recipe, progress: None)
+    monkeypatch.setattr(worker, "check_setting", lambda recipe, progress: "the same text")
     return trained
 
 
@@ -171,150 +164,6 @@ def test_tpe_ends_where_nothing_new_is_left(tmp_path, quick_trials):
     assert sorted(setting.recipe.train.epochs for setting in quick_trials) == [1, 2, 3]
 
 
-# One study, many workers
-
-WORKER = """
-import os, random, sys, time
-from pathlib import Path
-sys.argv[0] = "context-pythia"  # without torch, which would take a second to load
-from context_pythia.experiments.sweep.study import Queue, open_storage, require_optuna
-require_optuna()
-folder = Path(%r)
-queue = Queue(open_storage(None, folder), "study", folder)
-with queue.exclusive:
-    held = {trial.user_attrs["identity"] for trial in queue.trials()}
-    for i in range(12):
-        if str(i) not in held:
-            queue.add(str(i), 0, {}, {})
-while queue.unfinished():
-    claim = queue.take()
-    if claim is None:
-        time.sleep(0.01)
-        continue
-    with claim:
-        time.sleep(random.uniform(0, 0.08))
-        with open(folder / "ended", "a") as file:
-            claim.end([1.0, 2.0], {}) and file.write(f"{claim.trial.number}\\n")
-"""
-
-
-def test_every_trial_ends_exactly_once_though_workers_are_killed(tmp_path):
-    dice = random.Random(0)
-
-    def start():
-        return subprocess.Popen([sys.executable, "-c", WORKER % str(tmp_path)], stderr=subprocess.PIPE, text=True)
-
-    workers = [start(), start()]
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ended").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    for kill in range(4):
-        time.sleep(dice.uniform(0, 0.15))
-        os.kill(workers[kill % 2].pid, signal.SIGKILL)
-        workers[kill % 2].communicate()
-        workers[kill % 2] = start()
-    for process in workers:
-        assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
-    entries = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
-    created = [entry for entry in entries if entry["op_code"] == 4]
-    ends = Counter(entry["trial_id"] for entry in entries if entry["op_code"] == 6 and entry["state"] in (1, 2, 3))
-    assert len(created) == 12
-    assert ends == dict.fromkeys(range(12), 1)
-    storage = open_storage(None, tmp_path)
-    trials = Queue(storage, "study", tmp_path).study.trials
-    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 12
-
-
-def waiting_queue(folder, storage=None, names=("a", "b"), limit=None) -> Queue:
-    folder.mkdir(exist_ok=True)
-    queue = Queue(storage or open_storage(None, folder), "study", folder, limit)
-    for name in names:
-        queue.add(name, 0, {}, {})
-    return queue
-
-
-def test_a_line_that_was_cut_off_is_dropped_and_nothing_else(tmp_path):
-    queue = waiting_queue(tmp_path)
-    whole = (tmp_path / JOURNAL).read_bytes()
-    with (tmp_path / JOURNAL).open("ab") as file:
-        file.write(b'{"op_code":4,"worker_id":"' + b"x" * 9000)
-    assert len(Queue(open_storage(None, tmp_path), "study", tmp_path).trials()) == 2
-    queue.add("c", 0, {}, {})
-    content = (tmp_path / JOURNAL).read_bytes()
-    assert content.startswith(whole) and b"xxx" not in content
-    assert len(Queue(open_storage(None, tmp_path), "study", tmp_path).trials()) == 3
-
-
-def test_an_interrupted_trial_waits_again(tmp_path):
-    queue = waiting_queue(tmp_path, names=("a",))
-    with pytest.raises(KeyboardInterrupt), queue.take():
-        assert queue.study.trials[0].state == TrialState.RUNNING
-        assert queue.take() is None
-        raise KeyboardInterrupt
-    assert queue.study.trials[0].state == TrialState.WAITING
-    with queue.take() as claim:
-        assert claim.end([1.0, 2.0], {})
-    assert queue.take() is None and not queue.unfinished()
-
-
-@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"])
-def test_workers_that_share_no_folder_are_judged_by_their_signs_of_life(tmp_path, monkeypatch, url):
-    """Two machines: one storage, a folder each; the trial of a dead one is taken after the grace, not before."""
-    monkeypatch.setattr(study_module, "GRACE", 0.2)
-    monkeypatch.setattr(study_module, "BEAT", 0.05)
-    url = url and url.format(tmp_path)
-    here = waiting_queue(tmp_path / "here", open_storage(url, tmp_path), names=("a",))
-    there = waiting_queue(tmp_path / "there", open_storage(url, tmp_path), names=())
-    with here.take() as alive:
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
-            assert there.take() is None
-            time.sleep(0.02)
-        alive._stop.set()  # as if the machine were gone
-        until = time.monotonic() + 5
-        while (taken := there.take()) is None and time.monotonic() < until:
-            time.sleep(0.02)
-        with taken:
-            assert taken.end([1.0, 2.0], {})
-        # It was not dead after all: the first end stands.
-        assert not alive.end([3.0, 4.0], {})
-    assert [trial.values for trial in here.study.trials] == [[1.0, 2.0]]
-
-
-def test_what_two_machines_added_at_one_moment_is_run_once(tmp_path):
-    url = f"sqlite:///{tmp_path}/study.db"
-    queue = waiting_queue(tmp_path / "here", open_storage(url, tmp_path), names=("a", "b", "a", "c"), limit=2)
-    ended = []
-    while claim := queue.take():
-        with claim:
-            claim.end([1.0, 2.0], {})
-        ended.append(claim.trial.user_attrs["identity"])
-    assert ended == ["a", "b"] and not queue.unfinished() and len(queue.trials()) == 2
-    assert [trial.state.name for trial in queue.study.trials] == ["COMPLETE", "COMPLETE", "PRUNED", "PRUNED"]
-
-
-def test_machines_that_open_a_new_database_at_one_moment_share_it(tmp_path):
-    url = f"sqlite:///{tmp_path}/study.db"
-    with ThreadPoolExecutor() as pool:
-        storages = list(pool.map(lambda _: open_storage(url, tmp_path), range(4)))
-    waiting_queue(tmp_path / "here", storages[0])
-    assert len(waiting_queue(tmp_path / "there", storages[3], names=()).trials()) == 2
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("redis://host", "--storage redis: Optuna unpickles what it finds there"),
-        ("nonsense", "--storage nonsense: cannot be opened"),
-        ("bad://me:secret@host/db", r"--storage bad://me:\*\*\*@host/db: cannot be opened"),
-    ],
-)
-def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, url, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        open_storage(url, tmp_path)
-    assert "secret" not in str(caught.value)
-
-
 # A sweep from end to end
 
 
@@ -357,6 +206,42 @@ def test_a_sweep_keeps_to_its_recipe(finished_sweep):
         ValueError, match=r"holds a sweep with another train.epochs \(2, not 3\): choose another folder"
     ):
         worker.sweep(other, folder, progress=False)
+
+
+def test_a_sweep_refuses_another_text_of_the_same_name(tmp_path, own_cache):
+    recipe = tiny_recipe(tmp_path)
+    worker.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
+    before = metrics_of(tmp_path / "sweep")["trials"]
+    (tmp_path / "corpus" / "00.txt").write_text("another text")
+    refused = r"holds results of data \w+, and the same names here give \w+: the text has changed, or is another on"
+    with pytest.raises(ValueError, match=rf"{tmp_path}/sweep {refused}"):
+        worker.sweep(plan_of(recipe, models=("Pythia",), seeds=(0, 1)), tmp_path / "sweep", progress=False)
+    assert metrics_of(tmp_path / "sweep")["trials"] == before
+    # Another study, to which a recorded run folder would be a trial's end; what it refuses waits.
+    (tmp_path / "sweep" / JOURNAL).rename(tmp_path / JOURNAL)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/sweep/trials/pythia_seed=0_\w+ {refused}"):
+        worker.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
+    queue = Queue(open_storage(None, tmp_path / "sweep"), "sweep", tmp_path / "sweep")
+    assert [trial.state.name for trial in queue.trials()] == ["WAITING"]
+
+
+def test_the_report_names_every_call_that_trained(tmp_path, quick_trials, monkeypatch):
+    for seeds in ("0", "0,1", "1"):
+        monkeypatch.setattr(sys, "argv", ["context-pythia", "sweep", "quick", "--seeds", seeds])
+        worker.sweep(plan_of(seeds=tuple(map(int, seeds.split(",")))), tmp_path / "sweep", progress=False)
+    provenance = json.loads((tmp_path / "sweep" / "provenance.json").read_text())
+    assert provenance["command"] == "context-pythia sweep quick --seeds 0,1"
+    assert [call["command"] for call in provenance["earlier"]] == ["context-pythia sweep quick --seeds 0"]
+    report = (tmp_path / "sweep" / "report.md").read_text()
+    assert report.count("context-pythia sweep quick --seeds 0\n") == 1
+
+
+def test_what_phase_1_reached_is_kept_with_the_trial(tmp_path, own_cache):
+    metrics = worker.sweep(plan_of(tiny_recipe(tmp_path), models=("shared",)), tmp_path / "sweep", progress=False)
+    (trial,) = metrics["trials"]
+    (entry,) = metrics_of(tmp_path / "sweep" / "trials" / trial["folder"])["models"]
+    assert len(entry["phase1"].pop("history")) == trial["phase1"]["iterations"] > 1
+    assert trial["phase1"] == entry["phase1"]
 
 
 def test_the_report_is_made_again_from_the_folder_alone(finished_sweep, monkeypatch):
@@ -487,11 +372,27 @@ def test_settings_are_means_and_spreads_over_seeds_against_the_best_baseline():
     )
     first, best, ours, worse, between = rows
     assert best["change"] is None and first["change"] == 1.0
-    assert (ours["n"], ours["trials"], ours["failed"]) == (2, 3, 1)
+    assert (ours["n"], ours["trials"], ours["failed"], ours["seeds"]) == (2, 3, 1, [0, 1])
     assert (ours["mean"], ours["min"], ours["max"]) == (12.0, 10.0, 14.0)
     assert ours["std"] == pytest.approx(8**0.5)
     assert ours["change"] == pytest.approx(0.2) and ours["reduction"] == 0.75
     assert [row["unbeaten"] for row in rows] == [False, True, True, False, True]
+
+
+def test_settings_are_compared_where_their_data_is_the_same():
+    rows = settings_over_seeds(
+        [
+            trial(model, ppl, bytes_, **{"data.sequence_length": length, "train.epochs": 2})
+            for model, ppl, bytes_, length in (
+                ("Pythia", 20.0, 1000, 128), ("layer", 21.0, 250, 128),
+                ("Pythia", 10.0, 4000, 512), ("layer", 11.0, 1000, 512),
+            )
+        ]
+    )  # fmt: skip
+    assert [row["reduction"] for row in rows] == [None, 0.75, None, 0.75]
+    assert [row["change"] for row in rows] == [None, pytest.approx(0.05), None, pytest.approx(0.1)]
+    assert all(row["unbeaten"] for row in rows)
+    assert pareto(rows, [""] * 4, "sequence_length").startswith(b"\x89PNG")
 
 
 def test_a_setting_s_perplexity_by_position_is_the_mean_over_seeds():

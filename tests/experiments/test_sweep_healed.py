@@ -173,8 +173,19 @@ def test_the_report_compares_with_the_control(finished):
     }
     change = means["Converted"] / means["Control"] - 1
     sign = "−" if change < 0 else "+"
-    assert f"the control Control, steps 9, means over as many seeds: {sign}{abs(100 * change):.2f} %" in report
-    assert report.count("means over as many seeds") == japanese.count("同数のシードの平均") == 2
+    assert f"the control Control, steps 9, means over the same seeds: {sign}{abs(100 * change):.2f} %" in report
+    assert report.count("means over the same seeds") == japanese.count("同じシードの平均") == 2
+
+
+def test_what_other_seeds_gave_is_not_compared_with_the_control(finished, tmp_path):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for row in metrics["settings"]:
+        if (row["model"], row["setting"]["heal.steps"]) == ("Control", 9):
+            row["seeds"] = [1]
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    shutil.copy(finished / "provenance.json", tmp_path)
+    write_report(tmp_path)
+    assert (tmp_path / "report.md").read_text().count("means over the same seeds") == 1
 
 
 def test_a_flag_mends_a_recipe_without_healing(folder, tmp_path, capsys):

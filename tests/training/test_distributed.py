@@ -7,6 +7,7 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -237,6 +238,22 @@ def test_the_command_prints_and_records_once(tmp_path, own_cache):
     (entry,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
     assert entry["error"] is None and entry["phase1"]["iterations"] > 1
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
+
+
+def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
+    arguments = command(tmp_path, "compare", "--models", "Pythia,shared", "--batch-size", "6", "--quiet")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "context_pythia"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("report.md") == 1
+    assert main([*arguments[:-1], str(tmp_path / "one")]) == 0
+    pairs = [json.loads((tmp_path / name / "metrics.json").read_text())["models"] for name in ("run", "one")]
+    for entry, expected in zip(*pairs, strict=True):
+        assert (entry["machine"]["processes"], expected["machine"]["processes"]) == (2, 1)
+        assert entry["best_val_ppl"] == pytest.approx(expected["best_val_ppl"], rel=1e-5)
+        assert entry["cache"]["bytes_measured"] == expected["cache"]["bytes_measured"]
+    assert pairs[0][1]["phase1"]["iterations"] == pairs[1][1]["phase1"]["iterations"] > 1
 
 
 @pytest.mark.parametrize(

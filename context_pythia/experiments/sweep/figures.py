@@ -15,6 +15,7 @@ from context_pythia.experiments.figures import (
     scale,
     short,
 )
+from context_pythia.experiments.sweep.results import by_data
 
 _LINE_COLOUR = "#b5bcc8"
 _ROWS_AT_MOST = 30
@@ -69,8 +70,9 @@ def pareto(rows: Sequence[dict[str, Any]], labels: Sequence[str], meaning: str) 
     with drawing_style():
         figure = new_figure(height=5.2)
         ax = figure.subplots()
-        best = sorted((row["cache_bytes"] / 1024, row["mean"]) for row in rows if row["unbeaten"])
-        ax.plot(*zip(*best, strict=True), color=_LINE_COLOUR, linestyle="--", linewidth=1.2, zorder=1)
+        for group in by_data(rows):
+            best = sorted((row["cache_bytes"] / 1024, row["mean"]) for row in group if row["unbeaten"])
+            ax.plot(*zip(*best, strict=True), color=_LINE_COLOUR, linestyle="--", linewidth=1.2, zorder=1)
         for name, colour in colours.items():
             own = [row for row in rows if row["model"] == name]
             ax.errorbar(

@@ -76,6 +76,9 @@ def _blocks(
         "command": str(provenance.get("command")),
     }
     yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
+    if earlier := provenance.get("earlier"):
+        yield Paragraph(text["earlier_calls"])
+        yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier))
     yield Paragraph(text["where"])
     yield Heading(text["rest"])
     yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
@@ -91,7 +94,7 @@ def _healed(rows: list[dict[str, Any]], recipe: dict[str, Any], text: dict[str, 
     controls = {_around_model(row): row for row in healed if sources[row["model"]] is None}
     for row in healed:
         control = controls.get(_around_model(row))
-        if control is not None and control is not row and row["n"] == control["n"]:
+        if control is not None and control is not row and row["seeds"] == control["seeds"]:
             facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
             yield Paragraph(
                 text["against_control"].format(change=change(row["mean"] / control["mean"] - 1, 2), **facts), "note"

@@ -69,8 +69,9 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
     `std` is that of a sample, of two seeds at least. `reduction` and `change` are against the baseline's setting of the
     best mean perplexity. `unbeaten`: no other setting has both a better mean perplexity and as small a cache, or the
-    other way round. `positions` are the bands of `perplexity_by_position`, each the mean over seeds; none where a
-    trial of an older version has none.
+    other way round. All three are among settings of the same data: other text, or samples of another length, have other
+    perplexities and bytes. `positions` are the bands of `perplexity_by_position`, each the mean over seeds; none where
+    a trial of an older version has none.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -84,6 +85,7 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             | {
                 "trials": len(group),
                 "n": len(done),
+                "seeds": sorted(trial["seed"] for trial in done),
                 "failed": sum(trial["state"] == "failed" for trial in group),
                 "mean": statistics.fmean(perplexities) if done else None,
                 "min": min(perplexities, default=None),
@@ -93,6 +95,21 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
                 "positions": _mean_bands([trial.get("val_ppl_by_position") or [] for trial in done]),
             }
         )
+    for group in by_data(rows):
+        _compare(group)
+    return rows
+
+
+def by_data(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The settings, in groups of the same data by what was searched of it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
+        groups.setdefault(repr(data), []).append(row)
+    return list(groups.values())
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
     finished = [row for row in rows if row["n"]]
     baseline = min((row for row in finished if row["baseline"]), key=lambda row: row["mean"], default=None)
     for row in rows:
@@ -101,7 +118,6 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             row["change"] = row["mean"] / baseline["mean"] - 1
             row["reduction"] = None if row["baseline"] else 1 - row["cache_bytes"] / baseline["cache_bytes"]
         row["unbeaten"] = bool(row["n"]) and not any(_beats(other, row) for other in finished)
-    return rows
 
 
 def _mean_bands(seeds: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:

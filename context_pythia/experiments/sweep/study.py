@@ -160,7 +160,9 @@ class Queue:
         seen: set[str] = set()
         for trial in self.study.get_trials(deepcopy=False):
             identity = trial.user_attrs[IDENTITY]
-            counts = identity not in seen and (self.limit is None or len(seen) < self.limit)
+            open_to_it = self.limit is None or len(seen) < self.limit
+            # One that was closed unrun stays so: a larger limit adds its setting anew.
+            counts = identity not in seen and open_to_it and not trial.user_attrs.get(SURPLUS)
             seen |= {identity} if counts else set()
             yield trial, counts
 

@@ -15,12 +15,13 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "best_of_each": "Best setting of each model",
         "budget": "Trials of each model: {budgets}. Perplexities of models compare where each was searched as much.",
         "healed": "Trained longer than the others, since they go on from the trained baseline: {names}.",
-        "against_control": "{name} against the control {control}, means over as many seeds: {change}.",
+        "against_control": "{name} against the control {control}, means over the same seeds: {change}.",
         "all_settings": "All settings",
         "table_note": "Mean, smallest, largest and sample standard deviation of the best validation perplexity over "
-        "seeds. n: seeds with a result, of all. Change and reduction: against the baseline's setting of the best mean. "
-        "KV cache: measured on a cache that generate() filled, batch 1; 1 KB = 1,024 bytes. Unbeaten: no other setting "
-        "is at least as good in both perplexity and cache, and better in one. A dash: does not concern the model.",
+        "seeds. n: seeds with a result, of all. Change and reduction: against the baseline's setting of the best mean, "
+        "of the same data. KV cache: measured on a cache that generate() filled, batch 1; 1 KB = 1,024 bytes. "
+        "Unbeaten: no other setting of the same data is at least as good in both perplexity and cache, and better in "
+        "one. A dash: does not concern the model.",
         "failure": "{name} failed: {error}",
         "failed": "failed",
         "yes": "yes",
@@ -53,6 +54,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "commit": "Commit",
         "created": "Started",
         "command": "Command",
+        "earlier_calls": "Earlier calls that trained trials of this sweep (provenance.json has their commits and "
+        "versions):",
         "rest": "What is not searched",
         "where": "Each trial has a run folder with a report of its own in trials/.",
     },
@@ -71,12 +74,13 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "budget": "モデルごとの試行数：{budgets}。パープレキシティは、"
         "同じ回数だけ探索したモデルどうしでのみ比較できます。",
         "healed": "学習済みのベースラインから続けたため、ほかのモデルより長く学習しています：{names}。",
-        "against_control": "対照 {control} に対する {name} の差（同数のシードの平均）：{change}。",
+        "against_control": "対照 {control} に対する {name} の差（同じシードの平均）：{change}。",
         "all_settings": "すべての設定",
         "table_note": "シードにわたる最良の検証パープレキシティの平均、最小、最大、標本標準偏差です。n は、結果の出た"
-        "シードの数と総数です。差と削減率は、平均が最も良いベースラインの設定に対する値です。KV キャッシュは、"
-        "generate() がバッチ 1 で実際に埋めたキャッシュの実測値です（1 KB = 1,024 バイト）。非劣解とは、"
-        "パープレキシティとキャッシュの両方で同等以上、かつ一方で優る設定がほかにないものです。ダッシュは、そのモデルに関係しないことを示します。",
+        "シードの数と総数です。差と削減率は、同じデータで平均が最も良いベースラインの設定に対する値です。"
+        "KV キャッシュは、generate() がバッチ 1 で実際に埋めたキャッシュの実測値です（1 KB = 1,024 バイト）。"
+        "非劣解とは、同じデータで、パープレキシティとキャッシュの両方で同等以上、かつ一方で優る設定がほかにないものです。"
+        "ダッシュは、そのモデルに関係しないことを示します。",
         "failure": "{name} は失敗しました：{error}",
         "failed": "失敗",
         "yes": "はい",
@@ -108,6 +112,8 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "commit": "コミット",
         "created": "開始日時",
         "command": "コマンド",
+        "earlier_calls": "このスイープの試行を学習したこれまでの実行（コミットとバージョンは provenance.json に"
+        "あります）：",
         "rest": "探索していない項目",
         "where": "各試行の実行フォルダとそのレポートは trials/ にあります。",
     },

@@ -6,6 +6,8 @@ trained again, and a trial that another worker left half done goes on from its c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from context_pythia.errors import first_line
 from context_pythia.experiments.build import best_device, embedding_rows
 from context_pythia.experiments.compare import check_training, compare
 from context_pythia.experiments.document import write_in_languages
-from context_pythia.experiments.record import Run, provenance, read_metrics
+from context_pythia.experiments.record import Run, provenance, read_metrics, write_call
 from context_pythia.experiments.sweep.options import Setting, SweepPlan, trial_values
 from context_pythia.experiments.sweep.report import write_sweep
 from context_pythia.experiments.sweep.results import sweep_metrics
@@ -38,8 +40,9 @@ if TYPE_CHECKING:
     from context_pythia.recipe import Recipe
 
 POLL = 1.0  # seconds between two looks at trials that other workers hold
-TRIALS = "trials"
+TRIALS, PROVENANCE = "trials", "provenance.json"
 RECIPE = "recipe"  # the study's attribute that says what all its trials share
+TEXT = "text "  # the study's attributes that say which text the options of the data stand for
 # Of a trial's entry in its run folder's metrics, what the study keeps: its report needs no run folder.
 KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch")
 
@@ -71,7 +74,7 @@ def sweep(
         _check_same_sweep(plan, queue, out)
         with queue.exclusive:  # the first worker packs the text, the others open what it packed
             for setting in plan.probes():
-                check_setting(setting.recipe, progress)
+                _check_same_text(queue, setting.recipe, check_setting(setting.recipe, progress), out)
         metrics = _work(plan, queue, out, progress)
         with queue.exclusive:
             written = write_in_languages(write_sweep, out, lang)
@@ -107,16 +110,48 @@ def _difference(key: str, held: Any, wanted: Any) -> str:
     return key if isinstance(wanted, list) else f"{key} ({held}, not {wanted})"
 
 
-def check_setting(recipe: Recipe, progress: bool) -> None:
-    """Raise `ValueError` for what a recipe cannot tell to be wrong before its text is read."""
+def _check_same_text(queue: Queue, recipe: Recipe, fingerprint: str, out: Path) -> None:
+    """Raise `ValueError` where the study's trials of the same data options are of another text than theirs now.
+
+    A file may have been replaced since, and the built-in corpus is another with another Python.
+    """
+    options = json.dumps(trial_values(recipe)["data"], sort_keys=True)
+    key = TEXT + hashlib.sha256(options.encode()).hexdigest()[:10]
+    with queue.exclusive:
+        held = queue.study.user_attrs.get(key)
+        if held is None:
+            queue.study.set_user_attr(key, fingerprint)
+    if held not in (None, fingerprint):
+        raise _other_text(out, held, fingerprint)
+
+
+def _check_recorded_text(folder: Path, fingerprint: str) -> None:
+    """The same of a trial's run folder, which another study may have left."""
+    path = folder / "metrics.json"
+    held = read_metrics(path)["data"].get("fingerprint") if path.exists() else None
+    if held not in (None, fingerprint):
+        raise _other_text(folder, held, fingerprint)
+
+
+def _other_text(folder: Path, held: str, fingerprint: str) -> ValueError:
+    return ValueError(
+        f"{folder} holds results of data {held}, and the same names here give {fingerprint}: the text has changed, or "
+        "is another on this machine; give what it was, or choose another folder with --out"
+    )
+
+
+def check_setting(recipe: Recipe, progress: bool) -> str:
+    """The fingerprint of the recipe's text; `ValueError` for what cannot be told to be wrong before it is read."""
     check_training(recipe)
     data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
+    fingerprint: str = data.summary["fingerprint"]
+    return fingerprint
 
 
 def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str, Any]:
     search = Search(plan, queue)
-    waiting = 0
+    waiting, called = 0, False
     while True:
         claim = queue.take(lambda trial, states: _origin_ended(plan, trial, states))
         if claim is None:
@@ -131,6 +166,10 @@ def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str,
             continue
         waiting = 0
         with claim:
+            if not called:
+                called = True
+                with queue.exclusive:
+                    write_call(out / PROVENANCE, provenance(best_device()))
             _run(plan, claim, out, progress)
         _record(plan, queue, out)
 
@@ -142,18 +181,25 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
     trial, count = claim.trial, plan.trials or len(claim.queue.trials())
     try:
         setting = plan.setting(trial.params, trial.user_attrs[SEED])
-        check_setting(setting.recipe, progress)
+        fingerprint = check_setting(setting.recipe, progress)
         origin = _trained_origin(plan, setting, out)
     except ValueError as error:
         claim.end(None, {ERROR: first_line(error)}, TrialState.FAIL)
         return
+    folder = run_folder(setting, out)
+    _check_same_text(claim.queue, setting.recipe, fingerprint, out)
+    _check_recorded_text(folder, fingerprint)
     print(f"\ntrial {trial.number + 1} of {count}: {setting.describe()}", flush=True)
-    entry = train_trial(setting, run_folder(setting, out), progress, origin)
+    entry = train_trial(setting, folder, progress, origin)
     if entry["error"] is not None:
         claim.end(None, {ERROR: entry["error"]}, TrialState.FAIL)
         return
     values = [entry["best_val_ppl"], entry["cache"]["bytes_measured"]]
-    claim.end(values, {RESULT: {key: entry[key] for key in KEPT}})
+    claim.end(values, {RESULT: {key: entry[key] for key in KEPT} | {"phase1": _without_history(entry["phase1"])}})
+
+
+def _without_history(phase1: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if phase1 is None else {key: value for key, value in phase1.items() if key != "history"}
 
 
 def _origin_ended(plan: SweepPlan, trial: FrozenTrial, states: Mapping[str, TrialState]) -> bool:
@@ -218,6 +264,6 @@ def _record(plan: SweepPlan, queue: Queue, out: Path) -> dict[str, Any]:
     with queue.exclusive:
         metrics = sweep_metrics(plan, queue, lambda setting: run_folder(setting, out).name)
         write_json(out / "metrics.json", metrics)
-        if not (out / "provenance.json").exists():
-            write_json(out / "provenance.json", provenance(best_device()))
+        if not (out / PROVENANCE).exists():
+            write_call(out / PROVENANCE, provenance(best_device()))
     return metrics
