@@ -76,9 +76,14 @@ def _blocks(
         "command": str(provenance.get("command")),
     }
     yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
-    if earlier := provenance.get("earlier"):
+    # Any number of workers give the same command: each is named once, when it came first.
+    earlier = {
+        plain(call.get("command")): plain(call.get("updated")) for call in reversed(provenance.get("earlier", []))
+    }
+    earlier.pop(facts["command"], None)
+    if earlier:
         yield Paragraph(text["earlier_calls"])
-        yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier))
+        yield Code("\n".join(f"{when}  {command}" for command, when in reversed(earlier.items())))
     yield Paragraph(text["where"])
     yield Heading(text["rest"])
     yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
