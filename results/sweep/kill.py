@@ -45,19 +45,22 @@ def main() -> None:
     ended = Counter(e["trial_id"] for e in entries if e["op_code"] == 6 and COMPLETE <= e["state"] <= FAILED)
     complete = Counter(e["trial_id"] for e in entries if e["op_code"] == 6 and e["state"] == COMPLETE)
     runs = [json.loads(path.read_text())["models"][0] for path in study.glob("trials/*/metrics.json")]
+    report = (study / "report.md").read_text() if (study / "report.md").exists() else ""
     figures = {
+        "commit": json.loads((study / "provenance.json").read_text())["commit"],
         "kills": kills,
         "while_running": sum(kill["was_running"] for kill in kills),
         "seconds": round(time.monotonic() - began, 1),
         "trials_ended": sorted(ended.values()),
         "trials_complete": len(complete),
         "run_folders": len(runs),
+        "report_counts": next((line for line in report.splitlines() if line.startswith("> ")), None),
         "last_workers": [{"returncode": code, "stderr": error} for error, code in ends],
     }
     (folder / "killed.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps({key: value for key, value in figures.items() if key != "kills"}, indent=1))
     assert ended == complete == dict.fromkeys(range(TRIALS), 1) and len(runs) == TRIALS
-    assert all(code == 0 for _, code in ends) and (study / "report.md").is_file()
+    assert all(code == 0 for _, code in ends) and f"{TRIALS} with a result, 0 failed" in report
 
 
 if __name__ == "__main__":
