@@ -212,7 +212,9 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", metavar="A,B", help="only these models of the recipe (default: all)")
     parser.add_argument("--seeds", metavar="N,N", help="train each setting with these seeds (default: the recipe's)")
     parser.add_argument("--sampler", choices=SAMPLERS, default="grid", help="default: grid, every combination")
-    parser.add_argument("--trials", type=at_least(1), metavar="N", help="trainings in all, of the sampler tpe")
+    parser.add_argument(
+        "--trials", type=at_least(1), metavar="N", help="of tpe: trainings in all, shared by models and seeds"
+    )
     parser.add_argument("--storage", metavar="URL", help="Optuna storage to share (default: a journal in DIR)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, and name, of the study")
     parser.add_argument("--lang", choices=LANGUAGES, default="en", help="language of the report (default: en)")

@@ -7,12 +7,15 @@ are made of the trained baseline run in one.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from context_pythia import processes
 from context_pythia.conversion.heal import training_options
@@ -99,7 +102,8 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
     run, data = _open(recipe, out, progress)
     run.write_provenance([options.name for options in recipe.models], best_device())
     for options in recipe.models:
-        _phase1(_build(options, run, data), options, run, data, progress)
+        with _alone_with(options, run):
+            _phase1(_build(options, run, data), options, run, data, progress)
         print(f"wrote {run.phase1_folder(options)}")
 
 
@@ -165,7 +169,23 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
 
 def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
     make = _heal_and_measure if options.from_baseline else _train_and_measure
-    return make(options, run, data, progress)
+    with _alone_with(options, run):
+        return make(options, run, data, progress)
+
+
+@contextlib.contextmanager
+def _alone_with(options: ModelOptions, run: Run) -> Iterator[None]:
+    """Raise `ValueError` where another call trains the model in this folder: they would share its checkpoints."""
+    with contextlib.ExitStack() as held:
+        if processes.is_main():
+            (run.folder / ".locks").mkdir(exist_ok=True)
+            try:
+                held.enter_context(FileLock(run.folder / ".locks" / f"{options.folder}.lock", timeout=0))
+            except Timeout:
+                raise ValueError(
+                    f"another call trains {options.name} in {run.folder} now: wait for its end, or choose another --out"
+                ) from None
+        yield
 
 
 def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM
@@ -51,7 +52,7 @@ def test_run_folder_is_whole(finished_run):
     assert names == {
         "recipe.yaml", "metrics.json", "provenance.json", "phase1", "models", "curves.png", "frontier.png",
         "positions.png", "report.md", "report.html", "report.ja.md", "report.ja.html",
-        ".lock",
+        ".lock", ".locks",
     }  # fmt: skip
     provenance = json.loads((finished_run / "provenance.json").read_text())
     assert provenance["data_fingerprint"] == metrics(finished_run)["data"]["fingerprint"]
@@ -199,6 +200,18 @@ def test_options_that_cannot_be_are_refused_before_phase_1(tmp_path, monkeypatch
         with pytest.raises(ValueError, match=next(iter(options))):
             command(dataclasses.replace(wrong, models=[wrong.models[2]]), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [compare, train, run_phase1])
+def test_a_model_that_another_call_trains_is_refused_and_the_others_are_not(tmp_path, own_cache, command):
+    recipe = tiny_recipe(tmp_path)
+    held, other = (dataclasses.replace(recipe, models=[recipe.models[i]]) for i in (1, 2))
+    (tmp_path / "run" / ".locks").mkdir(parents=True)
+    with FileLock(tmp_path / "run" / ".locks" / "input.lock"):
+        with pytest.raises(ValueError, match=r"another call trains input in .*run now: wait for its end"):
+            command(held, tmp_path / "run", progress=False)
+        assert metrics(tmp_path / "run")["models"] == []
+        command(other, tmp_path / "run", progress=False)
 
 
 def test_a_refused_command_leaves_the_folder_free(tmp_path):
