@@ -12,6 +12,7 @@ from context_pythia.experiments.document import Block, Code, Heading, Paragraph,
 from context_pythia.experiments.figures import frontier, learning_curves, position_curves, series_of
 from context_pythia.experiments.formats import (
     DASH,
+    calls,
     change,
     finite,
     integer,
@@ -75,7 +76,7 @@ class Report:
         yield self._facts(self._provenance())
         if earlier := self.provenance.get("earlier"):
             yield Paragraph(text["earlier"])
-            yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier))
+            yield Code(calls(earlier))
 
     def pictures(self) -> dict[str, bytes]:
         series, pictures = self.series, {}

@@ -13,7 +13,7 @@ import yaml
 
 from context_pythia.experiments.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from context_pythia.experiments.figures import Series, position_curves
-from context_pythia.experiments.formats import DASH, change, kilobytes, percent, perplexity, plain
+from context_pythia.experiments.formats import DASH, calls, change, kilobytes, percent, perplexity, plain
 from context_pythia.experiments.positions import POSITIONS, position_blocks
 from context_pythia.experiments.record import read_record
 from context_pythia.experiments.sweep.figures import pareto, perplexities
@@ -77,13 +77,11 @@ def _blocks(
     }
     yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
     # Any number of workers give the same command: each is named once, when it came first.
-    earlier = {
-        plain(call.get("command")): plain(call.get("updated")) for call in reversed(provenance.get("earlier", []))
-    }
-    earlier.pop(facts["command"], None)
-    if earlier:
+    first = {call.get("command"): call for call in reversed(provenance.get("earlier", []))}
+    first.pop(provenance.get("command"), None)
+    if first:
         yield Paragraph(text["earlier_calls"])
-        yield Code("\n".join(f"{when}  {command}" for command, when in reversed(earlier.items())))
+        yield Code(calls(list(reversed(first.values()))))
     yield Paragraph(text["where"])
     yield Heading(text["rest"])
     yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
