@@ -189,11 +189,12 @@ def test_every_trial_is_a_whole_run_folder_with_the_figures_of_the_study(finishe
     assert [trial["cache_bytes"] for trial in metrics["trials"]] == [16 * 4 * numbers for numbers in (128, 12, 16)]
 
 
-def test_what_is_recorded_is_never_trained_again(finished_sweep, tmp_path, monkeypatch):
+def test_what_is_recorded_is_never_trained_again(finished_sweep, tmp_path, monkeypatch, capsys):
     folder, plan = finished_sweep
     before = metrics_of(folder)
     monkeypatch.setattr(worker, "compare", None)
     assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]
+    assert capsys.readouterr().out.startswith("all 3 trials ended before, nothing is left to train\n")
     # Even in another study: the run folders are the record.
     (folder / JOURNAL).rename(tmp_path / JOURNAL)
     assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]

@@ -158,6 +158,8 @@ def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str,
             if search.fill():
                 continue
             if not (unfinished := queue.unfinished()):
+                if not called:
+                    print(f"all {len(queue.trials())} trials ended before, nothing is left to train")
                 return _record(plan, queue, out)
             if unfinished != waiting:
                 print(f"waiting for {unfinished} of {len(queue.trials())} trials in other workers", flush=True)
