@@ -47,6 +47,26 @@ def test_caches_are_measured_at_the_trained_length(finished_run):
     assert reductions == pytest.approx([-12 / 2048, 1 - 16 / 128, 1 - 12 / 128])
 
 
+def test_samples_of_2048_tokens_are_trained_on_and_judged_in_all_their_bands(tmp_path, own_cache):
+    length = 2048
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"samples": 5, "sequence_length": length, "validation_fraction": 0.2},
+        architecture={"max_position_embeddings": length},
+        train={"epochs": 1, "batch_size": 2},
+        models=[{"name": "Pythia"}, {"name": "shared", "context_source": "shared", "context_dim": 12}],
+    )
+    compare(recipe, tmp_path / "run", progress=False)
+    models = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
+    assert [model["cache"]["bytes_measured"] for model in models] == [4 * length * numbers for numbers in (128, 16)]
+    for model in models:
+        bands = model["val_ppl_by_position"]
+        assert [band["to"] for band in bands] == [16, 32, 64, 96, 128, 256, 512, 1024, 2048]
+        mean = sum(band["tokens"] * math.log(band["perplexity"]) for band in bands) / length
+        assert math.exp(mean) == pytest.approx(model["best_val_ppl"], rel=1e-5)
+    assert "| 1,024–2,048 |" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_run_folder_is_whole(finished_run):
     names = {path.name for path in finished_run.iterdir()}
     assert names == {
