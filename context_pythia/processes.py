@@ -80,6 +80,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+    wait()  # One that failed at once would leave another in the middle of connecting, with an error of its own.
     with contextlib.ExitStack() as stack:
         if not is_main():
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

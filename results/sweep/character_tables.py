@@ -1,11 +1,12 @@
-"""What generated tables in the built-in corpus do to a comparison: perplexity on them and on all other text.
+"""What the character tables in the built-in corpus do to a comparison: perplexity on them and on all other text.
 
-    python results/sweep/codecs.py SWEEP OUT
+    python results/sweep/character_tables.py SWEEP OUT
 
-SWEEP is a sweep over the built-in corpus whose trials still hold their models. The standard library's `encodings` are
-some hundred tables that a program wrote, near copies of one another, so a model that has seen one knows the next.
-Writes OUT, JSON: for each amount of text the share of the tables, and each model's perplexity on both kinds of tokens,
-over the sample and by position, with the first model as the baseline.
+SWEEP is a sweep over the built-in corpus, with one seed and no other setting than `samples`, whose trials are still
+there, models included, made with this version of Python. The standard library's `encodings` hold some seventy character
+tables, most of them generated and near copies of one another, so a model that has seen one knows the next. Writes OUT,
+JSON: for each amount of text the tables' share of the validation tokens, and each model's perplexity on the tables (if
+there are any), on all other text and on both, over the sample and by position.
 """
 
 import json
@@ -26,18 +27,18 @@ from context_pythia.files import write_json
 from context_pythia.recipe import Recipe
 from context_pythia.recipe_files import load_recipe
 
-HEADING = "Character Mapping Codec"  # the first words of each generated table
+HEADING, BEGINNING = "Character Mapping Codec", 80  # words in the first line of a table, tokens to look for them in
 BATCH = 32
 
 
 def of_tables(data: PackedData) -> np.ndarray:
-    """Whether each label of the validation samples `[N, S]` belongs to a generated table."""
+    """Whether each label of the validation samples `[N, S]` belongs to a character table."""
     rows = np.asarray(data.validation.tokens)
     flat = rows.reshape(-1)
     ends = np.flatnonzero(flat == data.tokenizer.eos_token_id).tolist()
     tables = np.zeros(len(flat), dtype=bool)
     for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(flat)], strict=True):
-        tables[start:end] = HEADING in data.tokenizer.decode(flat[start : start + 80])
+        tables[start:end] = HEADING in data.tokenizer.decode(flat[start : start + BEGINNING])
     return tables.reshape(rows.shape)[:, 1:]
 
 
@@ -70,6 +71,8 @@ def figures(loss: np.ndarray, which: np.ndarray) -> dict:
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     sweep, out = map(Path, sys.argv[1:])
     found: dict[int, dict] = {}
     for recipe, folder in trials(sweep):
@@ -77,8 +80,11 @@ def main() -> None:
         tables, loss = of_tables(data), losses(folder, data)
         kinds = {"tables": tables, "other text": ~tables, "all": np.ones_like(tables)}
         entry = found.setdefault(recipe.data.samples, {"share of tables": float(tables.mean()), "models": {}})
+        if model.name in entry["models"]:
+            sys.exit(f"{sweep} has several trainings of {model.name} with {recipe.data.samples} samples")
         entry["models"][model.name] = {name: figures(loss, which) for name, which in kinds.items() if which.any()}
     write_json(out, found)
 
 
-main()
+if __name__ == "__main__":
+    main()
