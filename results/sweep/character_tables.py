@@ -9,6 +9,7 @@ JSON: for each amount of text the tables' share of the validation tokens, and ea
 there are any), on all other text and on both, over the sample and by position.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +28,7 @@ from context_pythia.data.positions import perplexity_by_position
 from context_pythia.files import write_json
 from context_pythia.recipe import Recipe
 from context_pythia.recipe_files import load_recipe
+from context_pythia.training.loss import token_scores
 
 HEADING, BEGINNING = "Character Mapping Codec", 80  # words in the first line of a table, tokens to look for them in
 BATCH = 32
@@ -46,19 +49,25 @@ def of_tables(data: PackedData) -> np.ndarray:
 def losses(folder: Path, data: PackedData) -> np.ndarray:
     """The loss of each label of the validation samples, `[N, S]`, in nats."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    rows = torch.from_numpy(np.asarray(data.validation.tokens).astype(np.int64))
     found: list[Tensor] = []
-    for batch in tqdm(rows.split(BATCH), desc=folder.name):
-        logits = model(batch[:, :-1], use_cache=False).logits.float()
-        found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none"))
+    for batch in tqdm(DataLoader(data.validation, BATCH), desc=folder.name):
+        ids, labels = batch["input_ids"], batch["labels"]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        loss, _ = token_scores(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten())
+        found.append(loss.view_as(labels))
     return torch.cat(found).numpy()
 
 
 def trials(sweep: Path) -> Iterator[tuple[Recipe, Path]]:
+    """Each trial's recipe, and the folder of its model."""
     for trial in json.loads((sweep / "metrics.json").read_text())["trials"]:
         folder = sweep / "trials" / trial["folder"]
         recipe = load_recipe(str(folder / "recipe.yaml"), {})
         yield recipe, folder / "models" / recipe.models[0].folder
+
+
+def amount(trial: tuple[Recipe, Path]) -> int:
+    return trial[0].data.samples
 
 
 def figures(loss: np.ndarray, which: np.ndarray) -> dict:
@@ -75,14 +84,18 @@ def main() -> None:
         sys.exit(__doc__)
     sweep, out = map(Path, sys.argv[1:])
     found: dict[int, dict] = {}
-    for recipe, folder in trials(sweep):
-        data, model = load_data(recipe.data), recipe.models[0]
-        tables, loss = of_tables(data), losses(folder, data)
+    for samples, group in itertools.groupby(sorted(trials(sweep), key=amount), amount):
+        trained = list(group)
+        data = load_data(trained[0][0].data)
+        tables, models = of_tables(data), {}
         kinds = {"tables": tables, "other text": ~tables, "all": np.ones_like(tables)}
-        entry = found.setdefault(recipe.data.samples, {"share of tables": float(tables.mean()), "models": {}})
-        if model.name in entry["models"]:
-            sys.exit(f"{sweep} has several trainings of {model.name} with {recipe.data.samples} samples")
-        entry["models"][model.name] = {name: figures(loss, which) for name, which in kinds.items() if which.any()}
+        for recipe, folder in trained:
+            name = recipe.models[0].name
+            if name in models:
+                sys.exit(f"{sweep} has several trainings of {name} with {samples} samples")
+            loss = losses(folder, data)
+            models[name] = {kind: figures(loss, which) for kind, which in kinds.items() if which.any()}
+        found[samples] = {"share of tables": float(tables.mean()), "models": models}
     write_json(out, found)
 
 
