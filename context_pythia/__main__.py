@@ -2,7 +2,7 @@
 
 import sys
 
-from context_pythia.cli import main
+from context_pythia.cli.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

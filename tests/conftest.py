@@ -1,12 +1,17 @@
 """Every test runs offline, without the user's cache, and on one thread: the models are too small for more."""
 
 import os
+import random
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+from context_pythia.config.recipe import Recipe
+from context_pythia.config.recipe_files import recipe_from_dict
+from context_pythia.runs.train import compare
 
 torch.set_num_threads(1)
 
@@ -24,3 +29,43 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+SENTENCE = "the cache of a model holds keys and values for each token that it has seen so far in its text"
+
+
+def tiny_recipe(folder, **sections) -> Recipe:
+    """Four models, one of each source and the baseline, that train in seconds on made-up sentences."""
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        corpus.mkdir(parents=True)
+        dice = random.Random(0)
+        for number in range(12):
+            sentences = (" ".join(dice.choices(SENTENCE.split(), k=9)) for _ in range(40))
+            (corpus / f"{number:02}.txt").write_text(".\n".join(sentences))
+    values = {
+        "name": "tiny",
+        "data": {"data": str(corpus), "vocab_size": 280, "samples": 60, "sequence_length": 16},
+        "architecture": {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "phase1": {"max_iterations": 15, "convergence_rate": 0.8, "batch_tokens": 300},
+        "train": {"epochs": 2, "batch_size": 9, "learning_rate": 0.003},
+        "models": [
+            {"name": "Pythia"},
+            {"name": "input", "context_source": "input", "context_dim": 12},
+            {"name": "shared", "context_source": "shared", "context_dim": 12},
+            {"name": "Layer 12 x2", "context_source": "layer", "context_dim": 12, "context_sharing": 2},
+        ],
+    }  # fmt: skip
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes if isinstance(changes, dict) else changes
+    return recipe_from_dict(values)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, own_cache):
+    folder = tmp_path_factory.mktemp("comparison")
+    compare(tiny_recipe(folder), folder / "run", lang="ja", progress=False)
+    return folder / "run"

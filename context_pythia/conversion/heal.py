@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from context_pythia.recipe import HealOptions, TrainOptions
+from context_pythia.config.recipe import HealOptions, TrainOptions
 from context_pythia.training.loss import linear_distillation
 from context_pythia.training.phase2 import train_language_model
 from context_pythia.training.trainer import LanguageModelTrainer

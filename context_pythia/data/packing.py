@@ -28,9 +28,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from context_pythia.config.recipe import DataOptions
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
-from context_pythia.recipe import DataOptions
 
 _FORMAT = 1
 _HEAD_CHARACTERS = 1 << 23

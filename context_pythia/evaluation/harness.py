@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from context_pythia.options import suggestion
+from context_pythia.config.options import suggestion
 
 BOOTSTRAPS = 1000  # resamplings for the standard errors that have no formula
 

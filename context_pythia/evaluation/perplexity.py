@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from context_pythia.data.positions import perplexity, perplexity_by_position
+from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from context_pythia import processes
+from context_pythia.config.options import deciding
+from context_pythia.config.recipe import TrainOptions
 from context_pythia.errors import first_line
-from context_pythia.options import deciding
-from context_pythia.recipe import TrainOptions
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData

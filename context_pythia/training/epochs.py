@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from context_pythia import processes
-from context_pythia.recipe import TrainOptions
+from context_pythia.config.recipe import TrainOptions
 
 EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
 

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from context_pythia import processes
+from context_pythia.config.options import deciding
+from context_pythia.config.recipe import Phase1Options
 from context_pythia.files import write_json
-from context_pythia.options import deciding
-from context_pythia.recipe import Phase1Options
 from context_pythia.training.oacd import (
     TokenProjections,
     effective_rank,

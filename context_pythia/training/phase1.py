@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from context_pythia import processes
-from context_pythia.recipe import Phase1Options
+from context_pythia.config.recipe import Phase1Options
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.oacd_run import OacdRun, Phase1Result

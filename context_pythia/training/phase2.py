@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from context_pythia import processes
+from context_pythia.config.recipe import TrainOptions
 from context_pythia.files import write_json
-from context_pythia.recipe import TrainOptions
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.checkpoints import (
     STATE_FILE,

@@ -15,7 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from context_pythia import processes
-from context_pythia.recipe import TrainOptions
+from context_pythia.config.recipe import TrainOptions
 from context_pythia.training.loss import IGNORED
 
 

@@ -23,9 +23,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from context_pythia import processes
-from context_pythia.data.positions import perplexity, perplexity_by_position
+from context_pythia.config.recipe import TrainOptions
 from context_pythia.errors import first_line
-from context_pythia.recipe import TrainOptions
+from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport, wide
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores

@@ -5,7 +5,7 @@ import sys
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from context_pythia.experiments.bench.options import SIZES
+from context_pythia.bench.options import SIZES
 
 size, tokenizer, out = sys.argv[1:]
 shape = SIZES[size]

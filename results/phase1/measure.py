@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from context_pythia.config.recipe import Phase1Options
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.recipe import Phase1Options
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.oacd import oacd_loss
 from context_pythia.training.oacd_run import OacdRun

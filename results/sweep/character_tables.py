@@ -23,11 +23,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import context_pythia  # noqa: F401  registers the model
+from context_pythia.config.recipe import Recipe
+from context_pythia.config.recipe_files import load_recipe
 from context_pythia.data.packing import PackedData, load_data
-from context_pythia.data.positions import perplexity_by_position
+from context_pythia.evaluation.positions import perplexity_by_position
 from context_pythia.files import write_json
-from context_pythia.recipe import Recipe
-from context_pythia.recipe_files import load_recipe
 from context_pythia.training.loss import token_scores
 
 HEADING, BEGINNING = "Character Mapping Codec", 80  # words in the first line of a table, tokens to look for them in

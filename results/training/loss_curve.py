@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from context_pythia.config.recipe_files import load_recipe
 from context_pythia.data.packing import load_data
-from context_pythia.experiments.build import build_model, embedding_rows
-from context_pythia.recipe_files import load_recipe
+from context_pythia.runs.build import build_model, embedding_rows
 from context_pythia.training.phase2 import run_trainer
 from context_pythia.training.trainer import LanguageModelTrainer
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia.conversion import calibrate, compress, options
+from context_pythia.config import convert as options
+from context_pythia.conversion import calibrate, compress
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect, observed
 from context_pythia.data.packing import PackedDataset
 from context_pythia.evaluation.memory import peak_during, weight_bytes

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from context_pythia.config.recipe import HealOptions, TrainOptions
 from context_pythia.conversion.heal import heal
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.recipe import HealOptions, TrainOptions
 from context_pythia.training import loss
 from context_pythia.training.phase2 import train_language_model
 from tests.training.test_phase2 import (

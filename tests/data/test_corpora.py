@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from context_pythia.config.recipe import DataOptions
 from context_pythia.data.corpora import corpus_digest, documents, hub_documents
-from context_pythia.recipe import DataOptions
 
 TEXTS = ["first text\nof two lines", "zweiter Text: äöü 語", "third\u2028text"]
 

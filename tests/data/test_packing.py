@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from context_pythia.config.recipe import DataOptions
 from context_pythia.data import packing
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer
-from context_pythia.recipe import DataOptions
 
 WORDS = [f"{a}{b}" for a in ("bel", "cor", "dun", "fil", "gar", "hos") for b in ("a", "emi", "o", "und", "is", "y")]
 

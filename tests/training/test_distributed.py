@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from context_pythia import processes
-from context_pythia.cli import main
-from context_pythia.recipe_files import save_recipe
+from context_pythia.cli.command_line import main
+from context_pythia.config.recipe_files import save_recipe
 from context_pythia.training import oacd_run
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport
 from context_pythia.training.oacd import sweep_tokens
 from context_pythia.training.phase1 import train_context_block
 from context_pythia.training.phase2 import train_language_model
+from tests.conftest import tiny_recipe
 
-from ..experiments.conftest import tiny_recipe
 from . import test_phase1, test_phase2
 
 # Its server imports all this once; each child is a fork of it.

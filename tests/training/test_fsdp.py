@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
 from context_pythia import processes
-from context_pythia.cli import main
+from context_pythia.cli.command_line import main
 from context_pythia.training.epochs import EpochReport
 
 from .test_distributed import (

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from context_pythia.config.recipe import Phase1Options
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.recipe import Phase1Options
 from context_pythia.training import oacd, oacd_run
 from context_pythia.training.oacd import (
     TokenProjections,

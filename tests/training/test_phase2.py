@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from context_pythia.config.recipe import TrainOptions
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.recipe import TrainOptions
 from context_pythia.training import phase2, trainer
 from context_pythia.training.epochs import EpochReport
 from context_pythia.training.phase2 import train_language_model

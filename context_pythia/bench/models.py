@@ -1,0 +1,160 @@
+"""The models that `bench` times: saved ones, a recipe's, or those of a named size, and a GPT-NeoX beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set_seed
+
+from context_pythia.bench.options import COMPILED, ONEDNN, SIZES, Source
+from context_pythia.bench.speed import Subject
+from context_pythia.config.recipe import Recipe
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.quantised import require_quantiser
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.model.linear import use_onednn
+from context_pythia.runs.build import build_model, expected_rows
+
+PEER = "GPT-NeoX (random weights)"
+LABELS = {
+    "dynamic": "DynamicCache",
+    "static": "StaticCache",
+    ONEDNN: "StaticCache, our linear maps",
+    "int4": "int4 cache",
+    COMPILED: "StaticCache, compiled",
+}
+
+
+def saved_models(paths: Sequence[str], dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """Models of folders or Hub names, called by the last part of the path where that is enough."""
+    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise ValueError(f"the model {twice[0]} is named twice")
+    short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    return {name: load_pretrained(path, dtype) for name, path in zip(names, paths, strict=True)}
+
+
+def recipe_models(recipe: Recipe, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """A recipe's models with random weights."""
+    rows = expected_rows(recipe)
+    return {options.name: build_model(options, recipe, rows).to(dtype) for options in recipe.models}
+
+
+def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: torch.dtype) -> dict[str, Any]:
+    """GPT-NeoX of a named size and a Context-Pythia for each source, with random weights.
+
+    Parameters of the same name and shape (embedding, MLPs, output) are one tensor in all of them, so that the large
+    sizes fit side by side.
+
+    Args:
+        positions: longest sequence; RoPE has no table to outgrow.
+
+    Raises:
+        ValueError: an `exact` source that is not as wide as the residual stream, or a context_dim that does not fit.
+    """
+    shape = SIZES[size]
+    body = {
+        "vocab_size": shape.model_vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_hidden_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "intermediate_size": shape.intermediate_size,
+        "max_position_embeddings": positions,
+    }
+    configs = {source.name: ContextPythiaConfig(**body, **_context(source, size)) for source in sources}
+    baseline = _random_model(GPTNeoXForCausalLM, GPTNeoXConfig(**body), dtype)
+    models = {size: baseline}
+    for name, config in configs.items():
+        models[name] = _random_model(ContextPythiaForCausalLM, config, dtype)
+        share_parameters(models[name], baseline)
+    return models
+
+
+def share_parameters(model: nn.Module, other: nn.Module) -> None:
+    """Make the parameters of `model` that have a namesake of the same shape in `other` those of `other`."""
+    others = dict(other.named_parameters())
+    for name, parameter in list(model.named_parameters()):
+        if name in others and others[name].shape == parameter.shape:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, others[name])
+
+
+def is_peer(model: PreTrainedModel) -> bool:
+    """Whether it is what the others are compared with: any model that is not a Context-Pythia."""
+    return not isinstance(model.config, ContextPythiaConfig)
+
+
+def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple[list[Subject], list[str]]:
+    """The rows of the bench: a Context-Pythia with its own cache and compiled, the others with each kind of cache.
+
+    Where no model is a GPT-NeoX, one of the first model's shape, with random weights, is put before them.
+
+    Returns:
+        the subjects, and a line for each thing that was left out or added.
+    """
+    notes, caches = [], list(caches)
+    if not any(map(is_peer, models.values())):
+        first = next(iter(models.values()))
+        models = {PEER: _peer_of(first)} | models
+        notes.append(f"none of the models is a GPT-NeoX: {PEER} of the first one's shape is timed beside them")
+    if "int4" in caches:
+        try:
+            require_quantiser()
+        except ValueError as error:
+            caches.remove("int4")
+            notes.append(f"no row with an int4 cache: {error}")
+    first = next(filter(is_peer, models.values()))
+    if ONEDNN in caches and (first.device.type, first.dtype) != ("cpu", torch.float32):
+        caches.remove(ONEDNN)
+        notes.append(f"no row with linear maps by oneDNN: all are torch's own in {first.dtype} on {first.device.type}")
+    found = []
+    for name, model in models.items():
+        model.eval().requires_grad_(False)
+        if is_peer(model):
+            found += [
+                Subject(f"{name}, {LABELS[cache]}", _with_our_maps(model) if cache == ONEDNN else model, cache)
+                for cache in caches
+            ]
+        else:
+            found.append(Subject(name, model))
+            if COMPILED in caches:
+                found.append(Subject(f"{name}, {LABELS[COMPILED]}", model, COMPILED))
+    return found, notes
+
+
+def _with_our_maps(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its own parameters and the linear maps of a Context-Pythia, whose gain is then not the cache's."""
+    other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    use_onednn(other)
+    return other
+
+
+def _context(source: Source, size: str) -> dict[str, Any]:
+    """The source's part of the configuration."""
+    shape, context = SIZES[size], {"context_source": source.context_source, "context_dim": source.context_dim}
+    if source.form == "exact" and source.context_dim != shape.hidden_size:
+        raise ValueError(
+            f"source {source.name!r}: is exact at context_dim {shape.hidden_size} alone, {size}'s width; "
+            "leave the form out or take heads"
+        )
+    keys = shape.num_attention_heads if source.form else 1
+    return context | {"num_rotary_keys": keys, "reuse_rotary_keys": source.form == "exact"}
+
+
+def _random_model(kind: Any, config: GPTNeoXConfig, dtype: torch.dtype) -> PreTrainedModel:
+    set_seed(0)
+    return kind._from_config(config, dtype=dtype)
+
+
+def _peer_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A GPT-NeoX of the model's shape, with the weights that the two can share."""
+    own, none = model.config.to_dict(), {"model_type", "architectures", "transformers_version", "layer_types", "dtype"}
+    config = GPTNeoXConfig(**{key: own[key] for key in GPTNeoXConfig().to_dict() if key in own and key not in none})
+    peer = _random_model(GPTNeoXForCausalLM, config, model.dtype).to(model.device)
+    share_parameters(peer, model)
+    return peer

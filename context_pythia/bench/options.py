@@ -1,0 +1,109 @@
+"""What `bench` can be asked for: sizes, sources, and how much is measured. Imports no torch, for the command's help."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from context_pythia.config.options import Options, option, suggestion
+from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
+
+ONEDNN = "onednn"  # a static cache and the linear maps of a Context-Pythia (model/linear.py)
+CACHES = ("dynamic", "static", ONEDNN, "int4")
+COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
+CONVERSATION = 2048  # tokens of the conversations that are counted into a given memory
+FORMS = ("heads", "exact")
+
+
+def _size(hidden: int, layers: int, heads: int) -> ArchitectureOptions:
+    return ArchitectureOptions(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        model_vocab_size=50304,
+    )
+
+
+# Pythia (arXiv 2304.01373), table 1; the vocabulary is that of the sizes up to 1.4B for all.
+SIZES: dict[str, ArchitectureOptions] = {
+    "pythia-14m": _size(128, 6, 4),
+    "pythia-70m": _size(512, 6, 8),
+    "pythia-160m": _size(768, 12, 12),
+    "pythia-410m": _size(1024, 24, 16),
+    "pythia-1b": _size(2048, 16, 8),
+    "pythia-1.4b": _size(2048, 24, 16),
+    "pythia-2.8b": _size(2560, 32, 32),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A context to measure at a named size.
+
+    Attributes:
+        context_source: `input`, `shared` or `layer`.
+        form: of `layer`: "" with one rotary key for all heads, `heads` with one a head, `exact` with one a head that
+            keys and values are rebuilt from too, as in a checkpoint that was converted without loss.
+    """
+
+    context_source: str
+    context_dim: int
+    form: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.context_source} {self.context_dim} {self.form}".strip()
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+    """`"shared:256,layer:512:exact"` -> the sources; ValueError for what is none."""
+    sources = []
+    for word in text.split(","):
+        found = re.fullmatch(r"(\w+):([1-9]\d*)(?::(\w+))?", word.strip())
+        if not found or found[1] not in ("input", "shared", "layer"):
+            raise ValueError(f"source {word.strip()!r}: give input:DIM, shared:DIM, layer:DIM or layer:DIM:FORM")
+        form = found[3] or ""
+        if form and (found[1] != "layer" or form not in FORMS):
+            raise ValueError(
+                f"source {word.strip()!r}: form {form!r} is unknown{suggestion(form, FORMS)}; "
+                f"valid, for layer alone: {', '.join(FORMS)}"
+            )
+        sources.append(Source(found[1], int(found[2]), form))
+    if len(set(sources)) < len(sources):
+        raise ValueError(f"sources {text!r}: name one twice")
+    return tuple(sources)
+
+
+def default_sources(size: str) -> tuple[Source, ...]:
+    """Both sources at a quarter of the cached numbers of a layer, and the exact half."""
+    width = SIZES[size].hidden_size
+    return Source("shared", width // 2), Source("layer", width // 2), Source("layer", width, "exact")
+
+
+@dataclass
+class BenchOptions(Options):
+    """What `bench` measures, and how often."""
+
+    batch_sizes: tuple[int, ...] = (1, 16)
+    lengths: tuple[int, ...] = (512, 2048)
+    caches: tuple[str, ...] = CACHES
+    new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1")
+    rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1")
+    budget: float = option(120.0, "seconds of one kind of run after which a model sits out the rounds", bounds="> 0")
+    prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)")
+    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1")
+    memory_gb: float = option(4.0, "memory to fill with conversations (1 GB = 1024^3 bytes)", bounds="> 0")
+    steps: int = option(2, "with --train: timed steps of a turn", bounds=">= 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for length in self.lengths:
+            if length <= self.new_tokens:
+                raise ValueError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
+        for cache in self.caches:
+            if cache not in (valid := (*CACHES, COMPILED)):
+                raise ValueError(f"cache {cache!r} is unknown{suggestion(cache, valid)}; valid: {', '.join(valid)}")
+        if "dynamic" not in self.caches:
+            raise ValueError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")

@@ -1,0 +1,55 @@
+"""Options of a conversion, without torch, so that help answers at once; those of healing are in `recipe.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from context_pythia.config.options import Options, option
+from context_pythia.config.recipe import PRECISIONS
+
+WEIGHTINGS = ("gradients", "inputs", "none")
+
+
+@dataclass
+class ConvertOptions(Options):
+    """How a checkpoint's keys and values are compressed."""
+
+    section: ClassVar[str] = "convert"
+    context_dim: int | None = option(
+        None, "numbers cached a token and layer, the layers' mean; the original caches 2 * hidden_size", bounds=">= 1"
+    )
+    kv_reduction: float | None = option(
+        None, "share of the cache that is saved, in place of context_dim; 0.5 is exact", bounds="> 0 and < 1"
+    )
+    calibration_tokens: int = option(32_768, "tokens of the training split to calibrate on", bounds=">= 1")
+    weighting: str = option(
+        "gradients",
+        "what errors are weighed by: gradients of the loss; for comparison inputs alone (principal components of keys "
+        "and values) or none (singular values of the weights)",
+        WEIGHTINGS,
+    )
+    uniform: bool = option(False, "give all layers the same width")
+    batch_size: int | None = option(
+        None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1", free=True
+    )
+    statistics_gb: float = option(
+        8.0,
+        "memory for statistics, at most half of what is free; more passes over the text if it is short",
+        bounds="> 0",
+        free=True,
+    )
+    dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS)
+    seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.context_dim is None) == (self.kv_reduction is None):
+            raise ValueError("convert: give either --context-dim N or --kv-reduction R")
+
+    def width(self, hidden_size: int) -> int:
+        """The layers' mean context_dim for a model of this width."""
+        if self.kv_reduction is None:
+            assert self.context_dim is not None
+            return self.context_dim
+        return round((1 - self.kv_reduction) * 2 * hidden_size)

@@ -1,0 +1,292 @@
+"""What a run is, in typed options; `recipe_files.py` fills them from YAML.
+
+Every option is declared, documented and bounded here once. The command line makes its flags from these dataclasses, so
+this module imports neither torch nor transformers: `context-pythia compare --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from context_pythia.config.options import Options, option
+
+CONTEXT_SOURCES = ("input", "shared", "layer")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+PRECISIONS = ("float32", "bfloat16", "float16")
+HEALED_PARAMETERS = ("attention", "all")
+ROTARY_FRACTION = 0.25
+
+
+@dataclass
+class DataOptions(Options):
+    """The text, its tokenizer, and how it is packed into samples."""
+
+    section: ClassVar[str] = "data"
+    data: str = option("builtin", "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), or a Hub name[:config]")
+    data_split: str = option("train", "split of a Hub data set")
+    text_field: str = option("text", "field that holds the text in JSONL, Parquet and Hub data")
+    tokenizer: str = option(
+        "train", "train (byte-level BPE on the training split), a tokenizer.json, a folder or a Hub name"
+    )
+    vocab_size: int = option(8192, "size of the vocabulary when the tokenizer is trained", bounds=">= 257")
+    samples: int = option(10_000, "samples in all, training and validation together", bounds=">= 2")
+    sequence_length: int = option(128, "tokens a sample, the target of the last one not counted", bounds=">= 1")
+    validation_fraction: float = option(
+        0.1, "share of the samples held out; documents are split before packing", bounds="> 0 and < 1"
+    )
+    cache_dir: str | None = option(None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)", free=True)
+
+
+@dataclass
+class ArchitectureOptions(Options):
+    """The GPT-NeoX body of the baseline and every context model. The defaults are Pythia-70M's."""
+
+    section: ClassVar[str] = "architecture"
+    hidden_size: int = option(512, "width of the residual stream", bounds=">= 1")
+    num_hidden_layers: int = option(6, "layers", bounds=">= 1")
+    num_attention_heads: int = option(8, "attention heads a layer", bounds=">= 1")
+    intermediate_size: int = option(2048, "width of the MLP", bounds=">= 1")
+    max_position_embeddings: int = option(2048, "longest sequence", bounds=">= 1")
+    model_vocab_size: int | None = option(
+        None, "rows of the embedding (default: the tokenizer's, up to a multiple of 128)", bounds=">= 1"
+    )
+    hidden_dropout: float = option(
+        0.0, "dropout after embedding, attention and MLP, and of the context of shared", bounds=">= 0 and < 1"
+    )
+    attention_dropout: float = option(0.0, "dropout of attention weights", bounds=">= 0 and < 1")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ValueError(
+                f"architecture.hidden_size {self.hidden_size}: must be a multiple of num_attention_heads = {heads}"
+            )
+        if self.rotary_dims < 2 or self.rotary_dims % 2:
+            raise ValueError(
+                f"architecture.hidden_size {self.hidden_size}: a quarter of a head is turned by RoPE in pairs, "
+                f"so give a multiple of 8 * num_attention_heads = {8 * heads}"
+            )
+
+    @property
+    def rotary_dims(self) -> int:
+        """Dims of a head that RoPE turns, which is the width of one rotary key."""
+        return int(self.hidden_size // self.num_attention_heads * ROTARY_FRACTION)
+
+
+@dataclass
+class Phase1Options(Options):
+    """OACD, which iterates the ContextBlock alone to a fixed point. The defaults are the report's, but for the rate."""
+
+    section: ClassVar[str] = "phase1"
+    max_iterations: int = option(100, "iterations at most", bounds=">= 1")
+    convergence_rate: float = option(0.95, "share of converged tokens at which training stops", bounds="> 0 and <= 1")
+    threshold: float = option(0.03, "mean squared movement below which a token counts as converged", bounds="> 0")
+    learning_rate: float = option(0.003, "Adam learning rate", bounds="> 0")
+    batch_tokens: int = option(5000, "tokens a batch of one iteration", bounds=">= 1")
+    noise: float = option(0.05, "standard deviation of the noise added to the previous contexts", bounds=">= 0")
+    mean_penalty: float = option(0.1, "weight of the squared norm of the mean context", bounds=">= 0")
+    max_grad_norm: float = option(2.0, "gradient norm limit", bounds="> 0")
+    state_dtype: str = option("float32", "dtype in which the contexts of the corpus are kept", ("float32", "bfloat16"))
+    precision: str = option("float32", "float32, or autocast to bfloat16", ("float32", "bfloat16"))
+    checkpoint_seconds: float = option(60.0, "least time between two checkpoints", bounds=">= 0", free=True)
+
+
+@dataclass
+class TrainOptions(Options):
+    """Language-model training. The defaults are the report's settings."""
+
+    section: ClassVar[str] = "train"
+    epochs: int = option(10, "epochs at most", bounds=">= 1")
+    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
+    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
+    schedule: str = option("constant", "learning-rate schedule", SCHEDULES)
+    warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
+    weight_decay: float = option(0.01, "AdamW weight decay", bounds=">= 0")
+    patience: int = option(1, "evaluations without a better validation perplexity before training stops", bounds=">= 1")
+    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
+    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
+    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )
+    tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])", free=True)
+
+
+@dataclass
+class HealOptions(Options):
+    """Training of a converted model, or of its original as a control, to match the original."""
+
+    section: ClassVar[str] = "heal"
+    steps: int = option(0, "optimizer steps (0: no healing)", bounds=">= 0")
+    parameters: str = option(
+        "attention", "what is trained: attention (its projections, but for the output's) or all", HEALED_PARAMETERS
+    )
+    ce_weight: float = option(
+        0.0,
+        "weight of the cross-entropy with the text; the rest is the divergence from the original",
+        bounds=">= 0 and <= 1",
+    )
+    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
+    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
+    schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
+    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
+    weight_decay: float = option(0.0, "AdamW weight decay", bounds=">= 0")
+    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
+    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
+    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )
+
+    def teaches_a_control(self, body: Any) -> bool:
+        """Whether a model learns when it is healed towards itself; `body` has its dropouts."""
+        return bool(self.ce_weight or body.hidden_dropout or body.attention_dropout)
+
+
+@dataclass
+class ModelOptions(Options):
+    """One model of a run. Without a `context_source` it is the baseline, `GPTNeoXForCausalLM` itself.
+
+    With `from_baseline` it is not trained from its first weights but made of the run's trained baseline, converted and
+    healed; without a `context_source`, healed alone: the control, which shows what the longer training is worth.
+    """
+
+    name: str = option("Pythia", "name in tables and of the model's folder")
+    context_source: str | None = option(None, "who makes the context; empty for the baseline", CONTEXT_SOURCES)
+    context_dim: int = option(256, "width of the context")
+    context_block_layers: int = option(1, "layers of the ContextBlock (sources input and shared)", bounds=">= 1")
+    context_sharing: int = option(1, "consecutive layers that attend to one context (source layer)", bounds=">= 1")
+    num_rotary_keys: int = option(
+        1, "rotary keys in a layer's context: 1, shared by the heads, or one a head (source layer)", bounds=">= 1"
+    )
+    phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)")
+    freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2")
+    from_baseline: bool = option(False, "convert the run's trained baseline and heal it (source layer)")
+
+    @property
+    def folder(self) -> str:
+        """The name of the model's folder: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
+        return re.sub(r"\W+", "-", self.name.casefold()).strip("-")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is a GPT-NeoX trained from its first weights."""
+        return self.context_source is None and not self.from_baseline
+
+
+@dataclass
+class Recipe(Options):
+    """A whole run: `models` trained on the same data with the same seed."""
+
+    name: str = option("custom", "name of the recipe")
+    seed: int = option(0, "seed of initial weights, order of the samples and noise", bounds=">= 0 and < 4294967296")
+    data: DataOptions = field(default_factory=DataOptions)
+    architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
+    phase1: Phase1Options = field(default_factory=Phase1Options)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    heal: HealOptions = field(default_factory=HealOptions)
+    models: list[ModelOptions] = field(default_factory=lambda: [ModelOptions()])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\w[\w.+ -]*", self.name):
+            raise ValueError(f"name {self.name!r}: must be letters, digits, spaces and . + - _ (it names the folder)")
+        if self.data.sequence_length > self.architecture.max_position_embeddings:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length}: "
+                f"must be at most max_position_embeddings = {self.architecture.max_position_embeddings}"
+            )
+        rows = self.architecture.model_vocab_size
+        if rows is not None and self.data.tokenizer == "train" and rows < self.data.vocab_size:
+            raise ValueError(
+                f"architecture.model_vocab_size {rows}: must be at least vocab_size = {self.data.vocab_size}"
+            )
+        self._check_models()
+
+    def _check_models(self) -> None:
+        if not self.models:
+            raise ValueError("models: is empty, name at least one model")
+        baselines = [model.name for model in self.models if model.is_baseline]
+        healed = next((i for i, model in enumerate(self.models) if model.from_baseline), None)
+        if healed is not None and len(baselines) > 1:
+            raise ValueError(
+                f"models: {self.models[healed].name} is made of the trained baseline, and there are {baselines[0]} and "
+                f"{baselines[1]}: name one"
+            )
+        if healed is not None and any(model.is_baseline for model in self.models[healed:]):
+            raise ValueError(f"models: {self.models[healed].name} is made of {baselines[0]}: name it behind that")
+        folders: dict[str, str] = {}
+        for model in self.models:
+            folder = model.folder
+            if not folder or "," in model.name:
+                raise ValueError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
+            if folder in folders:
+                raise ValueError(f"models: name {model.name!r}: is taken by {folders[folder]!r}, give each its own")
+            folders[folder] = model.name
+            if model.from_baseline:
+                self._check_healed(model)
+            elif model.context_source is not None:
+                _check_context(model, self.architecture)
+
+    def _check_healed(self, model: ModelOptions) -> None:
+        """Raise `ValueError` where a model cannot be made of the baseline."""
+        body = self.architecture
+        if not self.heal.steps:
+            raise ValueError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
+        if model.context_source is None:
+            if not self.heal.teaches_a_control(body):
+                raise ValueError(
+                    f"heal.ce_weight 0: without dropout the baseline agrees with itself, which {model.name} would be "
+                    "healed towards; give a weight above 0"
+                )
+            return
+        if model.context_source != "layer":
+            raise ValueError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")
+        for name in ("context_sharing", "num_rotary_keys"):
+            if getattr(model, name) != 1:
+                raise ValueError(
+                    f"{model.name}: {name} {getattr(model, name)} is for training from the first weights; a conversion "
+                    "shares by none and chooses the rotary keys itself, drop the option"
+                )
+        least, most = body.rotary_dims + 1, body.hidden_size
+        if not least <= model.context_dim <= most:
+            raise ValueError(
+                f"{model.name}: context_dim {model.context_dim}: must be between one rotary key and a latent, {least}, "
+                f"and hidden_size = {most}, which is exact"
+            )
+
+
+def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
+    """Raise `ValueError` where a model's context does not fit the body."""
+    widest = 2 * architecture.hidden_size
+    if not 1 <= model.context_dim <= widest:
+        raise ValueError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
+    layers = architecture.num_hidden_layers
+    if model.context_sharing > layers:
+        raise ValueError(f"context_sharing {model.context_sharing}: must be between 1 and num_hidden_layers = {layers}")
+    if model.context_source != "layer":
+        return
+    heads, keys = architecture.num_attention_heads, model.num_rotary_keys
+    if keys not in (1, heads):
+        raise ValueError(f"num_rotary_keys {keys}: must be 1 or num_attention_heads = {heads}")
+    rotary = keys * architecture.rotary_dims
+    if model.context_dim <= rotary:
+        raise ValueError(
+            f"context_dim {model.context_dim}: must be more than the {rotary} dims of the rotary keys "
+            f"that a layer's context includes ({keys} of {architecture.rotary_dims})"
+        )
+
+
+SECTIONS: dict[str, type[Options]] = {
+    "data": DataOptions,
+    "architecture": ArchitectureOptions,
+    "phase1": Phase1Options,
+    "train": TrainOptions,
+    "heal": HealOptions,
+}
+PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

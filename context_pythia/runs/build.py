@@ -1,0 +1,90 @@
+"""From a recipe's words to models: one body, with the context that each model of the recipe asks for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from context_pythia.config.recipe import ModelOptions, Recipe
+from context_pythia.conversion.heal import is_healed
+from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
+from context_pythia.evaluation.memory import measure_generated_cache
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.model.cache import cache_bytes, cached_numbers_per_token
+
+VOCABULARY_MULTIPLE = 128
+
+
+def best_device() -> torch.device:
+    """Where commands run models: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:
+    """Rows of the embedding: as the recipe says, else the tokenizer's size up to a multiple of 128 (as in Pythia).
+
+    Raises:
+        ValueError: the recipe's number is smaller than the tokenizer needs.
+    """
+    rows = recipe.architecture.model_vocab_size
+    if rows is None:
+        return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if rows < tokenizer_size:
+        raise ValueError(f"architecture.model_vocab_size {rows}: the tokenizer needs at least {tokenizer_size}")
+    return rows
+
+
+def expected_rows(recipe: Recipe) -> int:
+    """`embedding_rows` before any data is read: a tokenizer yet to be trained is taken to fill its vocabulary."""
+    if recipe.data.tokenizer == "train":
+        return embedding_rows(recipe, recipe.data.vocab_size)
+    return embedding_rows(recipe, vocabulary_rows(load_tokenizer(recipe.data.tokenizer)))
+
+
+def build_model(
+    options: ModelOptions, recipe: Recipe, rows: int, tokenizer: PreTrainedTokenizerFast | None = None
+) -> PreTrainedModel:
+    """A freshly initialised model; the recipe's seed decides its weights.
+
+    The ContextBlock is frozen if the options say so; phase 1 trains it all the same.
+    """
+    body: dict[str, Any] = asdict(recipe.architecture) | {"vocab_size": rows}
+    del body["model_vocab_size"]
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    body |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    set_seed(recipe.seed)
+    if options.context_source is None:
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**body))
+    context = {key: getattr(options, key) for key in CONTEXT_OPTIONS}
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
+    if options.context_source in RECURRENT and options.freeze_context_block:
+        model.gpt_neox.context_block.requires_grad_(False)
+    return model
+
+
+CONTEXT_OPTIONS = ("context_source", "context_dim", "context_block_layers", "context_sharing", "num_rotary_keys")
+RECURRENT = ("input", "shared")
+
+
+def describe_parameters(model: PreTrainedModel, healed: str | None = None) -> dict[str, int]:
+    """How many there are, and how many are trained: by healing, where `healed` (`HealOptions.parameters`) is given."""
+    trained = (p for name, p in model.named_parameters() if (is_healed(name, healed) if healed else p.requires_grad))
+    return {"parameters": model.num_parameters(), "trainable_parameters": sum(p.numel() for p in trained)}
+
+
+def describe_cache(model: PreTrainedModel, length: int, decoded: int | None = None) -> dict[str, Any]:
+    """The cache of one sequence of `length` tokens in the model's dtype, by formula and as `generate()` filled it (see
+    `measure_generated_cache`)."""
+    measured = measure_generated_cache(model, length, decoded=decoded)
+    dtype: torch.dtype = model.dtype
+    return {
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "numbers_per_token": cached_numbers_per_token(model.config),
+        "bytes_formula": cache_bytes(model.config, length, dtype=dtype),
+        "bytes_measured": measured.filled,
+        "bytes_slack": measured.slack,
+    }

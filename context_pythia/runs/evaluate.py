@@ -1,0 +1,311 @@
+"""`context-pythia eval`: models side by side on the same held-out text.
+
+Each model is scored in one parallel pass, then token by token through its cache, whose bytes are counted as that pass
+left them; with `--cache`, again through quantised caches. The first model is what the others are compared with. At
+most two models are in memory at a time. `evaluate_model` does the same for a model that Python code already holds.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPTNeoXConfig, PreTrainedModel
+
+from context_pythia.config.recipe import DataOptions
+from context_pythia.data.packing import PackedData, PackedDataset, load_data
+from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.errors import first_line
+from context_pythia.evaluation.harness import require_tasks, run_tasks
+from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.quantised import (
+    measure_quantised,
+    quantised_cache,
+    require_quantiser,
+    residual_length,
+)
+from context_pythia.files import write_json
+from context_pythia.model.cache import cache_bytes
+from context_pythia.report.document import write_in_languages
+from context_pythia.report.evaluation_report import console_table, label, write_evaluation
+from context_pythia.runs.build import best_device
+from context_pythia.runs.record import provenance, read_record
+
+
+def evaluate(
+    models: Sequence[str],
+    data: DataOptions,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    cached_tokens: int = 4096,
+    caches: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    tasks_path: Path | None = None,
+    limit: int | None = None,
+    out: Path | None = None,
+    lang: str = "en",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Print the models' figures as a table, write them into `out` if it is given, and return them.
+
+    Args:
+        models: folders or Hub names of GPT-NeoX and Context-Pythia models.
+        data: its validation split is scored: with the options of a training the text which that held out.
+        cached_tokens: validation tokens that are also scored token by token.
+        caches: quantised caches (`int8`, `int4`) that every model is scored with, too.
+        tasks: tasks of lm-evaluation-harness; `tasks_path` holds task files of one's own, `limit` bounds documents.
+        out: gets metrics.json after each model, at the end provenance.json, the report and its picture.
+        lang: the report is written in English, and in this language.
+
+    Raises:
+        ValueError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
+        RuntimeError: a damaged model, or a task that failed.
+    """
+    names = _names(models)
+    if out is not None:
+        _check_out(out)
+    if caches:
+        require_quantiser()
+    manager = require_tasks(tasks, tasks_path) if tasks else None
+    load = partial(load_pretrained, dtype=getattr(torch, dtype))
+    configs = {name: _config_of(load(path), path) for name, path in zip(names, models, strict=True)}
+    packed = load_data(data, progress)
+    notes = _check_vocabularies(dict(zip(names, models, strict=True)), configs, packed)
+    metrics: dict[str, Any] = {
+        "kind": "evaluation",
+        "models": [],
+        "data": packed.summary | {"tokens_validation": packed.validation.num_tokens},
+        "settings": {
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "cached_tokens": cached_tokens,
+            "caches": list(caches),
+            "tasks": list(tasks),
+            "limit": limit,
+        },
+        "notes": notes,
+    }
+    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
+    if out is not None:
+        _check_same_evaluation(out, names, metrics)
+        out.mkdir(parents=True, exist_ok=True)
+    device = best_device()
+    reference: PreTrainedModel | None = None
+    for name, path in zip(names, models, strict=True):
+        model = load(path).to(device)
+        try:
+            rows = evaluate_model(
+                model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
+            )
+        except RuntimeError as error:
+            raise RuntimeError(f"{name}: {error}") from error
+        metrics["models"] += rows
+        compare_with_first(metrics["models"])
+        if out is not None:
+            write_json(out / "metrics.json", metrics)
+        if manager is not None:
+            rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
+            if out is not None:
+                write_json(out / "metrics.json", metrics)
+        if progress:
+            print("\n".join(_summary(row) for row in rows), file=sys.stderr, flush=True)
+        reference = reference or model
+        del model
+        gc.collect()
+    print(console_table(metrics))
+    if out is not None:
+        write_json(out / "provenance.json", provenance(device) | {"data_fingerprint": packed.summary["fingerprint"]})
+        print("\n" + write_in_languages(write_evaluation, out, lang))
+    return metrics
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    name: str,
+    dataset: PackedDataset,
+    batch_size: int = 16,
+    cached_tokens: int = 4096,
+    caches: Sequence[str] = (),
+    reference: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """The rows of one model, plain figures: with its own cache, then with each of the quantised `caches`.
+
+    A row's `perplexity` is the parallel pass's, over all samples; `cached` holds what the token-by-token pass found on
+    the first of them, and `cache` the bytes of one sequence in the cache that it filled. `kl` and `agreement` are those
+    to the reference, from the parallel pass, or with a quantised cache from the token-by-token one. A quantised cache
+    that the model cannot have makes a row with an `error`.
+
+    Args:
+        reference: the model to compare with; None if `model` is the first itself.
+    """
+    whole = score(model, dataset, batch_size, reference, progress)
+    through = score_cached(model, dataset, cached_tokens, batch_size=batch_size, progress=progress)
+    samples = len(through.losses)
+    parallel = whole.perplexity_of_first(samples)
+    row = _row(model, name, "none", through) | {
+        "perplexity": whole.perplexity,
+        "accuracy": whole.accuracy,
+        "tokens": whole.tokens,
+        "perplexity_by_position": whole.by_position,
+        "kl": whole.kl,
+        "agreement": whole.agreement,
+        "logit_difference": whole.difference,
+    }
+    row["cached"] |= {
+        "parallel_perplexity": parallel,
+        "agrees": equal_to_digits(through.perplexity, parallel),
+    }
+    rows, length = [row], dataset.sequence_length
+    for kind in caches:
+        make = partial(quantised_cache, model.config, kind, length)
+        try:
+            through = score_cached(
+                model, dataset, cached_tokens, make, measure_quantised, batch_size, reference or model, progress
+            )
+        except (ValueError, RuntimeError) as error:
+            rows.append(_row(model, name, kind, None) | {"error": first_line(error)})
+            continue
+        row = _row(model, name, kind, through) | {
+            "kl": through.kl,
+            "agreement": through.agreement,
+            "logit_difference": through.difference,
+        }
+        row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(length)}
+        rows.append(row)
+    return rows
+
+
+def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row what only the first row tells, as shares: the cache's `reduction_measured`, and the `change` of
+    perplexity, that of both passes."""
+    first = rows[0]
+    for row in rows:
+        if row["cached"] is None:
+            continue
+        row["cache"]["reduction_measured"] = 1 - row["cache"]["bytes_measured"] / first["cache"]["bytes_measured"]
+        for part, base in ((row, first), (row["cached"], first["cached"])):
+            if row is not first and part["perplexity"] is not None:
+                part["change"] = part["perplexity"] / base["perplexity"] - 1
+
+
+def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | None) -> dict[str, Any]:
+    """A row with the figures of the token-by-token pass; what is not known yet is null."""
+    cached = cache = None
+    if through is not None:
+        measured, sequences = through.measurement, through.sequences
+        cached = {
+            "perplexity": through.perplexity,
+            "change": None,
+            "accuracy": through.accuracy,
+            "tokens": through.tokens,
+            "perplexity_by_position": through.by_position,
+            "parallel_perplexity": None,
+            "agrees": None,
+        }
+        cache = {
+            "length": measured.length,
+            "sequences": sequences,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bytes_measured": measured.filled / sequences,
+            "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
+            "bytes_slack": measured.slack / sequences,
+            "residual_length": None,
+            "reduction_measured": None,
+        }
+    return {
+        "name": name,
+        "quantised": None if kind == "none" else kind,
+        "context_source": getattr(model.config, "context_source", None),
+        "context_dim": getattr(model.config, "context_dim", None),
+        "parameters": model.num_parameters(),
+        "perplexity": None,
+        "accuracy": None,
+        "tokens": None,
+        "perplexity_by_position": None,
+        "kl": None,
+        "agreement": None,
+        "logit_difference": None,
+        "change": None,
+        "cached": cached,
+        "cache": cache,
+        "tasks": None,
+        "error": None,
+    }
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError where `out` is or holds what cannot be an evaluation."""
+    if out.exists() and not out.is_dir():
+        raise _held(out, "is a file")
+    for file, kind in {"recipe.yaml": "training run", "config.json": "model"}.items():
+        if (out / file).exists():
+            raise _held(out, f"holds a {kind}")
+
+
+def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
+    """Raises ValueError where `out` holds another evaluation than this one, done before or begun."""
+    if not (out / "metrics.json").exists():
+        return
+    held = read_record(out / "metrics.json")
+    done = list(dict.fromkeys(row.get("name") for row in held.get("models", [])))
+    if done != names[: len(done)] or any(held.get(key) != metrics[key] for key in ("kind", "data", "settings")):
+        raise _held(out, "holds another evaluation")
+
+
+def _held(out: Path, what: str) -> ValueError:
+    return ValueError(f"--out {out}: {what}; choose another folder")
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """How tables call the models: by the last part of the path where that is enough."""
+    if twice := [model for i, model in enumerate(models) if model in models[:i]]:
+        raise ValueError(f"the model {twice[0]} is named twice")
+    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
+    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
+
+
+def _config_of(model: PreTrainedModel, path: str) -> GPTNeoXConfig:
+    """The configuration of a model that was loaded whole, so that damage shows before an hour of scoring."""
+    if not isinstance(model.config, GPTNeoXConfig):
+        raise ValueError(f"{path} is a {model.config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
+    return model.config
+
+
+def _check_vocabularies(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], data: PackedData) -> list[str]:
+    """A line for each way in which vocabularies differ.
+
+    Raises:
+        ValueError: a model has fewer rows than the text has tokens.
+    """
+    notes, first = [], next(iter(configs))
+    vocabulary = data.tokenizer.get_vocab()
+    for name, config in configs.items():
+        if config.vocab_size < data.summary["vocab_size"]:
+            raise ValueError(
+                f"{name} knows {config.vocab_size} tokens, the tokenizer {data.summary['tokenizer']} makes "
+                f"{data.summary['vocab_size']}: give the model's own with --tokenizer"
+            )
+        try:
+            own = load_tokenizer(paths[name]).get_vocab()
+        except (ValueError, OSError):
+            own = vocabulary
+        if own != vocabulary:
+            notes.append(f"{name} was trained with another tokenizer than this text's: its figures mean little here")
+        if config.vocab_size != configs[first].vocab_size:
+            sizes = f"{config.vocab_size:,} rows, {first} {configs[first].vocab_size:,}"
+            notes.append(f"{name} has a vocabulary of {sizes}: KL is left out")
+    return notes
+
+
+def _summary(row: dict[str, Any]) -> str:
+    if row["error"]:
+        return f"{label(row)}: {row['error']}"
+    perplexity = row["perplexity"] or row["cached"]["perplexity"]
+    return f"{label(row)}: perplexity {perplexity:.4f}, {row['cache']['bytes_measured'] / 1024:,.1f} KB a sequence"

@@ -1,0 +1,73 @@
+"""`context-pythia info`: parameters and cache bytes of a recipe's models or of a saved one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from context_pythia.config.recipe import Recipe
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.report.document import Table, to_console
+from context_pythia.report.formats import DASH, integer, kilobytes
+from context_pythia.runs.build import build_model, describe_cache, describe_parameters, expected_rows
+
+
+def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_json: bool) -> None:
+    """Print the figures of each model, as a table or as JSON.
+
+    Args:
+        recipe: its models are built with random weights; what the trained baseline decides is left open.
+        model: folder or Hub name of a saved model, in place of a recipe.
+        length: tokens in the measured cache.
+        dtype: of the model and its cache.
+
+    Raises:
+        ValueError: a cache longer than a model's positions.
+    """
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if recipe is not None:
+        rows = expected_rows(recipe)
+        models = []
+        for options in recipe.models:
+            built = build_model(options, recipe, rows).to(torch_dtype)
+            healed = recipe.heal.parameters if options.from_baseline else None
+            models.append(_describe(options.name, built, length, healed))
+            if healed and options.context_source is not None:
+                # How it divides the context between rotary keys and latent decides the size of the way back.
+                models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
+    else:
+        assert model is not None
+        models = [_describe(model, load_pretrained(model, torch_dtype), length)]
+    print(json.dumps({"models": models}, indent=2) if as_json else _table(models))
+
+
+def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None = None) -> dict[str, Any]:
+    if length > (positions := model.config.max_position_embeddings):
+        raise ValueError(f"--length {length}: {name} has {positions} positions, give at most so many")
+    cache = describe_cache(model, length)
+    return {
+        "name": name,
+        **describe_parameters(model, healed),
+        "cached_numbers_per_token": cache.pop("numbers_per_token"),
+        "cache": cache,
+    }
+
+
+def _table(models: list[dict[str, Any]]) -> str:
+    cache = models[0]["cache"]
+    head = ["model", "parameters", "trainable", "numbers/token", "by formula", "measured", "slack"]
+    rows = [
+        [
+            model["name"],
+            *(integer(model[key]) for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
+            *(kilobytes(model["cache"][key]) for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
+        ]
+        for model in models
+    ]
+    title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
+    open_ones = any(model["parameters"] is None for model in models)
+    note = ["", f"{DASH}: the conversion of the trained baseline decides it"] if open_ones else []
+    return "\n".join([title, "", to_console(Table(head, rows)), *note])

@@ -1,0 +1,243 @@
+"""The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
+
+`compare` runs them all and writes the report; `run_phase1` and `train` are the same steps for one model, in the same
+folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts; models that
+are made of the trained baseline run in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from context_pythia import processes
+from context_pythia.config.convert import ConvertOptions
+from context_pythia.config.recipe import ModelOptions, Recipe
+from context_pythia.conversion.heal import training_options
+from context_pythia.data.packing import PackedData, load_data
+from context_pythia.errors import first_line
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.report.document import write_in_languages
+from context_pythia.report.report import write_report
+from context_pythia.runs.build import (
+    RECURRENT,
+    best_device,
+    build_model,
+    describe_cache,
+    describe_parameters,
+    embedding_rows,
+)
+from context_pythia.runs.convert import convert
+from context_pythia.runs.record import Run, machine, model_entry
+from context_pythia.training.epochs import seconds_per_epoch
+from context_pythia.training.oacd_run import Phase1Result
+from context_pythia.training.phase1 import train_context_block
+from context_pythia.training.phase2 import check_options, train_language_model
+
+
+@processes.joined()
+def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, origin: Run | None = None) -> None:
+    """Train and measure every model of the recipe, then write the report in English, and in `lang`.
+
+    A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
+
+    Args:
+        origin: as `Run` takes it.
+
+    Raises:
+        RuntimeError: a model failed; the report is written first.
+    """
+    run, data = _open_to_train(recipe, out, progress, origin)
+    failures = []
+    for options in recipe.models:
+        if run.finished(options.name):
+            print(f"{options.name}: finished before, kept", flush=True)
+            continue
+        try:
+            run.add(_make_and_measure(options, run, data, progress))
+        except (RuntimeError, MemoryError) as error:
+            if processes.count() > 1:
+                # The other processes wait for this one in the middle of a model.
+                raise
+            failures.append(f"{options.name}: {first_line(error)}")
+            run.add(model_entry(options, error=first_line(error)))
+        gc.collect()
+    if processes.is_main():
+        print("\n" + write_in_languages(write_report, run.folder, lang))
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
+
+
+@processes.joined()
+def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
+    """Both phases of the recipe's models, without the report."""
+    run, data = _open_to_train(recipe, out, progress)
+    for options in recipe.models:
+        if run.finished(options.name):
+            print(f"{options.name}: finished before, kept")
+            continue
+        run.add(_make_and_measure(options, run, data, progress))
+        print(f"wrote {run.model_folder(options)}")
+
+
+@processes.joined()
+def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
+    """Phase 1 alone, for the recipe's models that have a ContextBlock.
+
+    Raises:
+        ValueError: a model has none.
+    """
+    for options in recipe.models:
+        if options.context_source not in RECURRENT:
+            raise ValueError(
+                f"{options.name} has no ContextBlock: name a model whose context_source is input or shared"
+            )
+    run, data = _open(recipe, out, progress)
+    run.write_provenance([options.name for options in recipe.models], best_device())
+    for options in recipe.models:
+        with _alone_with(options, run):
+            _phase1(_build(options, run, data), options, run, data, progress)
+        print(f"wrote {run.phase1_folder(options)}")
+
+
+def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
+    with processes.main_first():
+        run = Run(out, recipe, origin)
+        _check_origins(recipe, run)
+        data = load_data(recipe.data, progress)
+    embedding_rows(recipe, data.summary["vocab_size"])
+    run.use_data(data.summary)
+    run.write()
+    return run, data
+
+
+def _check_origins(recipe: Recipe, run: Run) -> None:
+    """Raise `ValueError` where a model is to be made of a baseline that is not there when its turn comes."""
+    healed = [model.name for model in recipe.models if model.from_baseline and not run.finished(model.name)]
+    if not healed:
+        return
+    trained = any(model.is_baseline and run.origin.finished(model.name) for model in run.origin.recipe.models)
+    if not trained and not any(model.is_baseline for model in recipe.models):
+        raise ValueError(
+            f"{healed[0]} is made of the trained baseline, and {run.origin.folder} has none: name one before it"
+        )
+    if processes.count() > 1:
+        raise ValueError(
+            f"{healed[0]} is made of the trained baseline in one process, {processes.count()} were started: "
+            "train the others with --models, and then this one"
+        )
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raise `ValueError` for options of training or healing that cannot be here, or not together."""
+    check_options(recipe.train)
+    if any(options.from_baseline for options in recipe.models):
+        check_options(training_options(recipe.heal))
+
+
+def _open_to_train(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
+    check_training(recipe)
+    run, data = _open(recipe, out, progress, origin)
+    if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
+        run.write_provenance(wanted, best_device())
+    return run, data
+
+
+def _build(options: ModelOptions, run: Run, data: PackedData) -> Any:
+    rows = embedding_rows(run.recipe, data.summary["vocab_size"])
+    return build_model(options, run.recipe, rows, data.tokenizer).to(best_device())
+
+
+def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progress: bool) -> Phase1Result:
+    folder = run.phase1_folder(options)
+    result = train_context_block(model, data, run.recipe.phase1, seed=run.recipe.seed, folder=folder, progress=progress)
+    print(
+        f"{options.name}: phase 1: {result.convergence_rate:.1%} of the contexts converged "
+        f"in {result.iterations} iterations, effective rank {result.effective_rank:.1f} of {options.context_dim}, "
+        f"{result.seconds:.1f} s",
+        flush=True,
+    )
+    return result
+
+
+def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    make = _heal_and_measure if options.from_baseline else _train_and_measure
+    with _alone_with(options, run):
+        return make(options, run, data, progress)
+
+
+@contextlib.contextmanager
+def _alone_with(options: ModelOptions, run: Run) -> Iterator[None]:
+    """Raise `ValueError` where another call trains the model in this folder: they would share its checkpoints."""
+    with contextlib.ExitStack() as held:
+        if processes.is_main():
+            (run.folder / ".locks").mkdir(exist_ok=True)
+            try:
+                held.enter_context(FileLock(run.folder / ".locks" / f"{options.folder}.lock", timeout=0))
+            except Timeout:
+                raise ValueError(
+                    f"another call trains {options.name} in {run.folder} now: wait for its end, or choose another --out"
+                ) from None
+        yield
+
+
+def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    model = _build(options, run, data)
+    phase1 = None
+    if options.context_source in RECURRENT and options.phase1:
+        phase1 = asdict(_phase1(model, options, run, data, progress))
+    parameters = describe_parameters(model)
+    print(
+        f"{options.name}: {parameters['parameters']:,} parameters, {parameters['trainable_parameters']:,} trained",
+        flush=True,
+    )
+    result = train_language_model(
+        model,
+        data,
+        run.recipe.train,
+        seed=run.recipe.seed,
+        folder=run.model_folder(options),
+        name=options.name,
+        progress=progress,
+    )
+    cache = describe_cache(model, run.recipe.data.sequence_length)
+    return model_entry(
+        options, **parameters, **asdict(result), phase1=phase1, cache=cache, machine=machine(best_device())
+    )
+
+
+def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
+    """The entry of a model that is made of the trained baseline; its epochs are counted from there."""
+    baseline, entry = run.origin.baseline()
+    recipe, original, folder = run.recipe, str(run.origin.model_folder(baseline)), run.model_folder(options)
+    control = options.context_source is None
+    print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
+    width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}
+    # What was trained on the text is the model's own now.
+    text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
+    tokens = min(ConvertOptions.calibration_tokens, len(data.train) * recipe.data.sequence_length)
+    conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
+    record = convert(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
+    healing = record["healing"]
+    kept = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
+    model = load_pretrained(str(folder), torch.float32).to(best_device())
+    return model_entry(
+        options,
+        from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
+        **describe_parameters(model, recipe.heal.parameters),
+        best_val_ppl=healing["val_ppl"],
+        best_epoch=kept["epoch"],
+        val_accuracy=healing["val_accuracy"],
+        val_ppl_by_position=healing["val_ppl_by_position"],
+        history=healing["history"],
+        seconds_per_epoch=seconds_per_epoch(healing["history"]),
+        cache=describe_cache(model, recipe.data.sequence_length),
+        machine=machine(best_device()),
+    )

@@ -1,0 +1,182 @@
+"""What a sweep has found so far, as plain values: its trials, its settings over seeds, and what matters to perplexity.
+
+metrics.json is these values, and the report reads nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from context_pythia.config.recipe_files import recipe_to_dict
+from context_pythia.sweep.options import KEYS, MODEL, Setting, SweepPlan, by_logarithm
+from context_pythia.sweep.study import ERROR, RESULT, SEED, Queue
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+STATES = {"COMPLETE": "complete", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
+TRIALS_AT_LEAST = 4  # with a result, for importances
+BEST_AT_LEAST, BEST_SHARE, BEST_AT_MOST = 5, 0.1, 0.5  # trials that count as good, and their share of all
+
+
+def sweep_metrics(plan: SweepPlan, queue: Queue, folder_of: Callable[[Setting], str]) -> dict[str, Any]:
+    """The content of a sweep's metrics.json.
+
+    Args:
+        folder_of: the name of a setting's run folder.
+    """
+    found = queue.trials()
+    searched = [one.path for one in plan.dimensions]
+    # Another call may have searched something else in the same study.
+    searched += sorted({path for trial in found for path in trial.params} - {MODEL, *searched})
+    trials = []
+    for trial in found:
+        setting = plan.setting(trial.params, trial.user_attrs[SEED])
+        values = trial.values or (None, None)
+        trials.append(
+            {
+                "number": trial.number,
+                "state": STATES[trial.state.name],
+                "folder": folder_of(setting),
+                "model": setting.recipe.models[0].name,
+                "baseline": setting.recipe.models[0].is_baseline,
+                "setting": {path: setting.value(path) for path in searched},
+                "seed": setting.recipe.seed,
+                "val_ppl": values[0],
+                "cache_bytes": None if values[1] is None else round(values[1]),
+                "error": trial.user_attrs.get(ERROR),
+                **(trial.user_attrs.get(RESULT) or {}),
+            }
+        )
+    return {
+        "kind": "sweep",
+        "study": queue.study.study_name,
+        "sampler": plan.sampler,
+        "seeds": sorted({trial["seed"] for trial in trials}),
+        "searched": searched,
+        "recipe": recipe_to_dict(plan.recipe),
+        "trials": trials,
+        "settings": settings_over_seeds(trials),
+        "importance": importances(trials, searched),
+    }
+
+
+def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each model and setting: how many seeds have a result, mean, range and standard deviation of perplexity.
+
+    `std` is that of a sample, of two seeds at least. `reduction` and `change` are against the baseline's setting of the
+    best mean perplexity. `unbeaten`: no other setting has both a better mean perplexity and as small a cache, or the
+    other way round. All three are among settings of the same data: other text, or samples of another length, have other
+    perplexities and bytes. `positions` are the bands of `perplexity_by_position`, each the mean over seeds; none where
+    a trial of an older version has none.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        groups.setdefault(repr((trial["model"], trial["setting"])), []).append(trial)
+    rows = []
+    for group in groups.values():
+        done = [trial for trial in group if trial["state"] == "complete"]
+        perplexities = [trial["val_ppl"] for trial in done]
+        rows.append(
+            {key: group[0][key] for key in ("model", "baseline", "setting")}
+            | {
+                "trials": len(group),
+                "n": len(done),
+                "seeds": sorted(trial["seed"] for trial in done),
+                "failed": sum(trial["state"] == "failed" for trial in group),
+                "mean": statistics.fmean(perplexities) if done else None,
+                "min": min(perplexities, default=None),
+                "max": max(perplexities, default=None),
+                "std": statistics.stdev(perplexities) if len(done) > 1 else None,
+                "cache_bytes": max((trial["cache_bytes"] for trial in done), default=None),
+                "positions": _mean_bands([trial.get("val_ppl_by_position") or [] for trial in done]),
+            }
+        )
+    for group in by_data(rows):
+        _compare(group)
+    return rows
+
+
+def by_data(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The settings, in groups of the same data by what was searched of it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
+        groups.setdefault(repr(data), []).append(row)
+    return list(groups.values())
+
+
+def _compare(rows: Sequence[dict[str, Any]]) -> None:
+    finished = [row for row in rows if row["n"]]
+    baseline = min((row for row in finished if row["baseline"]), key=lambda row: row["mean"], default=None)
+    for row in rows:
+        row |= {"change": None, "reduction": None}
+        if baseline is not None and row["n"] and row is not baseline:
+            row["change"] = row["mean"] / baseline["mean"] - 1
+            row["reduction"] = None if row["baseline"] else 1 - row["cache_bytes"] / baseline["cache_bytes"]
+        row["unbeaten"] = bool(row["n"]) and not any(_beats(other, row) for other in finished)
+
+
+def _mean_bands(seeds: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    if not all(seeds):
+        return []
+    return [
+        {**bands[0], "perplexity": statistics.fmean(band["perplexity"] for band in bands)}
+        for bands in zip(*seeds, strict=True)
+    ]
+
+
+def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
+    one, two = (other["mean"], other["cache_bytes"]), (row["mean"], row["cache_bytes"])
+    return one != two and one[0] <= two[0] and one[1] <= two[1]
+
+
+def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> dict[str, Any]:
+    """How much each searched option decides whether a trial is among the best, in shares that sum up to 1; or why not.
+
+    PED-ANOVA (arXiv 2304.10255; with options that only some models have, arXiv 2601.20800), which needs no
+    scikit-learn, unlike Optuna's fANOVA. The best are `quantile` of the trials, at least five of them where half of all
+    are as many.
+    """
+    done = [trial for trial in trials if trial["state"] == "complete"]
+    if len(done) < TRIALS_AT_LEAST:
+        return {"reason": f"{len(done)} trials have a result, {TRIALS_AT_LEAST} at least are needed"}
+    if len({trial["val_ppl"] for trial in done}) == 1:
+        return {"reason": "all trials have the same perplexity"}
+    columns = {MODEL: [trial["model"] for trial in done]}
+    columns |= {path: [trial["setting"][path] for trial in done] for path in searched}
+    varied = {name: values for name, values in columns.items() if len(set(values) - {None}) > 1}
+    if not varied:
+        return {"reason": "nothing was searched: each option has one value"}
+    import optuna
+
+    ranges = {name: _common_range(name, values) for name, values in varied.items()}
+    study = optuna.create_study(direction="minimize")
+    for i, trial in enumerate(done):
+        params = {name: values[i] for name, values in varied.items() if values[i] is not None}
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=trial["val_ppl"], params=params, distributions={name: ranges[name] for name in params}
+            )
+        )
+    quantile = min(BEST_AT_MOST, max(BEST_SHARE, BEST_AT_LEAST / len(done)))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of options that few trials have: the report shows how many there are
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return {"evaluator": "PED-ANOVA", "quantile": quantile, "trials": len(done), "shares": shares}
+
+
+def _common_range(name: str, values: Sequence[Any]) -> BaseDistribution:
+    """One range or list of choices for all trials; calls that searched other values left others in the storage."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    given = [value for value in values if value is not None]
+    if name == MODEL or not all(type(value) in (int, float) for value in given):
+        return CategoricalDistribution(sorted(set(given), key=str))
+    log = by_logarithm(KEYS[name][1])
+    kind = IntDistribution if all(type(value) is int for value in given) else FloatDistribution
+    return kind(min(given), max(given), log=log)

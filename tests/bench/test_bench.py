@@ -1,0 +1,348 @@
+"""`bench` end to end on tiny models: what it writes, says and refuses."""
+
+import json
+import multiprocessing
+from string import Formatter
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.bench import decode as module
+from context_pythia.bench import models as bench_models
+from context_pythia.bench.decode import bench
+from context_pythia.bench.models import is_peer, share_parameters, sized_models, subjects
+from context_pythia.bench.options import SIZES, BenchOptions, Source, parse_sources
+from context_pythia.bench.tables import cell_table, crossover, paired_ratio, step_figures
+from context_pythia.bench.translations import BENCH_TRANSLATIONS
+from context_pythia.cli import command_line as cli
+from context_pythia.config.recipe import ArchitectureOptions
+from context_pythia.model.cache import cache_bytes
+from context_pythia.model.linear import Linear
+from context_pythia.report.report import write_report
+from tests.conftest import tiny_recipe
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SOURCES = (Source("shared", 12), Source("layer", 32, "exact"))
+
+
+@pytest.fixture
+def tiny_size(monkeypatch):
+    size = ArchitectureOptions(**TINY, model_vocab_size=50)
+    monkeypatch.setitem(SIZES, "pythia-14m", size)
+    monkeypatch.setattr(module, "CONVERSATION", 64)
+
+
+def options(**changes) -> BenchOptions:
+    given = {"batch_sizes": (1, 2), "lengths": (8, 16), "caches": ("dynamic", "static"), "new_tokens": 2, "rounds": 2}
+    return BenchOptions(**given | changes)
+
+
+def saved(folder, model) -> str:
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def metrics_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_a_sweep_is_recorded_and_reported(tiny_size, tmp_path, capsys):
+    out = tmp_path / "bench"
+    bench([], None, "pythia-14m", SOURCES, options(threads=1, memory_gb=0.5), out=out, lang="ja", progress=False)
+    metrics = metrics_of(out)
+    names = ["pythia-14m, DynamicCache", "pythia-14m, StaticCache", "shared 12", "layer 32 exact"]
+    assert [entry["name"] for entry in metrics["models"]] == names
+    assert [(cell["batch_size"], cell["length"]) for cell in metrics["cells"]] == [(1, 8), (2, 8), (1, 16), (2, 16)]
+    numbers = {"pythia-14m, DynamicCache": 128, "pythia-14m, StaticCache": 128, "shared 12": 16, "layer 32 exact": 64}
+    for cell in metrics["cells"]:
+        for row in cell["rows"]:
+            assert row["error"] is None
+            assert [len(row[kind]) for kind in ("prefill", "decode", "generate")] == [2, 2, 2]
+            assert min(row["prefill"] + row["decode"] + row["generate"]) > 0
+            assert row["cache"]["filled"] == 4 * numbers[row["name"]] * cell["batch_size"] * cell["length"]
+    settings = metrics["settings"]
+    assert (settings["threads"], settings["dtype"], settings["rounds"]) == (1, "float32", 2)
+    for entry in metrics["models"]:
+        one = entry["conversation"]
+        assert (one["length"], one["bytes"]) == (64, 64 * 4 * numbers[entry["name"]])
+        assert one["fit"] == (2**29 - entry["weight_bytes"]) // one["bytes"]
+        assert one["fit_with_slack"] == (2**29 - entry["weight_bytes"]) // (one["bytes"] + one["slack"])
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "metrics.json", "provenance.json", "report.md", "report.html", "report.ja.md", "report.ja.html", "decode.png",
+        "memory.png",
+    }  # fmt: skip
+    report = (out / "report.md").read_text()
+    assert "## Batch 2, 16 tokens" in report and "| layer 32 exact |" in report and "50.0 %" in report
+    assert "バッチ 2、16 トークン" in (out / "report.ja.md").read_text()
+    assert "Batch 2, 16 tokens" in capsys.readouterr().out
+    assert json.loads((out / "provenance.json").read_text())["threads"] == 1
+
+
+def test_an_interrupted_sweep_keeps_its_finished_cells(tiny_size, tmp_path, monkeypatch):
+    measured, whole = [], module.measure_cell
+
+    def measure_cell(*args, **kwargs):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(module, "measure_cell", measure_cell)
+    with pytest.raises(KeyboardInterrupt):
+        bench([], None, "pythia-14m", SOURCES, options(), out=tmp_path, progress=False)
+    assert len(metrics_of(tmp_path)["cells"]) == 2
+    report = (tmp_path / "report.md").read_text()
+    assert "## Batch 2, 8 tokens" in report and "## Batch 1, 16 tokens" not in report
+
+
+def test_saved_models_are_timed_beside_a_gpt_neox_of_their_shape(tmp_path, capsys):
+    body = TINY | {"vocab_size": 50, "max_position_embeddings": 32}
+    config = ContextPythiaConfig(**body, context_source="layer", context_dim=12)
+    one = saved(tmp_path / "one", ContextPythiaForCausalLM(config))
+    found = bench([one], None, None, None, options(lengths=(16,), batch_sizes=(1,)), progress=False)
+    first, second, third = found["models"]
+    assert first["name"] == "GPT-NeoX (random weights), DynamicCache" and third["name"] == "one"
+    assert (first["peer"], second["cache"], third["peer"]) == (True, "static", False)
+    assert found["cells"][0]["rows"][0]["cache"]["filled"] == cache_bytes(GPTNeoXConfig(**body), 16)
+    assert "note: none of the models is a GPT-NeoX" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (16, 40)}, "length 40: is more than the 32 positions of one"),
+        ({"memory_gb": 1e-6}, "--memory-gb 1e-06: the weights of one alone take 0.00 GB"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, changes, message):
+    body = TINY | {"vocab_size": 50, "max_position_embeddings": 32}
+    one = saved(tmp_path / "one", GPTNeoXForCausalLM(GPTNeoXConfig(**body)))
+    with pytest.raises(ValueError, match=message):
+        bench([one], None, None, None, options(**changes), out=tmp_path / "out", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_results_are_not_overwritten(tiny_size, tmp_path):
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds results already"):
+        bench([], None, "pythia-14m", SOURCES, options(), out=tmp_path, progress=False)
+    assert (tmp_path / "metrics.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give either MODELs, --recipe RECIPE or --size SIZE"),
+        (["there", "--size", "pythia-14m"], "give either"),
+        (["there", "--train"], "give a recipe alone"),
+        (["there", "--sources", "layer:8"], "--sources are those of a --size"),
+        (["there", "--only", "Pythia"], "options of a recipe were given without --recipe"),
+        (["--recipe", "quick", "--only", "Pythi"], "did you mean Pythia?"),
+        (["there", "--epochs", "3"], "options of a recipe were given without --recipe"),
+        (["--size", "pythia-14m", "--sources", "later:8"], "source 'later:8': give input:DIM"),
+        (["--size", "pythia-14m", "--sources", "layer:8:heds"], "did you mean heads?"),
+        (["--size", "pythia-14m", "--sources", "layer:64:exact"], "is exact at context_dim 128 alone"),
+        (["--size", "pythia-14m", "--lengths", "16"], "length 16: must be more than new_tokens = 16"),
+        (["--size", "pythia-14m", "--caches", "static"], "dynamic is missing"),
+        (["--size", "pythia-14m", "--rounds", "0"], "rounds 0: must be >= 1"),
+        (["nowhere/at-all"], "no such model"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = cli.main(["bench", *argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    if message == "no such model":  # a Hub name that cannot be asked for
+        assert code in (1, 2) and len(lines) == 1
+    else:
+        assert code == 2 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize("argv", [["--size", "pythia-3b"], ["--lengths", "16,x"], ["--batch-sizes", "2,2"]])
+def test_words_that_no_option_takes_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *argv])
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_without_hqq_the_int4_row_is_left_out_and_said(tiny_size, monkeypatch):
+    def missing():
+        raise ValueError("a quantised cache needs HQQ")
+
+    monkeypatch.setattr(bench_models, "require_quantiser", missing)
+    models = sized_models("pythia-14m", SOURCES, 32, torch.float32)
+    found, notes = subjects(models, ("dynamic", "static", "int4"))
+    assert [one.cache for one in found] == ["dynamic", "static", "dynamic", "dynamic"]
+    assert notes == ["no row with an int4 cache: a quantised cache needs HQQ"]
+
+
+@torch.no_grad()
+def test_a_gpt_neox_with_our_linear_maps_stands_beside_the_plain_one():
+    models = sized_models("pythia-14m", SOURCES[:1], 32, torch.float32)
+    dynamic, ours, _ = subjects(models, ("dynamic", "onednn"))[0]
+    assert ours.name.endswith("our linear maps") and ours.is_static and is_peer(ours.model)
+    kinds = [{type(m) for m in one.model.modules() if isinstance(m, torch.nn.Linear)} for one in (dynamic, ours)]
+    assert kinds == [{torch.nn.Linear}, {Linear}]
+    assert all(p is q for p, q in zip(dynamic.model.parameters(), ours.model.parameters(), strict=True))
+    ids = torch.arange(6).unsqueeze(0)
+    torch.testing.assert_close(dynamic.model(ids).logits, ours.model(ids).logits, rtol=0, atol=1e-5)
+    found, notes = subjects({"half": models["pythia-14m"].to(torch.bfloat16)}, ("dynamic", "onednn"))
+    assert len(found) == 1 and "torch's own in torch.bfloat16 on cpu" in notes[0]
+
+
+@torch.no_grad()
+def test_sized_models_share_what_they_have_in_common_and_nothing_else(tiny_size):
+    baseline, shared, exact = sized_models("pythia-14m", SOURCES, 32, torch.float32).values()
+    assert is_peer(baseline) and not is_peer(exact)
+    assert shared.gpt_neox.embed_in.weight is baseline.gpt_neox.embed_in.weight
+    layers = [model.gpt_neox.layers[1] for model in (baseline, exact)]
+    assert layers[0].mlp.dense_h_to_4h.weight is layers[1].mlp.dense_h_to_4h.weight
+    own = {name for name, p in exact.named_parameters() if all(p is not other for other in baseline.parameters())}
+    assert {name.split(".")[-2] for name in own} >= {"query", "context", "key_up", "value_up"}
+    assert exact.config.reuse_rotary_keys and exact.config.num_rotary_keys == 2
+    # Sharing must not change what a model computes.
+    ids = torch.arange(6).unsqueeze(0)
+    other = ContextPythiaForCausalLM(exact.config)
+    before = other.eval()(ids).logits
+    share_parameters(other, baseline)
+    assert not torch.equal(other(ids).logits, before)
+    share_parameters(other, exact)
+    assert torch.equal(other(ids).logits, exact.eval()(ids).logits)
+
+
+def test_sizes_are_those_of_pythia():
+    published = {
+        "pythia-14m": 14_067_712, "pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016,
+        "pythia-1b": 1_011_781_632, "pythia-1.4b": 1_414_647_808, "pythia-2.8b": 2_775_208_960,
+    }  # fmt: skip
+    assert set(published) == set(SIZES)
+    for name, parameters in published.items():
+        size = SIZES[name]
+        body = {key: getattr(size, key) for key in TINY}
+        with torch.device("meta"):
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(**body, vocab_size=size.model_vocab_size))
+        assert model.num_parameters() == parameters, name
+
+
+def test_sources_are_read_from_words():
+    assert parse_sources("shared:256, layer:512:exact") == (Source("shared", 256), Source("layer", 512, "exact"))
+    with pytest.raises(ValueError, match="name one twice"):
+        parse_sources("layer:8,layer:8")
+
+
+def test_ratios_pair_the_rounds():
+    # The machine became four times slower meanwhile; the ratio of medians would say 1.
+    assert paired_ratio([2.0, 2.0, 8.0], [1.0, 1.0, 4.0]) == 2
+    assert paired_ratio([2.0], [1.0, 9.0]) == 2
+    assert paired_ratio([], [1.0]) is None
+
+
+def test_the_crossover_lies_where_the_curves_meet():
+    peer = [(100, 1.0), (400, 4.0), (1600, 16.0)]
+    assert crossover([(100, 2.0), (400, 2.0), (1600, 2.0)], peer) == pytest.approx(200)
+    assert crossover([(100, 0.5), (400, 5.0), (1600, 6.0)], peer) == pytest.approx(
+        400 * 4 ** (0.2231 / 1.2040), rel=1e-3
+    )
+    assert crossover([(100, 0.5), (400, 1.0), (1600, 2.0)], peer) == 100
+    assert crossover([(100, 0.5), (400, 1.0), (1600, 17.0)], peer) is None
+    assert crossover([], peer) is None
+
+
+def row(name, decode, error=None):
+    cache = {"length": 2048, "filled": 2**20 * (4 if "Dynamic" in name else 1), "slack": 0}
+    return {
+        "name": name, "prefill": [2 * t for t in decode], "decode": decode, "generate": decode,
+        "cache": None if error else cache, "peak_bytes": None, "error": error,
+    }  # fmt: skip
+
+
+def records(rows):
+    entry = {"parameters": 7, "weight_bytes": 2**20, "conversation": None, "attention": "sdpa", "error": None}
+    models = [
+        entry | {"name": "P, DynamicCache", "cache": "dynamic", "peer": True},
+        entry | {"name": "P, StaticCache", "cache": "static", "peer": True},
+        entry | {"name": "ours", "cache": "dynamic", "peer": False},
+    ]
+    cell = {"batch_size": 16, "length": 2048, "rows": rows}
+    return {
+        "kind": "decode", "models": models, "cells": [cell], "notes": [],
+        "settings": {"memory_gb": 4.0, "rounds": 2, "threads": 2, "new_tokens": 8, "dtype": "float32"},
+    }  # fmt: skip
+
+
+def test_a_cells_table_has_ratios_to_both_peers(tmp_path):
+    metrics = records([row("P, DynamicCache", [0.5, 0.5]), row("P, StaticCache", [0.2, 0.2]), row("ours", [0.1, 0.1])])
+    line = cell_table(metrics, metrics["cells"][0]).splitlines()[-1].split("  ")
+    cells = [cell.strip() for cell in line if cell.strip()]
+    assert cells[0] == "ours"
+    assert cells[1:3] == ["0.200 (0.200–0.200)", "0.20"]  # a fifth of the time of DynamicCache's prefill
+    assert cells[3:6] == cells[6:9] == ["100.0 (100.0–100.0)", "5.00", "2.00"]
+    assert cells[9:] == ["160.0", "1.0", "75.0 %", "–"]
+
+
+def test_a_report_with_failures_can_be_written(tmp_path):
+    failed = row("ours", [], error="out of <memory>")
+    metrics = records([row("P, DynamicCache", [0.5]), row("P, StaticCache", [], error="no"), failed])
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "provenance.json").write_text(json.dumps({"device": "CPU", "versions": {"torch": "2"}}))
+    for lang in BENCH_TRANSLATIONS:
+        write_report(tmp_path, lang)  # as the command `report` does, which knows a bench by its record
+    assert "out of \\<memory\\>" in (tmp_path / "report.md").read_text()
+    assert "out of &lt;memory&gt;" in (tmp_path / "report.ja.html").read_text()
+
+
+def test_languages_say_the_same():
+    def placeholders(text):
+        return {name for _, name, _, _ in Formatter().parse(text) if name}
+
+    english, japanese = BENCH_TRANSLATIONS["en"], BENCH_TRANSLATIONS["ja"]
+    assert list(english) == list(japanese)
+    assert all(placeholders(english[key]) == placeholders(japanese[key]) for key in english)
+
+
+def test_training_is_timed_in_processes_that_take_turns(tmp_path):
+    models = [{"name": "shared", "context_source": "shared", "context_dim": 12}]
+    recipe = tiny_recipe(tmp_path, architecture={"model_vocab_size": 280}, models=models)
+    out = tmp_path / "out"
+    metrics = bench([], recipe, None, None, options(steps=1, threads=1), train=True, out=out, progress=False)
+    assert [one["name"] for one in metrics["rows"]] == ["plain fp32 GPT-NeoX", "shared"]
+    for one in metrics["rows"]:
+        assert one["error"] is None
+        assert [len(turn) for turn in one["rounds"]] == [1, 1]
+        assert one["peak_bytes"] is None or one["peak_bytes"] > one["process_bytes"] > 0
+    assert (
+        metrics["rows"][1]["rounds"][0][0]["context_block"] > 0 == metrics["rows"][0]["rounds"][0][0]["context_block"]
+    )
+    assert len(metrics["rates"]["float32"]) == 2 and metrics["tokens_per_step"] == 9 * 16
+    speeds = [line[4] for line in step_figures(metrics, BENCH_TRANSLATIONS["en"]).rows]
+    assert speeds[0] == "1.00" and all(float(speed) > 0 for speed in speeds)
+    assert {"report.md", "report.html", "parts.png", "metrics.json"} <= {path.name for path in out.iterdir()}
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_made_of_the_trained_baseline_is_left_out_and_said(tmp_path, capsys):
+    made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
+    sections = {"heal": {"steps": 1}, "architecture": {"model_vocab_size": 280}}
+    recipe = tiny_recipe(tmp_path, models=[{"name": "Pythia"}, made], **sections)
+    given = options(lengths=(8,), batch_sizes=(1,), caches=("dynamic",), rounds=1)
+    metrics = bench([], recipe, None, None, given, progress=False)
+    assert [entry["name"] for entry in metrics["models"]] == ["Pythia, DynamicCache"]
+    assert metrics["notes"][0].startswith("converted is left out, it is made of the trained baseline")
+    assert f"note: {metrics['notes'][0]}" in capsys.readouterr().out
+    alone = tiny_recipe(tmp_path, models=[made], **sections)
+    for train, mend in ((False, "name its folder, not the recipe"), (True, "name models that are trained from")):
+        with pytest.raises(ValueError, match=f"converted is made of the trained baseline: {mend}"):
+            bench([], alone, None, None, given, train=train, progress=False)
+    timed = bench([], recipe, None, None, options(steps=1, rounds=1, threads=1), train=True, progress=False)
+    assert [row["name"] for row in timed["rows"]] == ["plain fp32 GPT-NeoX", "Pythia"]
+    assert timed["notes"] == ["converted is left out, it is made of the trained baseline: healing is not timed"]
+
+
+def test_training_options_that_cannot_be_are_refused_before_anything_starts(tmp_path):
+    recipe = tiny_recipe(tmp_path, train={"warmup_ratio": 0.5})
+    with pytest.raises(ValueError, match="warmup_ratio 0.5: needs the schedule"):
+        bench([], recipe, None, None, options(), train=True, progress=False)

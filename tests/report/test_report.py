@@ -1,0 +1,404 @@
+"""The report says what the run's records say, in both languages, whatever the state of the run."""
+
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from string import Formatter
+
+import numpy as np
+import pytest
+
+from context_pythia.report.document import Code, Paragraph, Table, to_markdown
+from context_pythia.report.figures import Series, draw_frontier, draw_learning_curves, draw_positions, series_of
+from context_pythia.report.report import write_report
+from context_pythia.report.sections import Report
+from context_pythia.report.translations import TRANSLATIONS
+
+NASTY = "<b>bad|name</b> $x"
+
+
+def entry(name, source, dim, ppl, numbers, seconds, *, sharing=None, phase1=None, error=None):
+    """An entry of metrics.json whose perplexity falls to `ppl` at epoch 2 and rises again; all null with an error."""
+    measured = 128 * 4 * numbers
+    history = [
+        {"epoch": i, "train_loss": 7.0 - i, "val_ppl": p, "val_accuracy": 0.2 + i / 100, "seconds": 56.2, "best": b}
+        for i, p, b in ((1, 2 * ppl, True), (2, ppl, True), (3, 1.1 * ppl, False))
+    ]
+    done = {
+        "parameters": 70_756_608, "trainable_parameters": 70_559_232, "best_val_ppl": ppl, "best_epoch": 2,
+        "val_accuracy": 0.2201, "history": history, "stop_reason": "early stop",
+        "seconds_per_epoch": seconds, "phase1": phase1,
+        "cache": {
+            "length": 128, "dtype": "float32", "numbers_per_token": numbers, "bytes_formula": measured,
+            "bytes_measured": measured, "bytes_slack": 0,
+            "reduction_measured": None if source is None else 1 - numbers / 6144,
+        },
+    }  # fmt: skip
+    figures = {key: None for key in done} if error else done
+    return {"name": name, "context_source": source, "context_dim": dim, "context_sharing": sharing, "error": error} | (
+        figures
+    )
+
+
+def oacd(rate):
+    history = [{"iteration": i, "loss": -1.0, "convergence_rate": rate * i / 12, "seconds": 0.5} for i in range(1, 13)]
+    return {"iterations": 12, "convergence_rate": rate, "effective_rank": 171.25, "history": history, "seconds": 6.0}
+
+
+@pytest.fixture
+def records():
+    """Metrics and provenance of a run with a failed model and one that has not run."""
+    models = [
+        entry("Pythia", None, None, 400.0, 6144, 50.0),
+        entry("input 256", "input", 256, 470.4, 6144, 62.0, phase1=oacd(0.962)),
+        entry("shared 256", "shared", 256, 440.0, 272, 60.0, phase1=oacd(0.913)),
+        entry("layer 256", "layer", 256, 390.0, 1536, 55.0, sharing=1),
+        entry(NASTY, "layer", 64, 1.0, 384, 50.0, error="loss became NaN in epoch 1 | see <log>"),
+    ]
+    planned = [{key: model[key] for key in ("name", "context_source", "context_dim")} for model in models]
+    planned.append({"name": "layer late", "context_source": "layer", "context_dim": 256, "context_sharing": 3})
+    metrics = {
+        "models": models,
+        "data": {
+            "source": "peps.jsonl.gz", "documents_train": 650, "documents_validation": 72, "samples_train": 9000,
+            "samples_validation": 1000, "sequence_length": 128, "tokens_train": 1_152_000, "tokenizer": "neox.json",
+            "vocab_size": 50277, "fingerprint": "abc123",
+        },
+        "recipe": {
+            "name": "report", "seed": 7, "models": planned,
+            "architecture": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8,
+                             "intermediate_size": 2048},
+            "train": {"epochs": 10, "batch_size": 32, "gradient_accumulation": 2, "learning_rate": 1e-4,
+                      "schedule": "cosine", "warmup_ratio": 0.05, "weight_decay": 0.01, "precision": "bfloat16",
+                      "patience": 1},
+            "phase1": {"max_iterations": 100, "convergence_rate": 0.95, "threshold": 0.03, "learning_rate": 0.003,
+                       "batch_tokens": 5000, "noise": 0.05, "state_dtype": "float32"},
+        },
+    }  # fmt: skip
+    provenance = {
+        "versions": {"python": "3.12.1", "torch": "2.13.0"}, "device": "cpu", "platform": "Linux", "threads": 2,
+        "commit": "deadbeef", "created": "2026-01-02T03:04:05Z", "seed": 7, "data_fingerprint": "abc123",
+        "command": "context-pythia compare --recipe report",
+    }  # fmt: skip
+    return metrics, provenance
+
+
+@pytest.fixture
+def run(tmp_path, records):
+    return store(tmp_path, *records)
+
+
+def store(folder: Path, metrics, provenance) -> Path:
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (folder / "provenance.json").write_text(json.dumps(provenance), encoding="utf-8")
+    return folder
+
+
+def markdown(records, lang: str = "en") -> str:
+    """The Markdown of a report whose pictures are not drawn."""
+    return to_markdown(list(Report(*records, TRANSLATIONS[lang]).blocks({})))
+
+
+def results(text: str) -> dict[str, dict[str, str]]:
+    """The first table of a Markdown report: model -> column -> cell."""
+    lines = [line for line in text.split("\n\n") if line.startswith("|")][0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, and checks that every opened element is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.links, self.open = set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_report_is_four_files_and_leaves_no_temporary_ones(run):
+    written = write_report(run)
+    assert {path.name for path in written} == {"report.md", "report.html", "curves.png", "frontier.png"}
+    assert {path.name for path in run.iterdir()} == {path.name for path in written} | {
+        "metrics.json",
+        "provenance.json",
+    }
+    for path in written:
+        assert path.stat().st_size > 0
+        assert path.suffix != ".png" or path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_differences_reductions_and_overheads_are_those_to_the_baseline(records):
+    table = results(markdown(records))
+    worse, better, base = table["input 256"], table["layer 256"], table["Pythia"]
+    assert (worse["Best PPL"], worse["Against baseline"]) == ("470.4", "+70.4 (+17.6 %)")
+    assert (better["Against baseline"], better["Reduction"]) == ("−10.0 (−2.5 %)", "75.0 %")
+    assert (table["shared 256"]["KV cache"], table["shared 256"]["Reduction"]) == ("136.0 KB", "95.6 %")
+    assert (worse["KV cache"], worse["Reduction"], worse["Overhead"]) == ("3,072.0 KB", "0.0 %", "×1.24")
+    assert (base["Against baseline"], base["Reduction"], base["Overhead"]) == ("–", "–", "×1.00")
+    assert better["Parameters, trained / all"] == "70,559,232 / 70,756,608"
+    assert better["Accuracy"] == "22.0 %"
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_seconds_of_another_machine_have_no_overhead(records, lang):
+    baseline, slower, same, *_ = records[0]["models"]
+    machine = {"device": "CPU (X)", "processes": 1, "threads": 2}
+    baseline["machine"], slower["machine"], same["machine"] = machine, machine | {"threads": 1}, dict(machine)
+    document = markdown(records, lang)
+    rows = [[cell.strip() for cell in line.split("|")] for line in document.splitlines() if line.startswith("| ")]
+    overheads = {row[1]: row[-2] for row in rows if row[1] in ("Pythia", "input 256", "shared 256") and len(row) > 10}
+    assert overheads == {"Pythia": "×1.00", "input 256": "–", "shared 256": "×1.20"}
+    assert sum("CPU (X)" in line for line in document.splitlines() if "input 256" in line) == 1
+
+
+def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(records):
+    lead = markdown(records).split("\n\n")[1]
+    assert "layer 256 has the best perplexity: 390.0 against 400.0, a difference of −10.0 (−2.5 %)." in lead
+    assert "768.0 KB in place of 3,072.0 KB at 128 tokens in float32, a reduction of 75.0 %" in lead
+    assert "that of shared 256, measures 136.0 KB, a reduction of 95.6 %, at perplexity 440.0" in lead
+
+
+def bands(*perplexities):
+    edges = (0, 16, 32, 64)
+    return [
+        {"from": edges[i], "to": edges[i + 1], "tokens": 1000 * (edges[i + 1] - edges[i]), "perplexity": perplexity}
+        for i, perplexity in enumerate(perplexities)
+    ]
+
+
+@pytest.fixture
+def banded(records):
+    """The records with perplexities by position of all but one finished model."""
+    for model, held in zip(records[0]["models"], [(800, 450, 80), (840, 450, 76), (880, 429.975, 80.4)], strict=False):
+        model["val_ppl_by_position"] = bands(*held)
+    return records
+
+
+def test_perplexities_by_position_are_shown_with_their_differences_to_the_baseline(banded):
+    text = markdown(banded)
+    for line in (
+        "| Model | 0–16 | 16–32 | 32–64 |",
+        "| Pythia | 800.0 | 450.0 | 80.00 |",
+        "| input 256 | 840.0 (+5.0 %) | 450.0 (+0.0 %) | 76.00 (−5.0 %) |",
+        "| shared 256 | 880.0 (+10.0 %) | 430.0 (−4.4 %) | 80.40 (+0.5 %) |",
+        "| tokens | 16,000 | 16,000 | 32,000 |",
+    ):
+        assert line in text
+    section = "".join(text.split("## Quality by position")[1].split("\n\n")[1:4])
+    assert "layer 256" not in section and "against Pythia" in section
+    japanese = markdown(banded, "ja").split("## 位置ごとの品質")[1]
+    assert re.findall(r"\d+\.\d+ \([+−].*? %\)", japanese) == re.findall(r"\d+\.\d+ \([+−].*? %\)", section)
+
+
+@pytest.mark.parametrize("models", [slice(0, None), slice(1, 2)], ids=["baseline", "no baseline"])
+def test_perplexities_by_position_are_drawn(tmp_path, banded, models):
+    metrics, provenance = banded
+    metrics["models"] = metrics["models"][models]
+    written = write_report(store(tmp_path, metrics, provenance))
+    assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG") and tmp_path / "positions.png" in written
+    assert "](positions.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_picture_by_position_shows_every_band_and_the_difference_in_percent(banded):
+    shown = [series_of(model) for model in banded[0]["models"]]
+    above, below = draw_positions(shown).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [[800, 450, 80], [840, 450, 76], [880, 429.975, 80.4]]
+    expected = [[0, 0, 0], [5, 0, -5], [10, -4.45, 0.5]]
+    assert [list(line.get_ydata()) for line in below.lines] == [pytest.approx(line) for line in expected]
+    assert [label.get_text() for label in below.get_xticklabels()] == ["0", "16", "32", "64"]
+
+
+def test_a_run_of_an_older_version_has_no_section_by_position(records):
+    assert all("val_ppl_by_position" not in model for model in records[0]["models"])
+    assert "by position" not in markdown(records)
+
+
+def test_the_formula_is_shown_among_the_results_only_where_it_differs(records):
+    assert "KV cache by formula" not in markdown(records)
+    records[0]["models"][2]["cache"]["bytes_formula"] = 1024
+    table = results(markdown(records))
+    assert table["shared 256"]["KV cache by formula"] == "1.0 KB"
+
+
+def test_learning_curves_show_the_difference_to_the_baseline_at_each_epoch(records):
+    baseline, *others = [series_of(model) for model in records[0]["models"]]
+    titles = [ax.get_title() for ax in draw_learning_curves([baseline, *others]).axes]
+    assert titles[1:] == ["Difference to Pythia at the same epoch (%)", "Training loss", "Phase 1: converged tokens"]
+    ours = dataclasses.replace(baseline, name="layer", baseline=False, perplexity=[(1, 400.0), (2, 380.0), (9, 1.0)])
+    difference = draw_learning_curves([baseline, ours]).axes[1]
+    curves = [line.get_xydata() for line in difference.get_lines()]
+    assert curves[0][:, 1].tolist() == [0, 0, 0]
+    assert curves[1] == pytest.approx(np.array([[1, -50], [2, -5]]))  # against 800 and 400; there is no ninth epoch
+    alone = [ax.get_title() for ax in draw_learning_curves([baseline]).axes]
+    assert alone == [titles[0], "Training loss"]
+
+
+def test_learning_curves_are_logged_line_by_line_with_the_reason_to_stop(records):
+    text = markdown(records)
+    assert "Epoch  2/10: train_loss=5.0000, val_ppl=400.00, val_acc=0.2200, 56.2 s *\n" in text
+    assert "Epoch  3/10: train_loss=4.0000, val_ppl=440.00, val_acc=0.2300, 56.2 s\nStopped after epoch 3" in text
+    assert "Stopped after epoch 3: early stop; best val_ppl=400.00 in epoch 2\n" in text
+
+
+def test_phase_1_shows_what_was_reached_against_what_was_wanted(records):
+    text = markdown(records)
+    assert "| input 256 | yes | 96.2 % | 95.0 % | 12 | 171.2 of 256 | 6.0 |" in text
+    assert "| shared 256 | no | 91.3 % | 95.0 % | 12 | 171.2 of 256 | 6.0 |" in text
+    assert "\n  11:   88.2   96.2\n" in text
+
+
+def test_settings_and_provenance_are_listed(records):
+    text = markdown(records)
+    for line in (
+        "| Samples, training / validation | 9,000 / 1,000 |",
+        "| Sequence length | 128 tokens (129 with the target) |",
+        "| Batch size | 32 × 2 accumulated |",
+        "| Schedule | cosine, warm-up over 5.0 % of the steps |",
+        "| Learning rate (AdamW) | 0.0001 |",
+        "| Phase 1: iterations at most | 100 |",
+        "| Versions | python 3.12.1, torch 2.13.0 |",
+        "| Commit | deadbeef |",
+        "| Data fingerprint | abc123 |",
+        "| CPU threads | 2 |",
+    ):
+        assert line in text
+
+
+def test_earlier_calls_are_listed_with_their_commands(records):
+    assert "Earlier calls" not in markdown(records)
+    records[1]["earlier"] = [{"updated": "2026-11-24", "command": "context-pythia train 'a b'"}]
+    assert "2026-11-24  context-pythia train 'a b'" in markdown(records)
+
+
+def test_failed_and_pending_models_are_shown_as_such(records):
+    text = markdown(records)
+    table = results(text)
+    failed = next(row for name, row in table.items() if "bad" in name)
+    assert (failed["Best PPL"], failed["KV cache"], failed["Against baseline"]) == ("failed", "–", "–")
+    assert table["layer late"]["Best PPL"] == "not run yet"
+    assert table["layer late"]["Context"] == "layer 256, shared by 3 layers"
+    assert "4 of 6 models have a result (failed: 1, not run yet: 1)" in text
+    assert r"loss became NaN in epoch 1 \| see \<log\>" in text
+
+
+def test_a_run_without_a_finished_baseline_has_no_differences(records):
+    del records[0]["models"][0]
+    text = markdown(records)
+    assert "There is no finished baseline" in text
+    assert {(row["Against baseline"], row["Overhead"]) for row in results(text).values()} == {("–", "–")}
+
+
+def test_a_run_that_has_only_begun_is_reported_without_pictures(tmp_path, records):
+    metrics, provenance = records
+    metrics["models"] = []
+    written = write_report(store(tmp_path, metrics, provenance))
+    assert {path.name for path in written} == {"report.md", "report.html"}
+    assert "No model of this run has a result yet." in written[0].read_text(encoding="utf-8")
+
+
+def test_the_caveat_on_the_input_source_appears_only_where_it_was_run(records):
+    assert "has the baseline's cache" in markdown(records)
+    del records[0]["models"][1]
+    assert "has the baseline's cache" not in markdown(records)
+
+
+@pytest.mark.parametrize(("lang", "suffix"), [("en", ""), ("ja", ".ja")])
+def test_the_page_is_well_formed_loads_nothing_and_escapes_names(run, lang, suffix):
+    write_report(run, lang)
+    html = (run / f"report{suffix}.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert len(page.links) == 2 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not page.tags & {"script", "link", "b", "log", "iframe"}
+    assert "url(" not in html and "@import" not in html
+    assert "&lt;b&gt;bad|name&lt;/b&gt; $x" in html
+    assert (run / f"report{suffix}.md").is_file()
+    assert f'<html lang="{lang}">' in html and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
+
+
+def test_the_japanese_report_has_the_same_figures(records):
+    english, japanese = markdown(records), markdown(records, "ja")
+    assert "コンテキスト" in japanese and "Accuracy" not in japanese
+    assert re.findall(r"\d+\.\d+ KB", english.split("##")[2]) == re.findall(r"\d+\.\d+ KB", japanese.split("##")[2])
+    assert results(japanese)["input 256"]["ベースラインとの差"] == "+70.4 (+17.6 %)"
+
+
+def test_every_language_has_the_same_texts_with_the_same_placeholders():
+    def placeholders(texts):
+        return {key: {field for _, field, _, _ in Formatter().parse(text) if field} for key, text in texts.items()}
+
+    english, *others = map(placeholders, TRANSLATIONS.values())
+    assert all(other == english for other in others)
+
+
+def test_an_unknown_language_is_refused_with_the_choices(run):
+    with pytest.raises(ValueError, match="'fr': choose one of en, ja"):
+        write_report(run, "fr")
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "provenance.json"])
+def test_a_missing_record_is_named(run, file):
+    (run / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing: name a folder that a command"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"models": [', "Expecting value"),
+        ("[]", "no object"),
+        ("\x00", "Expecting value"),
+        ('{"models": [], "data": {}}', "has no 'recipe'"),
+        ('{"models": [{"name": "x"}], "data": {}, "recipe": {}}', "model 1 has no 'best_epoch'"),
+    ],
+)
+def test_damaged_metrics_are_one_clear_line(run, content, reason):
+    (run / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"metrics.json is damaged \(.*{reason}.*\): restore it") as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.md").exists()
+
+
+def test_names_in_the_frontier_do_not_overlap():
+    crowd = [
+        Series(f"model number {i}", i == 0, (), (), best=(1, 50 + i / 5), cache_bytes=4096 * (1 + i // 4))
+        for i in range(9)
+    ]
+    axes = draw_frontier(crowd).axes[0]
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) == 9
+    assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
+
+
+def test_a_model_far_above_the_others_is_an_arrow_with_its_perplexity():
+    axes = draw_frontier(
+        [
+            Series(name, i == 0, (), (), best=(1, perplexity), cache_bytes=size)
+            for i, (name, perplexity, size) in enumerate(
+                [("whole", 68.0, 8192), ("half", 69.0, 4096), ("quarter", 71.0, 2048), ("other", 121.5, 2048)]
+            )
+        ]
+    ).axes[0]
+    assert [label.get_text() for label in axes.texts] == ["whole", "half", "quarter", "other: 121.5"]
+    assert axes.get_ylim()[1] < 90
+    assert [line.get_marker() for line in axes.lines[1:]] == ["D", "o", "o", "^"]
+
+
+def test_markdown_keeps_odd_texts_in_their_place():
+    text = to_markdown([Table(["a|b"], [["x\n*y* _z_ snake_case"]]), Code("```"), Paragraph("<i> [l](u)")])
+    assert "| a\\|b |\n| :-- |\n| x \\*y\\* \\_z\\_ snake_case |" in text
+    assert "````text\n```\n````" in text
+    assert r"\<i\> \[l\](u)" in text

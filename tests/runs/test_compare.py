@@ -1,0 +1,261 @@
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
+
+from context_pythia import ContextPythiaForCausalLM
+from context_pythia.runs import train as module
+from context_pythia.runs.record import Run, provenance
+from context_pythia.runs.train import compare, run_phase1, train
+from tests.conftest import tiny_recipe
+
+
+def metrics(run) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_every_model_is_recorded_with_its_figures(finished_run):
+    entries = metrics(finished_run)["models"]
+    assert [entry["name"] for entry in entries] == ["Pythia", "input", "shared", "Layer 12 x2"]
+    for entry in entries:
+        assert entry["error"] is None
+        assert 1 < entry["best_val_ppl"] < 280
+        assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
+        assert entry["history"][1]["train_loss"] < entry["history"][0]["train_loss"]
+        assert entry["cache"]["bytes_measured"] == entry["cache"]["bytes_formula"]
+        assert entry["machine"]["threads"] == torch.get_num_threads() and entry["machine"]["processes"] == 1
+    assert [entry["phase1"] is None for entry in entries] == [True, False, False, True]
+    assert all(0 < entries[i]["phase1"]["effective_rank"] <= 12 for i in (1, 2))
+    assert entries[1]["parameters"] - entries[1]["trainable_parameters"] == (12 + 32 + 1) * 12 + 2 * 12
+
+
+def test_caches_are_measured_at_the_trained_length(finished_run):
+    caches = [entry["cache"] for entry in metrics(finished_run)["models"]]
+    assert [cache["numbers_per_token"] for cache in caches] == [128, 128, 16, 12]
+    numbers = [16 * 128, 16 * 128 + 12, 16 * 16, 16 * 12]
+    assert [cache["bytes_measured"] for cache in caches] == [4 * number for number in numbers]
+    assert caches[0]["reduction_measured"] is None
+    reductions = [cache["reduction_measured"] for cache in caches[1:]]
+    assert reductions == pytest.approx([-12 / 2048, 1 - 16 / 128, 1 - 12 / 128])
+
+
+def test_samples_of_2048_tokens_are_trained_on_and_judged_in_all_their_bands(tmp_path, own_cache):
+    length = 2048
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"samples": 5, "sequence_length": length, "validation_fraction": 0.2},
+        architecture={"max_position_embeddings": length},
+        train={"epochs": 1, "batch_size": 2},
+        models=[{"name": "Pythia"}, {"name": "shared", "context_source": "shared", "context_dim": 12}],
+    )
+    compare(recipe, tmp_path / "run", progress=False)
+    models = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
+    assert [model["cache"]["bytes_measured"] for model in models] == [4 * length * numbers for numbers in (128, 16)]
+    for model in models:
+        bands = model["val_ppl_by_position"]
+        assert [band["to"] for band in bands] == [16, 32, 64, 96, 128, 256, 512, 1024, 2048]
+        mean = sum(band["tokens"] * math.log(band["perplexity"]) for band in bands) / length
+        assert math.exp(mean) == pytest.approx(model["best_val_ppl"], rel=1e-5)
+    assert "| 1,024–2,048 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_run_folder_is_whole(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names == {
+        "recipe.yaml", "metrics.json", "provenance.json", "phase1", "models", "curves.png", "frontier.png",
+        "positions.png", "report.md", "report.html", "report.ja.md", "report.ja.html",
+        ".lock", ".locks",
+    }  # fmt: skip
+    provenance = json.loads((finished_run / "provenance.json").read_text())
+    assert provenance["data_fingerprint"] == metrics(finished_run)["data"]["fingerprint"]
+    assert torch.__version__.startswith(provenance["versions"]["torch"])
+    assert yaml.safe_load((finished_run / "recipe.yaml").read_text()) == metrics(finished_run)["recipe"]
+
+
+def test_models_are_usable_by_generate(finished_run):
+    for name, kind in (("pythia", GPTNeoXForCausalLM), ("layer-12-x2", ContextPythiaForCausalLM)):
+        folder = finished_run / "models" / name
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert isinstance(model, kind)
+        ids = tokenizer("the cache of", return_tensors="pt").input_ids
+        assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_saved_weights_have_the_recorded_perplexity(finished_run):
+    entry = metrics(finished_run)["models"][2]
+    recipe = tiny_recipe(finished_run.parent)
+    validation = module.load_data(recipe.data, progress=False).validation
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "models" / "shared").eval()
+    rows = [validation[i] for i in range(len(validation))]
+    ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    with torch.no_grad():
+        logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert math.exp(loss) == pytest.approx(entry["best_val_ppl"], rel=1e-5)
+    assert (logits.argmax(-1) == labels).float().mean() == pytest.approx(entry["val_accuracy"], rel=1e-5)
+
+
+def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
+    before, provenance = metrics(finished_run), (finished_run / "provenance.json").read_bytes()
+    monkeypatch.setattr(module, "train_language_model", None)
+    monkeypatch.setattr(module, "train_context_block", None)
+    compare(tiny_recipe(finished_run.parent), finished_run, progress=False)
+    assert metrics(finished_run) == before
+    assert (finished_run / "provenance.json").read_bytes() == provenance
+    assert capsys.readouterr().out.count("finished before, kept") == 4
+
+
+def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, monkeypatch):
+    recipe = tiny_recipe(finished_run.parent)
+    run = tmp_path / "run"
+    alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
+    for number, (step, name) in enumerate([(run_phase1, "shared"), (train, "Pythia"), (train, "shared")]):
+        monkeypatch.setattr(sys, "argv", ["context-pythia", f"call {number}"])
+        step(alone[name], run, progress=False)
+        assert len(metrics(run)["models"]) == number
+    expected = {entry["name"]: entry for entry in metrics(finished_run)["models"]}
+    for entry in metrics(run)["models"]:
+        for key in ("best_val_ppl", "best_epoch", "val_accuracy", "parameters", "cache"):
+            assert entry[key] == expected[entry["name"]][key]
+    provenance = json.loads((run / "provenance.json").read_text())
+    calls = [*provenance.pop("earlier"), provenance]
+    assert [call["models"] for call in calls] == [["shared"], ["Pythia"], ["shared"]]
+    assert [call["command"] for call in calls] == [f"context-pythia 'call {number}'" for number in range(3)]
+    assert all(call["versions"] == provenance["versions"] for call in calls)
+
+
+def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_path):
+    recipe, entries = tiny_recipe(finished_run.parent), metrics(finished_run)["models"]
+    alone = [dataclasses.replace(recipe, models=[model]) for model in recipe.models[:3]]
+    runs = [Run(tmp_path, one) for one in alone]
+    # The baseline comes last, and its bytes give the others their reductions.
+    for run, entry in reversed(list(zip(runs, entries, strict=False))):
+        run.add({**entry, "cache": {**entry["cache"], "reduction_measured": None}})
+    assert not runs[0].finished(entries[0]["name"]) and Run(tmp_path, alone[0]).finished(entries[1]["name"])
+    recorded = metrics(tmp_path)
+    assert {entry["name"]: entry for entry in recorded["models"]} == {entry["name"]: entry for entry in entries[:3]}
+    assert {model["name"] for model in recorded["recipe"]["models"]} == {entry["name"] for entry in entries[:3]}
+
+
+def test_a_folder_keeps_to_its_recipe(finished_run):
+    recipe = tiny_recipe(finished_run.parent, train={"epochs": 3})
+    with pytest.raises(ValueError, match="holds a run with train.epochs 2, not 3: choose another folder with --out"):
+        compare(recipe, finished_run, progress=False)
+
+
+def test_options_that_change_no_result_may_change(finished_run, tmp_path):
+    for name in ("metrics.json", "recipe.yaml"):
+        shutil.copy(finished_run / name, tmp_path)
+    free = {"checkpoint_steps": 3, "gradient_checkpointing": True, "tensorboard": True}
+    recipe = tiny_recipe(finished_run.parent, train=free, phase1={"checkpoint_seconds": 1.0})
+    run = Run(tmp_path, recipe)
+    run.write()
+    assert run.finished("shared") and metrics(tmp_path)["models"] == metrics(finished_run)["models"]
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["train"]["checkpoint_steps"] == 3
+
+
+def test_a_folder_keeps_to_its_text(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    alone = [dataclasses.replace(recipe, models=[recipe.models[index]]) for index in (0, 3)]
+    train(alone[0], tmp_path / "run", progress=False)
+    (tmp_path / "corpus" / "00.txt").write_text("the text was another one when this run began\n" * 40)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    for again in alone:
+        with pytest.raises(ValueError, match="the text has changed; choose another folder with --out"):
+            train(again, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+
+
+def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "train_language_model", fail)
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(RuntimeError, match="1 of 1 models failed: Pythia: MemoryError"):
+        compare(dataclasses.replace(recipe, models=recipe.models[:1]), tmp_path / "run", progress=False)
+    assert metrics(tmp_path / "run")["models"][0]["error"] == "MemoryError"
+
+
+def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_path, monkeypatch):
+    recipe = tiny_recipe(finished_run.parent)
+    recipe = dataclasses.replace(recipe, models=[recipe.models[3], recipe.models[0]])
+    whole = module.train_language_model
+
+    def fail_with_context(model, *args, **kwargs):
+        if isinstance(model, ContextPythiaForCausalLM):
+            raise RuntimeError("the loss became nan at step 3")
+        return whole(model, *args, **kwargs)
+
+    monkeypatch.setattr(module, "train_language_model", fail_with_context)
+    with pytest.raises(RuntimeError, match="1 of 2 models failed: Layer 12 x2: the loss became nan"):
+        compare(recipe, tmp_path / "run", progress=False)
+    failed, baseline = metrics(tmp_path / "run")["models"]
+    assert failed["error"] == "the loss became nan at step 3" and failed["best_val_ppl"] is None
+    assert baseline["error"] is None
+    assert "the loss became nan at step 3" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_phase1_refuses_a_model_without_context_block(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    with pytest.raises(ValueError, match="Pythia has no ContextBlock"):
+        run_phase1(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"warmup_ratio": 0.1}, {"precision": "float16"}, {"tensorboard": True}], ids=str)
+def test_options_that_cannot_be_are_refused_before_phase_1(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    wrong = tiny_recipe(tmp_path, train=options)
+    for command in (compare, train):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            command(dataclasses.replace(wrong, models=[wrong.models[2]]), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [compare, train, run_phase1])
+def test_a_model_that_another_call_trains_is_refused_and_the_others_are_not(tmp_path, own_cache, command):
+    recipe = tiny_recipe(tmp_path)
+    held, other = (dataclasses.replace(recipe, models=[recipe.models[i]]) for i in (1, 2))
+    (tmp_path / "run" / ".locks").mkdir(parents=True)
+    with FileLock(tmp_path / "run" / ".locks" / "input.lock"):
+        with pytest.raises(ValueError, match=r"another call trains input in .*run now: wait for its end"):
+            command(held, tmp_path / "run", progress=False)
+        assert metrics(tmp_path / "run")["models"] == []
+        command(other, tmp_path / "run", progress=False)
+
+
+def test_a_refused_command_leaves_the_folder_free(tmp_path):
+    wrong = tiny_recipe(tmp_path, data={"data": str(tmp_path / "missing.txt")})
+    with pytest.raises(FileNotFoundError, match="missing.txt"):
+        train(wrong, tmp_path / "run", progress=False)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the run folder .* choose another with --out") as caught:
+        train(tiny_recipe(tmp_path), tmp_path / "file" / "run", progress=False)
+    assert not isinstance(caught.value, FileNotFoundError | NotADirectoryError)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"models": [{"name": "Pythia"}], "data": {}, "recipe": {}}'])
+def test_damaged_metrics_are_named(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match="metrics.json is damaged"):
+        train(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("program", ["/env/bin/context-pythia", "/env/site-packages/context_pythia/__main__.py"])
+def test_provenance_names_the_command_as_it_is_installed(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "compare", "quick"])
+    assert provenance(torch.device("cpu"))["command"] == "context-pythia compare quick"

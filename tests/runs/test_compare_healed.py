@@ -1,0 +1,194 @@
+"""Models of a run that are made of its trained baseline, converted or not, and healed."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
+
+from context_pythia import ContextPythiaForCausalLM, processes
+from context_pythia.config.convert import ConvertOptions
+from context_pythia.report.figures import series_of
+from context_pythia.runs import train as module
+from context_pythia.runs.convert import convert
+from context_pythia.runs.record import Run
+from context_pythia.runs.train import compare, train
+from tests.conftest import tiny_recipe
+
+HEAL = {"steps": 9, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
+MODELS = [
+    {"name": "Pythia"},
+    {"name": "Control", "from_baseline": True},
+    {"name": "Converted", "context_source": "layer", "context_dim": 6, "from_baseline": True},
+]
+
+
+def healing_recipe(folder, heal=HEAL, models=MODELS, **sections):
+    return tiny_recipe(folder, heal=heal, models=models, **sections)
+
+
+def alone(recipe, *names):
+    return dataclasses.replace(recipe, models=[model for model in recipe.models if model.name in names])
+
+
+def entries(run) -> dict:
+    return {entry["name"]: entry for entry in json.loads((run / "metrics.json").read_text())["models"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, own_cache):
+    return tmp_path_factory.mktemp("healed")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    # The baseline comes from an earlier call, whose folder has healed nothing yet.
+    recipe = healing_recipe(folder)
+    compare(alone(healing_recipe(folder, {**HEAL, "steps": 5}), "Pythia"), folder / "run", progress=False)
+    compare(recipe, folder / "run", lang="ja", progress=False)
+    return folder / "run"
+
+
+def test_healing_begins_at_the_trained_baseline(run):
+    baseline, control, converted = entries(run).values()
+    assert control["history"][0]["val_ppl"] == pytest.approx(baseline["best_val_ppl"], rel=1e-6)
+    assert converted["history"][0]["val_ppl"] > 1.00001 * baseline["best_val_ppl"]
+    for entry in (control, converted):
+        origin = {key: baseline[key] for key in ("name", "best_epoch", "best_val_ppl")}
+        assert entry["from_baseline"] == origin
+        assert [row["step"] for row in entry["history"]] == [0, 6, 9]
+        assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
+        assert entry["best_epoch"] == next(
+            row["epoch"] for row in entry["history"] if row["val_ppl"] == entry["best_val_ppl"]
+        )
+        assert entry["trainable_parameters"] == entry["parameters"] and entry["machine"] == baseline["machine"]
+    assert baseline["from_baseline"] is None
+
+
+def test_caches_are_measured_against_the_baseline_s(run):
+    baseline, control, converted = (entry["cache"] for entry in entries(run).values())
+    assert [cache["numbers_per_token"] for cache in (baseline, control, converted)] == [128, 128, 12]
+    assert converted["length"] == 16 and converted["bytes_measured"] == 4 * 16 * 12
+    reductions = [cache["reduction_measured"] for cache in (baseline, control, converted)]
+    assert reductions == [None, 0, pytest.approx(1 - 12 / 128)]
+
+
+def test_saved_weights_have_the_recorded_perplexity(folder, run):
+    validation = module.load_data(healing_recipe(folder).data, progress=False).validation
+    rows = [validation[i] for i in range(len(validation))]
+    ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
+    for name, kind in (("Control", GPTNeoXForCausalLM), ("Converted", ContextPythiaForCausalLM)):
+        model = AutoModelForCausalLM.from_pretrained(run / "models" / name.lower()).eval()
+        assert isinstance(model, kind)
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
+        assert math.exp(loss) == pytest.approx(entries(run)[name]["best_val_ppl"], rel=1e-5)
+
+
+def test_it_is_the_conversion_of_the_command(folder, run, tmp_path):
+    recipe = healing_recipe(folder)
+    text = dataclasses.replace(recipe.data, tokenizer=str(run / "models" / "pythia"))
+    options = ConvertOptions(context_dim=6, calibration_tokens=54 * 16)
+    record = convert(str(run / "models" / "pythia"), tmp_path / "out", options, text, recipe.heal, progress=False)
+    entry = entries(run)["Converted"]
+    for row, again in zip(entry["history"], record["healing"]["history"], strict=True):
+        for key in ("step", "train_loss", "val_ppl", "val_accuracy"):
+            assert row[key] == again[key]
+    assert entry["val_ppl_by_position"] == record["healing"]["val_ppl_by_position"]
+
+
+def test_the_report_says_what_the_longer_training_is_worth(run):
+    english, japanese = ((run / name).read_text() for name in ("report.md", "report.ja.md"))
+    control, converted = (entries(run)[name] for name in ("Control", "Converted"))
+    change = converted["best_val_ppl"] / control["best_val_ppl"] - 1
+    assert f"Converted against the control Control: {'+' if change > 0 else '−'}{abs(change):.1%}"[:-1] in english
+    assert "| Control | control: baseline, healed |" in english and "| Converted | layer 6, converted |" in english
+    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps on the same text, taught by" in english
+    assert "Step 9/9: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
+    assert (
+        "| Control | 対照：ベースラインの追加学習 |" in japanese and "対照 Control に対する Converted の差" in japanese
+    )
+
+
+def test_curves_go_on_where_the_baseline_ended(run):
+    baseline, _, converted = (series_of(entry) for entry in entries(run).values())
+    assert baseline.baseline and not converted.baseline
+    assert [x for x, _ in baseline.perplexity] == [1, 2]
+    assert [x for x, _ in converted.perplexity] == [2, 3, 3.5] and converted.best[0] > 2
+    # The loss of healing is not that of training.
+    assert baseline.train_loss and not converted.train_loss
+
+
+def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
+    monkeypatch.setattr(module, "convert", None)
+    before = entries(run)
+    compare(healing_recipe(folder), run, progress=False)
+    assert capsys.readouterr().out.count("finished before, kept") == 3 and entries(run) == before
+
+
+def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
+    with pytest.raises(ValueError, match=r"holds a run with heal.steps 9, not 5: choose another folder"):
+        Run(run, healing_recipe(folder, {**HEAL, "steps": 5}))
+
+
+def test_healing_that_failed_may_be_tried_with_other_options(folder, tmp_path, monkeypatch):
+    recipe = alone(healing_recipe(folder, {**HEAL, "learning_rate": 1e9}), "Pythia", "Converted")
+    with pytest.raises(RuntimeError, match="1 of 2 models failed"):
+        monkeypatch.setattr(module, "convert", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("nan")))
+        compare(recipe, tmp_path, progress=False)
+    assert Run(tmp_path, healing_recipe(folder)).finished("Pythia")
+
+
+def test_a_healing_goes_on_however_its_folder_is_named(folder, run, tmp_path, monkeypatch):
+    recipe = alone(healing_recipe(folder), "Converted")
+    monkeypatch.chdir(run.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "context_pythia.runs.convert.heal", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe, tmp_path, progress=False, origin=Run(Path(run.name), healing_recipe(folder)))
+    compare(recipe, tmp_path, progress=False, origin=Run(run, healing_recipe(folder)))
+    assert entries(tmp_path)["Converted"]["best_val_ppl"] == entries(run)["Converted"]["best_val_ppl"]
+
+
+def test_a_failed_healing_is_recorded_and_made_up_for(folder, run, tmp_path, monkeypatch):
+    recipe, real = alone(healing_recipe(folder), "Pythia", "Converted"), module.convert
+
+    def fail(*arguments, **named):
+        raise RuntimeError("loss became nan at or before step 3")
+
+    monkeypatch.setattr(module, "convert", fail)
+    with pytest.raises(RuntimeError, match="1 of 2 models failed: Converted: loss became nan"):
+        compare(recipe, tmp_path / "run", progress=False)
+    assert entries(tmp_path / "run")["Converted"]["error"] == "loss became nan at or before step 3"
+    monkeypatch.setattr(module, "convert", real)
+    compare(recipe, tmp_path / "run", progress=False)
+    assert entries(tmp_path / "run")["Converted"]["best_val_ppl"] == entries(run)["Converted"]["best_val_ppl"]
+
+
+def test_a_baseline_that_failed_is_not_converted(folder, tmp_path, monkeypatch):
+    def fail(*arguments, **named):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "train_language_model", fail)
+    with pytest.raises(RuntimeError, match="3 of 3 models failed: Pythia: out of memory"):
+        compare(healing_recipe(folder), tmp_path, progress=False)
+    assert "no baseline in" in entries(tmp_path)["Converted"]["error"]
+
+
+@pytest.mark.parametrize("names", [("Converted",), ("Control",)])
+def test_a_run_without_a_baseline_is_refused_before_the_text_is_read(folder, tmp_path, monkeypatch, names):
+    monkeypatch.setattr(module, "load_data", None)
+    with pytest.raises(ValueError, match=f"{names[0]} is made of the trained baseline, and .*: name one before it"):
+        train(alone(healing_recipe(folder), *names), tmp_path, progress=False)
+
+
+def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    recipe = healing_recipe(folder)
+    with pytest.raises(ValueError, match="Control is made of the trained baseline in one process, 2 were started"):
+        module._check_origins(recipe, Run(tmp_path, recipe))

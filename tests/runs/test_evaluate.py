@@ -1,0 +1,293 @@
+"""`context-pythia eval` on the models of a tiny comparison: figures, files, and what it refuses."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from context_pythia.cli import command_line as cli
+from context_pythia.config.recipe_files import load_recipe
+from context_pythia.evaluation import perplexity
+from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.report import formats
+from context_pythia.report.evaluation_report import console_table, write_evaluation
+from context_pythia.report.report import write_report
+from context_pythia.runs import evaluate as module
+from context_pythia.runs.evaluate import compare_with_first, evaluate, evaluate_model
+from tests.evaluation.conftest import build
+
+NAMES = ("pythia", "input", "shared", "layer-12-x2")
+
+
+@pytest.fixture(scope="module")
+def paths(finished_run):
+    return [str(finished_run / "models" / name) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def data(finished_run, paths):
+    """The data of the comparison, with the tokenizer that its models carry: the default of `eval`."""
+    return replace(load_recipe(str(finished_run / "recipe.yaml")).data, tokenizer=paths[0])
+
+
+@pytest.fixture(scope="module")
+def evaluated(paths, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated") / "eval"
+    evaluate(paths, data, batch_size=4, cached_tokens=70, out=out, lang="ja", progress=False)
+    return out
+
+
+def test_the_command_report_writes_the_report_of_an_evaluation_again(evaluated):
+    before = (evaluated / "report.ja.md").read_text(encoding="utf-8")
+    (evaluated / "report.ja.md").unlink()
+    assert evaluated / "report.ja.md" in write_report(evaluated, "ja")
+    assert (evaluated / "report.ja.md").read_text(encoding="utf-8") == before
+
+
+@pytest.fixture(scope="module")
+def rows(evaluated):
+    return json.loads((evaluated / "metrics.json").read_text())["models"]
+
+
+def test_the_figures_are_those_of_training(rows, finished_run):
+    trained = json.loads((finished_run / "metrics.json").read_text())["models"]
+    assert [row["name"] for row in rows] == list(NAMES)
+    for row, held in zip(rows, trained, strict=True):
+        assert row["perplexity"] == pytest.approx(held["best_val_ppl"], rel=1e-5)
+        assert row["accuracy"] == pytest.approx(held["val_accuracy"])
+        assert row["cache"]["bytes_measured"] == row["cache"]["bytes_formula"] == held["cache"]["bytes_measured"]
+        assert row["parameters"] == held["parameters"]
+
+
+def test_both_passes_agree_and_rows_are_compared_with_the_first(rows):
+    for row in rows:
+        assert row["cached"]["agrees"] and row["cached"]["tokens"] == 80
+        assert row["cached"]["perplexity"] == pytest.approx(row["cached"]["parallel_perplexity"], rel=1e-5)
+    first, *others = rows
+    assert (first["change"], first["kl"], first["agreement"]) == (None, None, None)
+    assert first["cache"]["reduction_measured"] == 0
+    for row in others:
+        assert row["change"] == pytest.approx(row["perplexity"] / first["perplexity"] - 1)
+        assert row["kl"] > 0 and 0 < row["agreement"] <= 1
+    assert rows[2]["cache"]["reduction_measured"] == pytest.approx(1 - 16 / 128)
+
+
+def test_the_report_shows_the_figures_in_both_languages(evaluated, rows):
+    english, japanese = (evaluated / "report.md").read_text(), (evaluated / "report.ja.md").read_text()
+    for row in rows:
+        line = next(line for line in english.splitlines() if line.startswith(f"| {row['name']} |"))
+        assert f"{row['perplexity']:.5g}" in line and f"{row['cache']['bytes_measured'] / 1024:.1f} KB" in line
+    assert "has the same perplexity on the same 80 tokens, to 4 digits" in english
+    assert sorted(re.findall(r"\d+\.\d+ KB", english)) == sorted(re.findall(r"\d+\.\d+ KB", japanese))
+    assert "モデルの比較評価" in japanese and "accuracy" not in japanese
+    assert (evaluated / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in (evaluated / "report.html").read_text()
+
+
+def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, rows, finished_run):
+    trained = json.loads((finished_run / "metrics.json").read_text())["models"]
+    for row, held in zip(rows, trained, strict=True):
+        (found,), (expected,) = row["perplexity_by_position"], held["val_ppl_by_position"]
+        assert found == pytest.approx(expected, rel=1e-5) and found["tokens"] == row["tokens"]
+        assert row["cached"]["perplexity_by_position"][0]["tokens"] == 80
+    shown = [f"{row['perplexity']:.2f}" for row in rows]
+    text = (evaluated / "report.md").read_text()
+    table = text.split("## Quality by position")[1].split("\n\n")[1]
+    assert table.startswith("| Model | 0–16 |") and f"| {NAMES[0]} | {shown[0]} |" in table
+    assert re.search(rf"\| {NAMES[3]} \| {shown[3]} \([+−]\d+\.\d %\) \|", table)
+    assert "](positions.png)" in text and (evaluated / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert "位置ごとの品質" in (evaluated / "report.ja.md").read_text()
+    console = " ".join(console_table({"models": rows, "notes": []}).split())
+    assert "Perplexity by position in the sample: Model 0–16 ----" in console and shown[3] in console
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_quantised_cache_by_position_is_its_models_times_the_change(evaluated, tmp_path, index):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    whole = metrics["models"][index]
+    quantised = json.loads(json.dumps(whole)) | {"quantised": "int4", "perplexity_by_position": None}
+    quantised |= {"perplexity": None, "kl": 0.1}
+    quantised["cached"]["perplexity"] *= 1.25
+    quantised["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
+    metrics["models"].append(quantised)
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    write_evaluation(tmp_path / "eval")
+    value = 1.25 * whole["perplexity_by_position"][0]["perplexity"]
+    against = formats.change(value / metrics["models"][0]["perplexity_by_position"][0]["perplexity"] - 1)
+    line = f"| {whole['name']} + int4 | {formats.perplexity(value)} ({against}) |"
+    assert line in (tmp_path / "eval" / "report.md").read_text()
+
+
+def test_an_evaluation_of_an_older_version_has_no_section_by_position(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for row in metrics["models"]:
+        del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "eval" / "positions.png").unlink()
+    write_evaluation(tmp_path / "eval")
+    assert "by position" not in (tmp_path / "eval" / "report.md").read_text() + console_table(metrics)
+    assert not (tmp_path / "eval" / "positions.png").exists()
+
+
+def test_tasks_stand_in_report_and_table(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    metrics["models"][0]["tasks"] = {"own_words": {"acc": 0.4375, "acc_stderr": 0.1}}
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    write_evaluation(tmp_path / "eval")
+    assert "| pythia | own_words | acc | 0.4375 |" in (tmp_path / "eval" / "report.md").read_text()
+    assert "pythia own_words acc 0.4375" in " ".join(console_table(metrics).split())
+
+
+def test_where_it_ran_is_recorded(evaluated, data):
+    found = json.loads((evaluated / "provenance.json").read_text())
+    assert found["versions"]["torch"] == torch.__version__ and found["data_fingerprint"] and found["device"]
+
+
+def test_passes_that_differ_are_reported(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    metrics["models"][3]["cached"] |= {"agrees": False, "perplexity": 78.5, "parallel_perplexity": 77.0}
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    write_evaluation(tmp_path / "eval")
+    line = (
+        "> Parallel and token-by-token perplexity on the same 80 tokens differ within 4 digits: layer-12-x2 77 / 78.5."
+    )
+    assert line in (tmp_path / "eval" / "report.md").read_text()
+    assert "differ within 4 digits: layer-12-x2" in " ".join(console_table(metrics).split())
+
+
+def test_a_wrong_decoding_step_shows_as_a_difference(paths, data, monkeypatch):
+    monkeypatch.setattr(perplexity, "DynamicCache", Amnesiac)
+    metrics = evaluate(paths[:1], data, cached_tokens=70, progress=False)
+    assert metrics["models"][0]["cached"]["agrees"] is False
+
+
+class Amnesiac(perplexity.DynamicCache):
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        held, own = super().update(keys, values, layer_idx, *args, **kwargs)
+        return held, torch.zeros_like(own)
+
+
+def test_quantised_caches_make_rows_of_their_own(paths, data, capsys):
+    pytest.importorskip("hqq")
+    models = [paths[0], paths[2], paths[3]]
+    metrics = evaluate(models, data, cached_tokens=70, caches=["int8", "int4"], progress=False)
+    found = {(row["name"], row["quantised"]): row for row in metrics["models"]}
+    assert len(found) == 9
+    for name in ("pythia", "shared", "layer-12-x2"):
+        sizes = [found[name, kind]["cache"]["bytes_measured"] for kind in (None, "int8", "int4")]
+        assert sizes == sorted(sizes, reverse=True)
+        assert found[name, "int8"]["perplexity"] is None and found[name, "int8"]["cached"]["perplexity"] > 1
+    assert found["pythia", "int8"]["kl"] < found["pythia", "int4"]["kl"] < found["layer-12-x2", None]["kl"]
+    assert "layer-12-x2 + int4" in capsys.readouterr().out
+
+
+def test_a_quantised_cache_that_fails_is_a_row_with_its_error(paths, data, capsys, monkeypatch):
+    pytest.importorskip("hqq")
+
+    def fail(*_):
+        raise RuntimeError("no kernel for this width\nand more")
+
+    monkeypatch.setattr(module, "quantised_cache", fail)
+    metrics = evaluate([paths[0]], data, cached_tokens=70, caches=["int8"], progress=False)
+    assert metrics["models"][1]["error"] == "no kernel for this width" and metrics["models"][1]["cached"] is None
+    assert "pythia + int8: no kernel for this width" in capsys.readouterr().out
+
+
+def test_a_model_in_hand_gives_the_same_rows(paths, data, rows):
+    packed = module.load_data(data, progress=False)
+    first, other = (load_pretrained(paths[i], torch.float32) for i in (0, 3))
+    found = evaluate_model(first, "pythia", packed.validation, 4, 70, progress=False)
+    found += evaluate_model(other, "layer-12-x2", packed.validation, 4, 70, reference=first, progress=False)
+    compare_with_first(found)
+    assert found[0] | {"name": ""} == rows[0] | {"name": ""} and found[1]["kl"] == pytest.approx(rows[3]["kl"])
+    assert found[1]["cache"] == rows[3]["cache"]
+
+
+def test_other_vocabularies_are_said_or_refused(paths, data, tmp_path, capsys):
+    build("layer", vocab_size=400).save_pretrained(tmp_path / "wider")
+    models = [paths[0], str(tmp_path / "wider")]
+    metrics = evaluate(models, replace(data, tokenizer="train", vocab_size=270), cached_tokens=1, progress=False)
+    assert metrics["notes"][0].startswith("pythia was trained with another tokenizer")
+    assert "note: wider has a vocabulary of 400 rows, pythia 384: KL is left out" in capsys.readouterr().out
+    assert metrics["models"][1]["kl"] is None and metrics["models"][1]["agreement"] is not None
+    build("pythia", vocab_size=61).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(
+        ValueError, match=r"narrow knows 61 tokens, the tokenizer pythia makes \d+: give the model's own"
+    ):
+        evaluate([str(tmp_path / "narrow")], data, progress=False)
+
+
+def test_a_damaged_or_absent_model_is_one_line_before_anything_is_scored(paths, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "score", lambda *arguments: pytest.fail("scored"))
+    shutil.copytree(paths[3], tmp_path / "broken")
+    file = tmp_path / "broken" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("gpt_neox.final_layer_norm.bias")
+    save_file(tensors, file, {"format": "pt"})
+    flags = ["--data", data.data, "--samples", "60", "--sequence-length", "16"]
+    for model, code, message in [
+        (str(tmp_path / "broken"), 1, "is damaged"),
+        (str(tmp_path / "absent"), 2, "no such model"),
+        (paths[0], 2, "is named twice"),
+    ]:
+        assert cli.main(["eval", paths[0], model, *flags]) == code
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_a_training_run_is_not_written_over(paths, data, finished_run):
+    held = (finished_run / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a training run"):
+        evaluate(paths[:1], data, out=finished_run, progress=False)
+    assert (finished_run / "metrics.json").read_bytes() == held
+
+
+def test_neither_models_nor_files_nor_other_evaluations_are_written_over(paths, data, tmp_path):
+    def again(models, out, **options):
+        return evaluate(models, data, cached_tokens=1, out=out, progress=False, **options)
+
+    again(paths[:2], tmp_path / "eval")
+    again(paths[:2], tmp_path / "eval")
+    for models, options in [(paths[:1] + paths[2:3], {}), (paths[:2], {"batch_size": 3}), (paths[:1], {})]:
+        with pytest.raises(ValueError, match="eval: holds another evaluation; choose another folder"):
+            again(models, tmp_path / "eval", **options)
+    again(paths[:3], tmp_path / "eval")  # one more of the same is an evaluation that goes on
+    with pytest.raises(ValueError, match="holds a model; choose another folder"):
+        again(paths[:1], Path(paths[1]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file; choose another folder"):
+        again(paths[:1], tmp_path / "file")
+
+
+def test_a_model_whose_loss_is_not_a_number_is_named(paths, data, tmp_path):
+    shutil.copytree(paths[0], tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["gpt_neox.final_layer_norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="broken: the validation loss is nan"):
+        evaluate([paths[0], str(tmp_path / "broken")], data, cached_tokens=1, progress=False)
+
+
+def test_an_interrupt_is_one_line_and_keeps_what_was_found(paths, data, tmp_path, capsys, monkeypatch):
+    scored = module.score
+
+    def score(model, dataset, batch_size, reference, progress):
+        if reference is not None:
+            raise KeyboardInterrupt
+        return scored(model, dataset, batch_size, reference, progress)
+
+    monkeypatch.setattr(module, "score", score)
+    flags = ["--data", data.data, "--samples", "60", "--sequence-length", "16", "--cached-tokens", "1", "--quiet"]
+    assert cli.main(["eval", *paths[:2], *flags, "--out", str(tmp_path / "eval")]) == 130
+    assert capsys.readouterr().err == "\ncontext-pythia: interrupted\n"
+    kept = json.loads((tmp_path / "eval" / "metrics.json").read_text())["models"]
+    assert [row["name"] for row in kept] == ["pythia"]

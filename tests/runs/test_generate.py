@@ -1,0 +1,55 @@
+import re
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from context_pythia.runs import generate as module
+from context_pythia.runs.generate import generate
+
+
+@pytest.mark.parametrize("name, numbers", [("pythia", 128), ("input", 128), ("shared", 16), ("layer-12-x2", 12)])
+def test_stats_show_the_cache_that_was_filled(finished_run, capsys, name, numbers):
+    generate(str(finished_run / "models" / name), "the cache of a model", max_new_tokens=9, stats=True)
+    text, stats = capsys.readouterr().out.split("\n\n")[-2:]
+    assert text.startswith("the cache of a model")
+    prompt, new = map(int, re.search(r"(\d+) prompt tokens and (\d+) new ones", stats).groups())
+    assert f"cache: {prompt + new - 1} tokens x {numbers} numbers" in stats
+    state = 12 if name == "input" else 0
+    assert f"{((prompt + new - 1) * numbers + state) * 4 / 1024:,.1f} KB measured" in stats
+
+
+def test_sampling_depends_on_the_seed_alone(finished_run, capsys):
+    def sample(seed: int) -> str:
+        generate(str(finished_run / "models" / "shared"), "the", 20, temperature=1.5, seed=seed)
+        return capsys.readouterr().out
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_beams_write_text(finished_run, capsys):
+    generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, num_beams=3, stats=True)
+    assert "x 3 beams" in capsys.readouterr().out
+
+
+def test_compiled_decoding_writes_the_same(finished_run, capsys, monkeypatch):
+    settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    settings._compile_all_devices = True
+    monkeypatch.setattr(module, "compiled_step", lambda: settings)
+    texts = []
+    for compile in (False, True):
+        torch._dynamo.utils.counters.clear()
+        generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, compile=compile)
+        texts.append(capsys.readouterr().out)
+        assert bool(torch._dynamo.utils.counters["stats"]) == compile
+    assert texts[0] == texts[1]
+
+
+def test_prompts_that_cannot_be_are_refused(finished_run):
+    model = str(finished_run / "models" / "shared")
+    with pytest.raises(ValueError, match="--prompt is empty"):
+        generate(model, "")
+    with pytest.raises(ValueError, match="more than the model's 64 positions"):
+        generate(model, "the cache", max_new_tokens=64)
+    with pytest.raises(ValueError, match="--top-k 3: needs a --temperature above 0"):
+        generate(model, "the cache", top_k=3)

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from context_pythia.config.recipe_files import load_recipe
+from context_pythia.runs.info import info
+
+
+def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
+    info(load_recipe("report"), None, length=128, dtype="float32", as_json=True)
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [model["cached_numbers_per_token"] for model in models] == [6144, 6144, 272, 1536, 512]
+    assert models[0]["parameters"] == 70_426_624
+    assert (models[1]["parameters"], models[1]["trainable_parameters"]) == (70_756_608, 70_559_232)
+    assert models[0]["cache"]["bytes_measured"] == 3_145_728
+    for model in models:
+        assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
+
+
+def test_what_a_conversion_decides_is_left_open(capsys):
+    recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "heal.parameters": "attention"})
+    info(recipe, None, length=8, dtype="float32", as_json=True)
+    control, converted = json.loads(capsys.readouterr().out)["models"][1:3]
+    assert control["trainable_parameters"] == 3 * 512 * 513  # queries, keys and values
+    assert (converted["parameters"], converted["trainable_parameters"]) == (None, None)
+    assert converted["cache"]["bytes_measured"] == 4 * 8 * 256
+    info(recipe, None, length=8, dtype="float32", as_json=False)
+    assert capsys.readouterr().out.endswith("\n–: the conversion of the trained baseline decides it\n")
+
+
+def test_saved_model_is_described_as_a_table(finished_run, capsys):
+    info(None, str(finished_run / "models" / "shared"), length=20, dtype="bfloat16", as_json=False)
+    output = capsys.readouterr().out
+    assert "20 tokens in bfloat16" in output
+    assert f"{16 * 20 * 2 / 1024:,.1f} KB" in output.splitlines()[-1]
+
+
+def test_a_cache_longer_than_the_models_positions_is_refused(finished_run):
+    with pytest.raises(ValueError, match="--length 65: .*shared has 64 positions"):
+        info(None, str(finished_run / "models" / "shared"), length=65, dtype="float32", as_json=True)
+
+
+def test_missing_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        info(None, str(tmp_path / "nothing.here"), length=8, dtype="float32", as_json=True)
