@@ -6,6 +6,7 @@ this module imports neither torch nor transformers: `context-pythia compare --he
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -37,6 +38,11 @@ class DataOptions(Options):
         0.1, "share of the samples held out; documents are split before packing", bounds="> 0 and < 1"
     )
     cache_dir: str | None = option(None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)", free=True)
+
+    def split_sizes(self, samples: int) -> tuple[int, int]:
+        """Training and validation samples among so many, at least one each."""
+        validation = min(max(round(samples * self.validation_fraction), 1), samples - 1)
+        return samples - validation, validation
 
 
 @dataclass
@@ -100,6 +106,11 @@ class TrainOptions(Options):
 
     section: ClassVar[str] = "train"
     epochs: int = option(10, "epochs at most", bounds=">= 1")
+    tokens: int | None = option(
+        None,
+        "train on so many tokens of the training split, each read once, in place of epochs; validated every tenth",
+        bounds=">= 1",
+    )
     batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
     learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
     schedule: str = option("constant", "learning-rate schedule", SCHEDULES)
@@ -201,12 +212,29 @@ class Recipe(Options):
                 f"data.sequence_length {self.data.sequence_length}: "
                 f"must be at most max_position_embeddings = {self.architecture.max_position_embeddings}"
             )
+        self._check_tokens()
         rows = self.architecture.model_vocab_size
         if rows is not None and self.data.tokenizer == "train" and rows < self.data.vocab_size:
             raise ValueError(
                 f"architecture.model_vocab_size {rows}: must be at least vocab_size = {self.data.vocab_size}"
             )
         self._check_models()
+
+    def _check_tokens(self) -> None:
+        """Raise `ValueError` where one pass asks for more tokens than are packed, or for less than a step."""
+        tokens, length = self.train.tokens, self.data.sequence_length
+        if tokens is None:
+            return
+        step = self.train.batch_size * self.train.gradient_accumulation * length
+        if tokens < step:
+            raise ValueError(f"train.tokens {tokens}: must be at least {step}, the tokens of one step")
+        packed = self.data.split_sizes(self.data.samples)[0] * length
+        if tokens > packed:
+            samples = math.ceil(tokens / length / (1 - self.data.validation_fraction)) + 1
+            raise ValueError(
+                f"train.tokens {tokens}: data.samples {self.data.samples} gives {packed} tokens to train on, "
+                f"ask for fewer or set data.samples to {samples}"
+            )
 
     def _check_models(self) -> None:
         if not self.models:

@@ -194,7 +194,7 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
         tokenizer.save_pretrained(folder / "tokenizer")
     dtype = np.dtype("<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4")
     width = options.sequence_length + 1
-    sizes = _sample_counts(options.samples, options.validation_fraction)
+    sizes = options.split_sizes(options.samples)
     with (
         (folder / "train.npy").open("wb") as train_file,
         (folder / "validation.npy").open("wb") as validation_file,
@@ -276,22 +276,17 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[i
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _sample_counts(samples: int, validation_fraction: float) -> tuple[int, int]:
-    """Training and validation rows of `samples`, at least one each."""
-    validation = min(max(round(samples * validation_fraction), 1), samples - 1)
-    return samples - validation, validation
-
-
 def _too_short(options: DataOptions, train: int, validation: int) -> str:
     def fits(samples: int) -> bool:
-        rows = _sample_counts(samples, options.validation_fraction)
+        rows = options.split_sizes(samples)
         return rows[0] <= train and rows[1] <= validation
 
     most = next((samples for samples in range(options.samples - 1, 1, -1) if fits(samples)), 0)
     mend = f"set samples to at most {most}, or " if most else ""
     return (
         f"{options.data} is too short for samples={options.samples}: it gives {most} samples of "
-        f"{options.sequence_length} tokens at validation_fraction={options.validation_fraction}; "
+        f"{options.sequence_length} tokens at validation_fraction={options.validation_fraction}, "
+        f"{options.split_sizes(most)[0] * options.sequence_length if most else 0} tokens to train on; "
         f"{mend}give more text or a shorter sequence_length"
     )
 
@@ -304,7 +299,7 @@ def _open(
 ) -> tuple[PackedDataset, PackedDataset, PreTrainedTokenizerFast | None, dict[str, int]] | None:
     """What lies in a cache folder, None if there is none or it is damaged and has to be made again."""
     width = options.sequence_length + 1
-    shapes = [(rows, width) for rows in _sample_counts(options.samples, options.validation_fraction)]
+    shapes = [(rows, width) for rows in options.split_sizes(options.samples)]
     try:
         counts = json.loads((folder / "counts.json").read_text())
         counts = {key: int(counts[key]) for key in ("documents_train", "documents_validation")}

@@ -138,8 +138,10 @@ def _value(word: str, option: Option) -> Any:
 
 
 def trial_values(recipe: Recipe) -> dict[str, Any]:
-    """What decides a recipe's trials: where nothing is healed, all as it was before there was healing."""
+    """What decides a recipe's trials; options that are newer than old trials count only where they are set."""
     values = deciding_values(recipe)
+    if values["train"]["tokens"] is None:
+        del values["train"]["tokens"]
     if not any(model.from_baseline for model in recipe.models):
         del values["heal"]
         for model in values["models"]:

@@ -17,18 +17,19 @@ from transformers.trainer_callback import ExportableState
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
 
-EARLY_STOP, ALL_EPOCHS = "early stop", "all epochs"
+EARLY_STOP, ALL_EPOCHS, ALL_TOKENS = "early stop", "all epochs", "all tokens"
+EVALUATIONS_OF_PASS = 10
 
 
 @dataclass
 class TrainResult:
-    """What phase 2 reached. `stop_reason` is `"early stop"` or `"all epochs"`; seconds are those of training alone,
-    and of an epoch their median.
+    """What phase 2 reached. `stop_reason` is `"early stop"`, `"all epochs"` or, after one pass, `"all tokens"`; seconds
+    are those of training alone, and of an epoch their median.
 
     `val_ppl_by_position` is `best_val_ppl` in bands (see `perplexity_by_position`); None from an older version.
-    A row of `history` has epoch, step, train_loss (mean over the epoch's steps), val_ppl, val_accuracy, seconds and
-    best. A run by steps begins with a row of step 0, without a train_loss, and may end within an epoch: then `epoch` is
-    not whole.
+    A row of `history` has epoch, step, tokens (read so far; None from an older version), train_loss (mean over the
+    steps since the last row), val_ppl, val_accuracy, seconds and best. One pass has a row for each tenth of it. A run
+    by steps begins with a row of step 0, without a train_loss, and may end within an epoch. `epoch` need not be whole.
     """
 
     best_val_ppl: float
@@ -111,6 +112,10 @@ class EpochReport(TrainerCallback, ExportableState):
             self.bar.update()
         if processes.highest(int(self.interrupted)):
             self.asked_to_stop.set()
+        if self.options.tokens is not None and state.global_step in pass_evaluations(state.max_steps):
+            self.on_epoch_end(args, state, control)
+            # The best weights can only be kept where each evaluation has a checkpoint.
+            control.should_evaluate = control.should_save = True
         due = self.options.checkpoint_steps and state.global_step % self.options.checkpoint_steps == 0
         # At an epoch's end the checkpoint must wait for the evaluation: a resumed run would not make up for it.
         if (due or self.interrupted) and not at_epoch_end(state):
@@ -127,13 +132,18 @@ class EpochReport(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             row = history[-1]
             by_steps = f"Step {row['step']}/{state.max_steps}"
-            line = by_steps if args.max_steps > 0 else f"Epoch {row['epoch']:2d}/{self.options.epochs}"
+            line = by_steps if args.max_steps > 0 else f"Epoch {row['epoch']:2}/{self.options.epochs}"
+            if self.options.tokens is not None:
+                line = f"{row['tokens']:,} of {self.options.tokens:,} tokens"
             line += ": " if row["train_loss"] is None else f": train_loss={row['train_loss']:.4f}, "
             line += f"val_ppl={row['val_ppl']:.2f}, val_acc={row['val_accuracy']:.4f}, {row['seconds']:.1f} s"
             tqdm.write(line + " *" * row["best"], file=sys.stdout)
             sys.stdout.flush()
         at_end = state.global_step >= state.max_steps
         control.should_training_stop = stop_reason(history, self.options, at_end) is not None
+        if self.options.tokens is not None and not at_end:
+            self.loss_sum, self.steps, self.seconds = 0.0, 0, 0.0
+            self.resume()
 
     def on_save(self, args, state, control, **kwargs):
         if self.interrupted:
@@ -143,6 +153,18 @@ class EpochReport(TrainerCallback, ExportableState):
 def wide(value: torch.Tensor) -> torch.Tensor:
     """`value` in the dtype of long sums: float64, which Apple's GPUs lack."""
     return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
+def samples_of_pass(options: TrainOptions, sequence_length: int) -> int:
+    """Samples of one pass over `options.tokens`: whole batches, so that each step weighs the same."""
+    assert options.tokens is not None
+    step = options.batch_size * options.gradient_accumulation
+    return options.tokens // (step * sequence_length) * step
+
+
+def pass_evaluations(steps: int) -> set[int]:
+    """The steps of one pass after which it is validated, but for the last: every tenth of it."""
+    return {round(i * steps / EVALUATIONS_OF_PASS) for i in range(1, EVALUATIONS_OF_PASS)} - {0, steps}
 
 
 def at_epoch_end(state) -> bool:
@@ -160,6 +182,7 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "epoch": round(epoch) if epoch == round(epoch) else epoch,
                     "step": entry["step"],
+                    "tokens": entry.get("tokens"),
                     "train_loss": entry["epoch_loss"],
                     "val_ppl": perplexity,
                     "val_accuracy": entry["eval_accuracy"],
@@ -172,6 +195,8 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def stop_reason(history: list[dict[str, Any]], options: TrainOptions, at_end: bool) -> str | None:
     """Why training ends after the last row of `history`, `at_end` of its steps or not; None where it goes on."""
+    if options.tokens is not None:
+        return ALL_TOKENS if at_end else None
     since_best = next((since for since, row in enumerate(reversed(history)) if row["best"]), 0)
     if since_best >= options.patience:
         return EARLY_STOP
@@ -206,6 +231,8 @@ def describe_end(result: TrainResult, options: TrainOptions) -> str:
         line = f"All {last['step']} steps done: val_ppl={first['val_ppl']:.2f} before, {last['val_ppl']:.2f} now"
         step = max(row["step"] for row in result.history if row["best"])
         return line if last["best"] else f"{line}; validation got no better, so the weights of step {step} are kept"
+    if options.tokens is not None:
+        return f"All {last['tokens']:,} tokens read: val_ppl={last['val_ppl']:.2f}, best {result.best_val_ppl:.2f}"
     best = f"best val_ppl={result.best_val_ppl:.2f} in epoch {result.best_epoch}"
     if result.stop_reason == EARLY_STOP:
         return f"Early stop after epoch {len(result.history)} (patience {options.patience}): {best}"

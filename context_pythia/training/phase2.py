@@ -38,6 +38,7 @@ from context_pythia.training.epochs import (
     describe_end,
     epoch_rows,
     make_result,
+    samples_of_pass,
     stop_reason,
 )
 from context_pythia.training.interrupts import deferred_interrupt
@@ -94,6 +95,12 @@ def train_language_model(
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
             raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
+    if options.tokens is not None and not 0 < samples_of_pass(options, data.train.sequence_length) <= len(data.train):
+        held = len(data.train) * data.train.sequence_length
+        raise ValueError(
+            f"{options.section}.tokens {options.tokens}: the training split holds {held} tokens, a step takes "
+            f"{options.batch_size * options.gradient_accumulation * data.train.sequence_length}: give a number between"
+        )
     folder = Path(folder)
     settings = run_settings(model, data, options, seed) | {"steps": steps} | (identity or {})
     with quiet_transformers():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -27,7 +27,7 @@ from context_pythia.config.recipe import TrainOptions
 from context_pythia.errors import first_line
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.training.checkpoints import load_weights
-from context_pythia.training.epochs import EpochReport, wide
+from context_pythia.training.epochs import EpochReport, samples_of_pass, wide
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
 from context_pythia.training.shares import process_loader
 
@@ -46,9 +46,11 @@ class LanguageModelTrainer(Trainer):
     """The Trainer for samples whose labels are already the next tokens, with a streamed validation."""
 
     def __init__(self, report: EpochReport, options: TrainOptions, *, data: PackedData, **arguments: Any):
-        super().__init__(
-            train_dataset=data.train, eval_dataset=data.validation, data_collator=stack_samples, **arguments
-        )
+        train: Any = data.train
+        if options.tokens is not None:
+            train = Subset(train, range(samples_of_pass(options, train.sequence_length)))
+        super().__init__(train_dataset=train, eval_dataset=data.validation, data_collator=stack_samples, **arguments)
+        self.sequence_length = data.train.sequence_length
         self.remove_callback(PrinterCallback)
         self.report = report
         self.bfloat16 = options.precision == "bfloat16"
@@ -137,12 +139,20 @@ class LanguageModelTrainer(Trainer):
             "eval_perplexity": perplexity(loss),
             "eval_accuracy": correct / tokens,
             "eval_by_position": perplexity_by_position(by_position[0], by_position[2]),
+            "tokens": self._tokens_read(),
             "epoch_loss": self.report.train_loss,
             "epoch_seconds": self.report.seconds,
         }
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _tokens_read(self) -> int:
+        """Tokens of the training split up to now, counted again in each epoch."""
+        samples = self.batch_size * self.args.gradient_accumulation_steps
+        steps = -(-len(self.train_dataset) // samples)
+        epochs, rest = divmod(self.state.global_step, steps)
+        return (epochs * len(self.train_dataset) + rest * samples) * self.sequence_length
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         """As the Trainer's; before the first step (`eval_on_start`) the first weights become the best checkpoint."""
@@ -190,7 +200,7 @@ def training_arguments(
     """The Trainer's arguments for `options`, or for so many `steps` in place of epochs; `checkpoints` is its folder."""
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=options.epochs,
+        num_train_epochs=options.epochs if options.tokens is None else 1,
         max_steps=-1 if steps is None else steps,
         per_device_train_batch_size=options.batch_size // processes.count(),
         per_device_eval_batch_size=options.batch_size // processes.count(),

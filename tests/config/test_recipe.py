@@ -242,6 +242,15 @@ def test_numbers_out_of_bounds_are_named(path, value, message):
         load_recipe("report", {path: value})
 
 
+def test_a_pass_of_more_tokens_than_are_packed_is_refused_with_the_samples_it_takes():
+    given = {"train.tokens": 2_000_000, "data.samples": 10_000}
+    with pytest.raises(ValueError, match="gives 1152000 tokens to train on.*set data.samples to 17363") as error:
+        load_recipe("report", given)
+    load_recipe("report", given | {"data.samples": int(str(error.value).rpartition(" ")[2])})
+    with pytest.raises(ValueError, match="train.tokens 4095: must be at least 4096, the tokens of one step"):
+        load_recipe("report", {"train.tokens": 4095})
+
+
 def test_bounds_admit_their_edges():
     load_recipe("report", {"model.context_dim": 1024, "phase1.convergence_rate": 1, "model.num_rotary_keys": 8})
     load_recipe("report", {"model.context_dim": 1}, models=["Context-Pythia shared"])

@@ -309,6 +309,8 @@ def test_a_corpus_that_is_too_short_says_what_it_gives_and_that_much_works(optio
     with pytest.raises(ValueError, match=r"corpus\.jsonl is too short for samples=5000: it gives \d+ samples") as e:
         load(options)
     options.samples = int(str(e.value).split("it gives ")[1].split()[0])
+    trained = int(str(e.value).split(", ")[1].split()[0])
+    assert trained == load(options).train.num_tokens
     assert len(load(options).train) + len(load(options).validation) == options.samples > 100
     options.samples += 1
     with pytest.raises(ValueError, match=f"it gives {options.samples - 1} samples"):

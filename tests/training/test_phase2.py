@@ -613,3 +613,43 @@ def test_tensorboard_without_the_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"context-pythia\[tensorboard\]"):
         train(tmp_path, replace(OPTIONS, tensorboard=True))
+
+
+PASS = replace(OPTIONS, tokens=17 * LENGTH, batch_size=1, patience=1)
+
+
+def test_one_pass_reads_so_many_tokens_once_and_is_validated_every_tenth(tmp_path):
+    result = train(tmp_path, PASS)
+    rows = result.history
+    assert [row["step"] for row in rows] == [2, 3, 5, 7, 8, 10, 12, 14, 15, 17]
+    assert [row["tokens"] for row in rows] == [step * LENGTH for step in (2, 3, 5, 7, 8, 10, 12, 14, 15, 17)]
+    assert result.stop_reason == "all tokens"
+    # The samples beyond the pass have no part in it: a training split that ends there gives the same weights.
+    data = make_data()
+    data.train.tokens = data.train.tokens[:17]
+    assert without_seconds(train(tmp_path / "short", PASS, data=data)) == without_seconds(result)
+
+
+def test_a_pass_goes_on_after_a_worse_validation_and_keeps_its_best_weights(tmp_path, monkeypatch):
+    stub_perplexities(monkeypatch, [9.0, 8.0, *[9.5] * 8])
+    result = train(tmp_path, PASS)
+    assert (len(result.history), result.best_val_ppl, result.best_epoch) == (10, 8.0, pytest.approx(3 / 17))
+
+
+@pytest.mark.parametrize("step", [5, 11])
+def test_a_pass_that_was_cut_ends_like_an_uncut_one(tmp_path, monkeypatch, step):
+    whole = make_model()
+    expected = train(tmp_path / "whole", PASS, model=whole)
+    fail_at(monkeypatch, step, interrupt)
+    options = replace(PASS, checkpoint_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", options)
+    monkeypatch.undo()
+    cut = make_model()
+    assert_same_end(expected, whole, train(tmp_path / "cut", options, model=cut), cut)
+
+
+@pytest.mark.parametrize("tokens", [LENGTH - 1, 19 * LENGTH])
+def test_a_pass_that_the_training_split_cannot_give_is_refused(tmp_path, tokens):
+    with pytest.raises(ValueError, match=f"tokens {tokens}: the training split holds {18 * LENGTH} tokens"):
+        train(tmp_path, replace(PASS, tokens=tokens))
