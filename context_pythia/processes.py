@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from context_pythia.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -57,18 +59,18 @@ def joined() -> Iterator[None]:
     """Within it the processes can exchange tensors, and those other than process 0 print nothing on stdout.
 
     Raises:
-        ValueError: more processes on this machine than GPUs, DeepSpeed, or settings of FSDP that are not supported.
+        UsageError: more processes on this machine than GPUs, DeepSpeed, or settings of FSDP that are not supported.
         SystemExit: in a process that failed after another one had said why.
     """
     if count() == 1:
         yield
         return
     if _launched_with("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("accelerate's DeepSpeed is not supported: divide the model with FSDP, or not at all")
+        raise UsageError("accelerate's DeepSpeed is not supported: divide the model with FSDP, or not at all")
     if divide_model():
         for setting, wanted in FSDP_SETTINGS.items():
             if (given := os.environ.get(setting.upper(), "not given")).lower() != wanted.lower():
-                raise ValueError(f"accelerate's {setting} {given} is not supported: give {wanted}")
+                raise UsageError(f"accelerate's {setting} {given} is not supported: give {wanted}")
     import torch
     from torch import distributed
 
@@ -76,14 +78,15 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= devices:
-            raise ValueError(f"process {local} of this machine has no GPU: start as many as there are, {devices}")
+            raise UsageError(f"process {local} of this machine has no GPU: start as many as there are, {devices}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     wait()  # One that failed at once would leave another in the middle of connecting, with an error of its own.
     with contextlib.ExitStack() as stack:
         if not is_main():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         try:
             yield
         except KeyboardInterrupt:

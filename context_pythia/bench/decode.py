@@ -29,7 +29,7 @@ from context_pythia.bench.speed import FAILURES, Subject, measure_cell, measure_
 from context_pythia.bench.tables import cell_table, memory_table
 from context_pythia.bench.training import train_metrics
 from context_pythia.config.recipe import Recipe
-from context_pythia.errors import first_line
+from context_pythia.errors import UsageError, first_line
 from context_pythia.evaluation.memory import weight_bytes
 from context_pythia.files import write_json
 from context_pythia.report.document import write_in_languages
@@ -101,7 +101,7 @@ def _of_first_weights(recipe: Recipe | None, train: bool) -> tuple[Recipe | None
     made = [model.name for model in recipe.models if model.from_baseline]
     if len(made) == len(recipe.models):
         mend = "name models that are trained from their first weights" if train else "name its folder, not the recipe"
-        raise ValueError(f"{made[0]} is made of the trained baseline: {mend}")
+        raise UsageError(f"{made[0]} is made of the trained baseline: {mend}")
     kept = [model for model in recipe.models if not model.from_baseline]
     mend = "healing is not timed" if train else "bench its folder when it is"
     notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
@@ -202,14 +202,14 @@ def _check_lengths(models: dict[str, PreTrainedModel], lengths: Sequence[int]) -
     for name, model in models.items():
         positions = model.config.max_position_embeddings
         if max(lengths) > positions:
-            raise ValueError(f"length {max(lengths)}: is more than the {positions} positions of {name}")
+            raise UsageError(f"length {max(lengths)}: is more than the {positions} positions of {name}")
 
 
 def _check_memory(models: dict[str, PreTrainedModel], memory: int, asked: float) -> None:
     for name, model in models.items():
         if weight_bytes(model) >= memory:
             needed = weight_bytes(model) / GIGABYTE
-            raise ValueError(f"--memory-gb {asked:g}: the weights of {name} alone take {needed:.2f} GB")
+            raise UsageError(f"--memory-gb {asked:g}: the weights of {name} alone take {needed:.2f} GB")
 
 
 def _make_folder(out: Path) -> None:
@@ -218,7 +218,7 @@ def _make_folder(out: Path) -> None:
     except OSError as error:
         raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
     if (out / "metrics.json").exists():
-        raise ValueError(f"--out {out}: holds results already, which would be lost; choose another folder")
+        raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
 
 
 def _settings(options: BenchOptions, device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set
 from context_pythia.bench.options import COMPILED, ONEDNN, SIZES, Source
 from context_pythia.bench.speed import Subject
 from context_pythia.config.recipe import Recipe
+from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.evaluation.quantised import require_quantiser
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
@@ -33,7 +34,7 @@ LABELS = {
 def saved_models(paths: Sequence[str], dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """Models of folders or Hub names, called by the last part of the path where that is enough."""
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
-        raise ValueError(f"the model {twice[0]} is named twice")
+        raise UsageError(f"the model {twice[0]} is named twice")
     short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     return {name: load_pretrained(path, dtype) for name, path in zip(names, paths, strict=True)}
@@ -105,7 +106,7 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
     if "int4" in caches:
         try:
             require_quantiser()
-        except ValueError as error:
+        except UsageError as error:
             caches.remove("int4")
             notes.append(f"no row with an int4 cache: {error}")
     first = next(filter(is_peer, models.values()))
@@ -138,7 +139,7 @@ def _context(source: Source, size: str) -> dict[str, Any]:
     """The source's part of the configuration."""
     shape, context = SIZES[size], {"context_source": source.context_source, "context_dim": source.context_dim}
     if source.form == "exact" and source.context_dim != shape.hidden_size:
-        raise ValueError(
+        raise UsageError(
             f"source {source.name!r}: is exact at context_dim {shape.hidden_size} alone, {size}'s width; "
             "leave the form out or take heads"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from context_pythia.config.options import Options, option, suggestion
 from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
+from context_pythia.errors import UsageError
 
 ONEDNN = "onednn"  # a static cache and the linear maps of a Context-Pythia (model/linear.py)
 CACHES = ("dynamic", "static", ONEDNN, "int4")
@@ -62,16 +63,16 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     for word in text.split(","):
         found = re.fullmatch(r"(\w+):([1-9]\d*)(?::(\w+))?", word.strip())
         if not found or found[1] not in ("input", "shared", "layer"):
-            raise ValueError(f"source {word.strip()!r}: give input:DIM, shared:DIM, layer:DIM or layer:DIM:FORM")
+            raise UsageError(f"source {word.strip()!r}: give input:DIM, shared:DIM, layer:DIM or layer:DIM:FORM")
         form = found[3] or ""
         if form and (found[1] != "layer" or form not in FORMS):
-            raise ValueError(
+            raise UsageError(
                 f"source {word.strip()!r}: form {form!r} is unknown{suggestion(form, FORMS)}; "
                 f"valid, for layer alone: {', '.join(FORMS)}"
             )
         sources.append(Source(found[1], int(found[2]), form))
     if len(set(sources)) < len(sources):
-        raise ValueError(f"sources {text!r}: name one twice")
+        raise UsageError(f"sources {text!r}: name one twice")
     return tuple(sources)
 
 
@@ -101,9 +102,9 @@ class BenchOptions(Options):
         super().__post_init__()
         for length in self.lengths:
             if length <= self.new_tokens:
-                raise ValueError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
+                raise UsageError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
         for cache in self.caches:
             if cache not in (valid := (*CACHES, COMPILED)):
-                raise ValueError(f"cache {cache!r} is unknown{suggestion(cache, valid)}; valid: {', '.join(valid)}")
+                raise UsageError(f"cache {cache!r} is unknown{suggestion(cache, valid)}; valid: {', '.join(valid)}")
         if "dynamic" not in self.caches:
-            raise ValueError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")
+            raise UsageError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")

@@ -24,6 +24,7 @@ from context_pythia.cli.flags import (
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.recipe import PRECISIONS, DataOptions, HealOptions, Recipe
 from context_pythia.config.recipe_files import in_order, load_recipe, packaged_recipes
+from context_pythia.errors import UsageError
 from context_pythia.sweep.options import SAMPLERS, SweepPlan, parse_over, parse_seeds
 
 LANGUAGES = ("en", "ja")
@@ -99,9 +100,9 @@ def info_options(parser: argparse.ArgumentParser) -> None:
 
 def info_keywords(args: argparse.Namespace) -> dict[str, Any]:
     if (args.model is None) == (args.recipe is None):
-        raise ValueError("info: give either --recipe RECIPE or a MODEL")
+        raise UsageError("info: give either --recipe RECIPE or a MODEL")
     if args.recipe is None and overrides(args):
-        raise ValueError("info: options of a recipe were given without --recipe; a saved MODEL has its own")
+        raise UsageError("info: options of a recipe were given without --recipe; a saved MODEL has its own")
     recipe = None if args.recipe is None else _recipe(args, args.recipe)
     return {"recipe": recipe} | {name: getattr(args, name) for name in ("model", "length", "dtype", "as_json")}
 
@@ -189,13 +190,13 @@ def bench_keywords(args: argparse.Namespace) -> dict[str, Any]:
         args.recipe = "report"
     if sum([bool(args.models), args.recipe is not None, args.size is not None]) != 1:
         one = "a recipe alone" if args.train else "either MODELs, --recipe RECIPE or --size SIZE"
-        raise ValueError(f"bench: give {one}")
+        raise UsageError(f"bench: give {one}")
     if args.sources is not None and args.size is None:
-        raise ValueError("bench: --sources are those of a --size")
+        raise UsageError("bench: --sources are those of a --size")
     given = overrides(args)
     measured = {path.removeprefix("bench."): given.pop(path) for path in list(given) if path.startswith("bench.")}
     if args.recipe is None and (given or args.only):
-        raise ValueError("bench: options of a recipe were given without --recipe")
+        raise UsageError("bench: options of a recipe were given without --recipe")
     only = comma_separated(args.only) if args.only else None
     shapes = {name: getattr(args, name) for name in ("batch_sizes", "lengths", "caches")}
     return {name: getattr(args, name) for name in ("models", "size", "train", "out", "lang")} | {

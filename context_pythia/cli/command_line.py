@@ -1,6 +1,7 @@
 """The command `context-pythia`: parses, runs a row of `commands.py`, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 a failure on the way, 2 something wrong with what was asked, 130 interrupted.
+Exit codes: 0 done, 1 a failure on the way, 2 something wrong with what was asked, 130 interrupted. A mistake of our own
+keeps its traceback (see `errors.py`) and ends with 1.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import context_pythia
 from context_pythia import processes
 from context_pythia.cli.commands import COMMANDS
 from context_pythia.config.options import suggestion
-from context_pythia.errors import first_line
+from context_pythia.errors import exit_code, first_line
 
 PROGRAM = "context-pythia"
+REPORT = f"a mistake of {PROGRAM} {context_pythia.__version__}, not yours: please report it with the lines above"
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; an error is one line on standard error."""
+    # A console that lacks a character of a table shows another one in its place: the work is done by then.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     args = _parse(argv)
     command = COMMANDS[args.command]
     try:
@@ -84,12 +88,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if args.debug:
-            raise
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            # Python shows the note below the traceback.
+            error.add_note(f"{PROGRAM}: {REPORT}")
         if processes.says_why():
+            if code is None or args.debug:
+                raise
             print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError) else 1
+        return code or 1
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from context_pythia import processes
 from context_pythia.cli import arguments
+from context_pythia.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Command:
         """Check the options, then load and call the function."""
         if processes.count() > 1 and not self.joint:
             joint = ", ".join(name for name, command in COMMANDS.items() if command.joint)
-            raise ValueError(f"this command runs in one process, {processes.count()} were started; in several: {joint}")
+            raise UsageError(f"this command runs in one process, {processes.count()} were started; in several: {joint}")
         keywords = self.keywords(args)
         module, function = self.function.split(":")
         getattr(importlib.import_module(module), function)(**keywords)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from context_pythia.config.options import Options, option
 from context_pythia.config.recipe import PRECISIONS
+from context_pythia.errors import UsageError
 
 WEIGHTINGS = ("gradients", "inputs", "none")
 
@@ -45,7 +46,7 @@ class ConvertOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.context_dim is None) == (self.kv_reduction is None):
-            raise ValueError("convert: give either --context-dim N or --kv-reduction R")
+            raise UsageError("convert: give either --context-dim N or --kv-reduction R")
 
     def width(self, hidden_size: int) -> int:
         """The layers' mean context_dim for a model of this width."""

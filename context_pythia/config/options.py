@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_args, get_type_hints
 
+from context_pythia.errors import UsageError
+
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -51,7 +53,7 @@ class Option:
 
 @dataclass
 class Options:
-    """Base of the option dataclasses: building one with a wrong type, choice or number raises `ValueError`."""
+    """Base of the option dataclasses: building one with a wrong type, choice or number raises `UsageError`."""
 
     section: ClassVar[str] = ""
 
@@ -86,7 +88,7 @@ def suggestion(word: Any, known: Iterable[str]) -> str:
 
 
 def _checked(declared: Option, value: Any, section: str) -> Any:
-    """`value` as the option's type; raises `ValueError` that names the option, the value and what is valid."""
+    """`value` as the option's type; raises `UsageError` that names the option, the value and what is valid."""
     label = f"{section}.{declared.name}" if section else declared.name
     kind = declared.kind
     if value is None and declared.optional:
@@ -96,14 +98,14 @@ def _checked(declared: Option, value: Any, section: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{label} {value!r}: must be {KINDS[kind]}")
+        raise UsageError(f"{label} {value!r}: must be {KINDS[kind]}")
     choices = declared.choices
     if choices and value not in choices:
-        raise ValueError(f"{label} {value!r}: must be one of {', '.join(choices)}{suggestion(value, choices)}")
+        raise UsageError(f"{label} {value!r}: must be one of {', '.join(choices)}{suggestion(value, choices)}")
     if kind is float and not math.isfinite(value):
-        raise ValueError(f"{label} {value}: must be a finite number")
+        raise UsageError(f"{label} {value}: must be a finite number")
     for bound in declared.bounds.split(" and ") if declared.bounds else ():
         comparison, limit = bound.split()
         if not COMPARISONS[comparison](value, float(limit)):
-            raise ValueError(f"{label} {value}: must be {declared.bounds}")
+            raise UsageError(f"{label} {value}: must be {declared.bounds}")
     return value

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from context_pythia.config.options import Options, option
+from context_pythia.errors import UsageError
 
 CONTEXT_SOURCES = ("input", "shared", "layer")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -67,11 +68,11 @@ class ArchitectureOptions(Options):
         super().__post_init__()
         heads = self.num_attention_heads
         if self.hidden_size % heads:
-            raise ValueError(
+            raise UsageError(
                 f"architecture.hidden_size {self.hidden_size}: must be a multiple of num_attention_heads = {heads}"
             )
         if self.rotary_dims < 2 or self.rotary_dims % 2:
-            raise ValueError(
+            raise UsageError(
                 f"architecture.hidden_size {self.hidden_size}: a quarter of a head is turned by RoPE in pairs, "
                 f"so give a multiple of 8 * num_attention_heads = {8 * heads}"
             )
@@ -206,16 +207,16 @@ class Recipe(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.+ -]*", self.name):
-            raise ValueError(f"name {self.name!r}: must be letters, digits, spaces and . + - _ (it names the folder)")
+            raise UsageError(f"name {self.name!r}: must be letters, digits, spaces and . + - _ (it names the folder)")
         if self.data.sequence_length > self.architecture.max_position_embeddings:
-            raise ValueError(
+            raise UsageError(
                 f"data.sequence_length {self.data.sequence_length}: "
                 f"must be at most max_position_embeddings = {self.architecture.max_position_embeddings}"
             )
         self._check_tokens()
         rows = self.architecture.model_vocab_size
         if rows is not None and self.data.tokenizer == "train" and rows < self.data.vocab_size:
-            raise ValueError(
+            raise UsageError(
                 f"architecture.model_vocab_size {rows}: must be at least vocab_size = {self.data.vocab_size}"
             )
         self._check_models()
@@ -238,23 +239,23 @@ class Recipe(Options):
 
     def _check_models(self) -> None:
         if not self.models:
-            raise ValueError("models: is empty, name at least one model")
+            raise UsageError("models: is empty, name at least one model")
         baselines = [model.name for model in self.models if model.is_baseline]
         healed = next((i for i, model in enumerate(self.models) if model.from_baseline), None)
         if healed is not None and len(baselines) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"models: {self.models[healed].name} is made of the trained baseline, and there are {baselines[0]} and "
                 f"{baselines[1]}: name one"
             )
         if healed is not None and any(model.is_baseline for model in self.models[healed:]):
-            raise ValueError(f"models: {self.models[healed].name} is made of {baselines[0]}: name it behind that")
+            raise UsageError(f"models: {self.models[healed].name} is made of {baselines[0]}: name it behind that")
         folders: dict[str, str] = {}
         for model in self.models:
             folder = model.folder
             if not folder or "," in model.name:
-                raise ValueError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
+                raise UsageError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
             if folder in folders:
-                raise ValueError(f"models: name {model.name!r}: is taken by {folders[folder]!r}, give each its own")
+                raise UsageError(f"models: name {model.name!r}: is taken by {folders[folder]!r}, give each its own")
             folders[folder] = model.name
             if model.from_baseline:
                 self._check_healed(model)
@@ -262,49 +263,49 @@ class Recipe(Options):
                 _check_context(model, self.architecture)
 
     def _check_healed(self, model: ModelOptions) -> None:
-        """Raise `ValueError` where a model cannot be made of the baseline."""
+        """Raise `UsageError` where a model cannot be made of the baseline."""
         body = self.architecture
         if not self.heal.steps:
-            raise ValueError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
+            raise UsageError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
         if model.context_source is None:
             if not self.heal.teaches_a_control(body):
-                raise ValueError(
+                raise UsageError(
                     f"heal.ce_weight 0: without dropout the baseline agrees with itself, which {model.name} would be "
                     "healed towards; give a weight above 0"
                 )
             return
         if model.context_source != "layer":
-            raise ValueError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")
+            raise UsageError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")
         for name in ("context_sharing", "num_rotary_keys"):
             if getattr(model, name) != 1:
-                raise ValueError(
+                raise UsageError(
                     f"{model.name}: {name} {getattr(model, name)} is for training from the first weights; a conversion "
                     "shares by none and chooses the rotary keys itself, drop the option"
                 )
         least, most = body.rotary_dims + 1, body.hidden_size
         if not least <= model.context_dim <= most:
-            raise ValueError(
+            raise UsageError(
                 f"{model.name}: context_dim {model.context_dim}: must be between one rotary key and a latent, {least}, "
                 f"and hidden_size = {most}, which is exact"
             )
 
 
 def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
-    """Raise `ValueError` where a model's context does not fit the body."""
+    """Raise `UsageError` where a model's context does not fit the body."""
     widest = 2 * architecture.hidden_size
     if not 1 <= model.context_dim <= widest:
-        raise ValueError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
+        raise UsageError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
     layers = architecture.num_hidden_layers
     if model.context_sharing > layers:
-        raise ValueError(f"context_sharing {model.context_sharing}: must be between 1 and num_hidden_layers = {layers}")
+        raise UsageError(f"context_sharing {model.context_sharing}: must be between 1 and num_hidden_layers = {layers}")
     if model.context_source != "layer":
         return
     heads, keys = architecture.num_attention_heads, model.num_rotary_keys
     if keys not in (1, heads):
-        raise ValueError(f"num_rotary_keys {keys}: must be 1 or num_attention_heads = {heads}")
+        raise UsageError(f"num_rotary_keys {keys}: must be 1 or num_attention_heads = {heads}")
     rotary = keys * architecture.rotary_dims
     if model.context_dim <= rotary:
-        raise ValueError(
+        raise UsageError(
             f"context_dim {model.context_dim}: must be more than the {rotary} dims of the rotary keys "
             f"that a layer's context includes ({keys} of {architecture.rotary_dims})"
         )

@@ -12,6 +12,7 @@ import yaml
 
 from context_pythia.config.options import Options, deciding, options_of, suggestion
 from context_pythia.config.recipe import SECTIONS, ModelOptions, Recipe
+from context_pythia.errors import UsageError
 from context_pythia.files import write_bytes
 
 RECIPES = importlib.resources.files("context_pythia.config") / "recipes"
@@ -20,7 +21,7 @@ RECIPES = importlib.resources.files("context_pythia.config") / "recipes"
 def _only_known(given: Iterable[Any], known: Sequence[str], what: str) -> None:
     for key in given:
         if key not in known:
-            raise ValueError(f"{what} {key!r} is unknown{suggestion(key, known)}; valid: {', '.join(known)}")
+            raise UsageError(f"{what} {key!r} is unknown{suggestion(key, known)}; valid: {', '.join(known)}")
 
 
 def _option_names(owner: type[Options]) -> list[str]:
@@ -43,17 +44,17 @@ def _read(name_or_path: str) -> tuple[str, Any]:
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"recipe {name_or_path}: is not UTF-8 text ({error.reason})") from None
+            raise UsageError(f"recipe {name_or_path}: is not UTF-8 text ({error.reason})") from None
     else:
         known = packaged_recipes()
-        raise ValueError(
+        raise UsageError(
             f"recipe {name_or_path!r} is unknown{suggestion(name_or_path, known)}; "
             f"valid: {', '.join(known)}, or a YAML file"
         )
     try:
         return path.name.removesuffix(".yaml").removesuffix(".yml"), yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name_or_path}: is not valid YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"recipe {name_or_path}: is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def load_recipe(
@@ -69,7 +70,7 @@ def load_recipe(
         models: the names of the models to keep, in the recipe's order; all of them if absent.
 
     Raises:
-        ValueError: unknown recipe, section, option, value or model; the message names it and the valid ones.
+        UsageError: unknown recipe, section, option, value or model; the message names it and the valid ones.
     """
     stem, content = _read(name_or_path)
     values = {"name": stem} | _mapping({} if content is None else content, f"recipe {name_or_path}")
@@ -82,7 +83,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """The recipe that nested plain values describe, what they leave out at its default.
 
     Raises:
-        ValueError: a key or value that is not valid.
+        UsageError: a key or value that is not valid.
     """
     scalars = _option_names(Recipe)
     _only_known(values, [*scalars, *SECTIONS, "models"], "section")
@@ -94,7 +95,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         arguments[section] = options(**given)
     if "models" in values:
         if not isinstance(values["models"], list):
-            raise ValueError(f"section models: must be a list, not {values['models']!r}")
+            raise UsageError(f"section models: must be a list, not {values['models']!r}")
         arguments["models"] = [_model_from_dict(model, i) for i, model in enumerate(values["models"], 1)]
     return Recipe(**arguments)
 
@@ -113,7 +114,7 @@ def in_order(wanted: Sequence[str], names: Sequence[str], recipe: str) -> list[s
     """The wanted of a recipe's models, in the recipe's order.
 
     Raises:
-        ValueError: one that the recipe has not.
+        UsageError: one that the recipe has not.
     """
     _only_known(wanted, names, f"recipe {recipe}: model")
     return [name for name in names if name in wanted]
@@ -124,16 +125,16 @@ def _model_from_dict(values: Any, position: int) -> ModelOptions:
     label = f"model {given.get('name', position)}"
     _only_known(given, _option_names(ModelOptions), f"{label}: option")
     if "name" not in given:
-        raise ValueError(f"{label}: has no name, give each model its own")
+        raise UsageError(f"{label}: has no name, give each model its own")
     try:
         return ModelOptions(**given)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
+    except UsageError as error:
+        raise UsageError(f"{label}: {error}") from None
 
 
 def _mapping(values: Any, what: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what}: must be a mapping of names to values, not {values!r}")
+        raise UsageError(f"{what}: must be a mapping of names to values, not {values!r}")
     return dict(values)
 
 

@@ -27,6 +27,7 @@ from transformers import GPTNeoXForCausalLM
 
 from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
 from context_pythia.data.packing import PackedDataset
+from context_pythia.errors import Failure
 
 HEAD_TOKENS = 256  # tokens whose predictions are held at once
 
@@ -66,11 +67,11 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
-        """Raises RuntimeError if the file is damaged."""
+        """Raises Failure if the file is damaged."""
         try:
             return cls(**load_file(path))
         except (OSError, SafetensorError, TypeError) as error:
-            raise RuntimeError(f"{path} is damaged ({error}): delete it to calibrate again") from error
+            raise Failure(f"{path} is damaged ({error}): delete it to calibrate again") from error
 
     def factorizer(self, layer: KeysAndValues, weighting: str) -> LayerFactorizer:
         """The layer's factorizations under one of `WEIGHTINGS`."""
@@ -135,7 +136,7 @@ def collect(
         seed: of the labels drawn from the model's predictions.
 
     Raises:
-        RuntimeError: a prediction, an input or a gradient is not finite.
+        Failure: a prediction, an input or a gradient is not finite.
     """
     statistics = {layer: LayerStatistics.zeros(model.config.hidden_size) for layer in layers}
     batches = range(0, len(text), batch_size)
@@ -150,7 +151,7 @@ def collect(
             states.backward(torch.stack(gradients))
     for layer, held in statistics.items():
         if not all(bool(getattr(held, f.name).isfinite().all()) for f in fields(held)):
-            raise RuntimeError(f"layer {layer} has inputs or gradients that are not finite: the checkpoint is damaged")
+            raise Failure(f"layer {layer} has inputs or gradients that are not finite: the checkpoint is damaged")
     return statistics
 
 
@@ -159,14 +160,14 @@ def loss_gradients(model: GPTNeoXForCausalLM, states: torch.Tensor, seed: int) -
     predictions draw. Few tokens' predictions are held at once: a row of them is as long as the vocabulary.
 
     Raises:
-        RuntimeError: a prediction is not finite.
+        Failure: a prediction is not finite.
     """
     generator = torch.Generator(device=states.device).manual_seed(seed)
     gradients = []
     for chunk in states.detach().split(HEAD_TOKENS):
         logits = model.get_output_embeddings()(chunk.requires_grad_(True)).float()
         if not bool(logits.isfinite().all()):
-            raise RuntimeError(f"the model's predictions are not finite in {model.dtype}: the checkpoint is damaged")
+            raise Failure(f"the model's predictions are not finite in {model.dtype}: the checkpoint is damaged")
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients += torch.autograd.grad(loss, chunk)

@@ -19,6 +19,7 @@ from context_pythia.conversion.calibrate import LayerStatistics, collect
 from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
 from context_pythia.conversion.transplant import context_config, keys_and_values, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
+from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.memory import free_memory
 from context_pythia.model import ContextPythiaForCausalLM
 
@@ -28,23 +29,23 @@ PASS_TOKENS = 4096  # each layer's weights are read twice a pass, so a pass shou
 
 
 def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
-    """The mean width of a layer's context; ValueError for one that the model cannot have."""
+    """The mean width of a layer's context; UsageError for one that the model cannot have."""
     config, attention = original.config, original.gpt_neox.layers[0].attention
     hidden, rotary = config.hidden_size, attention.rotary_ndims
     width = options.width(hidden)
     asked = f"context_dim {width}" if options.kv_reduction is None else f"kv_reduction {options.kv_reduction}"
     if width > hidden:
-        raise ValueError(
+        raise UsageError(
             f"{asked}: {hidden} numbers, the model's width, are exact already; give at most that, or a kv_reduction "
             "of at least 0.5"
         )
     if rotary == attention.head_size and width < hidden:
-        raise ValueError(
+        raise UsageError(
             f"{asked}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
             f"keys alone, {hidden} numbers a layer (kv_reduction 0.5), and no smaller one is made"
         )
     if width < rotary + 1:
-        raise ValueError(
+        raise UsageError(
             f"{asked}: leaves no room for one rotary key of {rotary} dims and a latent; give a context_dim of at least "
             f"{rotary + 1}"
         )
@@ -67,8 +68,8 @@ def compressed(
         partial: folder for statistics and weights.
 
     Raises:
-        ValueError: the text is too short.
-        RuntimeError: a damaged checkpoint, or damaged statistics.
+        UsageError: the text is too short.
+        Failure: a damaged checkpoint, or damaged statistics.
     """
     layers = range(original.config.num_hidden_layers)
     started = calibrated = time.perf_counter()
@@ -81,8 +82,8 @@ def compressed(
         def make(layer: int) -> Factors:
             try:
                 return exact_factors(keys_and_values(original, layer))
-            except RuntimeError as error:
-                raise RuntimeError(f"layer {layer}: {error}") from error
+            except Failure as error:
+                raise Failure(f"layer {layer}: {error}") from error
 
     else:
         statistics = _statistics(original, options, packed.train, partial, progress)
@@ -137,11 +138,11 @@ def _statistics(
     hidden = original.config.hidden_size
     needed = 2 * hidden
     if options.calibration_tokens < needed:
-        raise ValueError(
+        raise UsageError(
             f"calibration_tokens {options.calibration_tokens}: a width of {hidden} takes at least {needed} tokens"
         )
     if train.num_tokens < options.calibration_tokens:
-        raise ValueError(
+        raise UsageError(
             f"calibration_tokens {options.calibration_tokens}: the training split has {train.num_tokens} tokens; give "
             f"more text or samples, or calibrate on fewer tokens (at least {needed})"
         )

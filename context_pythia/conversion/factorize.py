@@ -18,6 +18,8 @@ from functools import cached_property
 
 import torch
 
+from context_pythia.errors import Failure
+
 # Directions in which inputs or gradients hardly vary have no say, but must not make a whitening infinite.
 RIDGE = 1e-9
 # What a pair reads of the input beyond the other pairs, or the error that it saves, is rounding below this share.
@@ -246,7 +248,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
 
     Raises:
-        RuntimeError: rotary keys that depend on each other, so that the rest has no room.
+        Failure: rotary keys that depend on each other, so that the rest has no room.
     """
     heads, width = layer.num_heads, layer.weight.shape[1]
     weight, bias = (part.flatten(0, 1) for part in layer.rotary)  # [P, D], [P]
@@ -258,7 +260,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     content = layer.weight[layer.content_rows]
     up = content @ torch.linalg.pinv(context_weight)
     if float((content - up @ context_weight).norm()) > 1e-6 * float(content.norm()):
-        raise RuntimeError(
+        raise Failure(
             f"its rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
         )
     factors = rebuilt(

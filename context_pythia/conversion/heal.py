@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from context_pythia.config.recipe import HealOptions, TrainOptions
+from context_pythia.errors import UsageError
 from context_pythia.training.loss import linear_distillation
 from context_pythia.training.phase2 import train_language_model
 from context_pythia.training.trainer import LanguageModelTrainer
@@ -90,12 +91,12 @@ def heal(
         seed: of the samples' order and dropout.
 
     Raises:
-        ValueError: no steps, models with unlike vocabularies, options that cannot be, or a folder with another run.
-        RuntimeError: a loss that is not finite, or only damaged checkpoints.
+        UsageError: no steps, models with unlike vocabularies, options that cannot be, or a folder with another run.
+        Failure: a loss that is not finite, or only damaged checkpoints.
         OSError: a folder that cannot be written.
     """
     if options.steps == 0:
-        raise ValueError("heal.steps 0: nothing to heal, give at least 1")
+        raise UsageError("heal.steps 0: nothing to heal, give at least 1")
     if teacher is student:
         raise ValueError("the teacher is the student itself: give a copy, or None for cross-entropy alone")
     ce_weight = 1.0 if teacher is None else options.ce_weight
@@ -104,7 +105,7 @@ def heal(
     if teacher is not None and ce_weight < 1:
         rows, wanted = (model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
         if rows != wanted:
-            raise ValueError(f"the student has {rows} logits and the teacher {wanted}: give models of one vocabulary")
+            raise UsageError(f"the student has {rows} logits and the teacher {wanted}: give models of one vocabulary")
         identity["teacher_crc32"] = fingerprint(teacher)
         make_trainer = functools.partial(DistillationTrainer, teacher=teacher, ce_weight=ce_weight)
     with trained_alone(student, options.parameters):

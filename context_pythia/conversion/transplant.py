@@ -17,6 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from context_pythia.conversion.factorize import Factors, KeysAndValues
+from context_pythia.errors import UsageError
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
 # A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
@@ -24,21 +25,21 @@ CHANGING_ROPE = ("dynamic", "longrope")
 
 
 def check_family(model_type: str | None, name: str) -> None:
-    """Raises ValueError, in one line, for a model of another family; None is of no family yet."""
+    """Raises UsageError, in one line, for a model of another family; None is of no family yet."""
     if model_type == ContextPythiaConfig.model_type:
-        raise ValueError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
+        raise UsageError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
     if model_type not in (None, GPTNeoXConfig.model_type):
-        raise ValueError(
+        raise UsageError(
             f"{name} is a {model_type} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
             "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
         )
 
 
 def check_rope(config: GPTNeoXConfig, name: str) -> None:
-    """Raises ValueError, in one line, for a GPT-NeoX whose kind of RoPE cannot be converted."""
+    """Raises UsageError, in one line, for a GPT-NeoX whose kind of RoPE cannot be converted."""
     kind = config.rope_parameters.get("rope_type", "default")
     if kind in CHANGING_ROPE:
-        raise ValueError(
+        raise UsageError(
             f"{name} has RoPE of the type {kind!r}, whose angles change with the length: it cannot convert"
         )
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from context_pythia.config.recipe import DataOptions
-from context_pythia.errors import first_line
+from context_pythia.errors import UsageError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
@@ -39,7 +39,7 @@ _PIECES_OF_A_FILE = 100
 def documents(options: DataOptions) -> Iterator[str]:
     """The documents of the corpus `options.data`, in an order that never changes; blank ones are left out.
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for text that cannot be read (the file and the
+    Raises FileNotFoundError for a path that does not exist, UsageError for text that cannot be read (the file and the
     line are named), ConnectionError when a Hub data set cannot be reached.
     """
     if options.data == "builtin":
@@ -105,7 +105,7 @@ def require_on_hub(kind: str, name: str) -> None:
 def hub_documents(name: str, split: str, text_field: str, config: str | None = None) -> Iterator[str]:
     """Streams the texts of a data set that `datasets` can load: `name` on the Hub, or a folder on this machine.
 
-    Raises what `documents` raises; ValueError also for a split, configuration or field that the data set lacks.
+    Raises what `documents` raises; UsageError also for a split, configuration or field that the data set lacks.
     """
     from datasets import load_dataset
 
@@ -115,10 +115,10 @@ def hub_documents(name: str, split: str, text_field: str, config: str | None = N
         try:
             rows = load_dataset(name, config, split=split, streaming=True)
         except ValueError as error:
-            raise ValueError(f"data set {name!r}: {' '.join(str(error).split())}") from error
+            raise UsageError(f"data set {name!r}: {' '.join(str(error).split())}") from error
         for number, row in enumerate(rows, 1):
             yield _text_of(row, text_field, f"data set {name!r}, row {number}")
-    except ValueError:
+    except UsageError:
         raise
     except Exception as error:  # as in require_on_hub
         raise ConnectionError(
@@ -129,12 +129,12 @@ def hub_documents(name: str, split: str, text_field: str, config: str | None = N
 def _local_path(data: str) -> Path | None:
     """The file or folder that `data` names, None if it can only be a Hub data set."""
     if not data.strip():
-        raise ValueError("data is empty: give builtin, a file, a folder or a Hub data set")
+        raise UsageError("data is empty: give builtin, a file, a folder or a Hub data set")
     path = Path(data).expanduser()
     if path.is_dir() or (path.is_file() and _suffix(path)):
         return path
     if path.is_file():
-        raise ValueError(f"{data}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{data}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
     if not is_hub_name(data.partition(":")[0]):
         raise FileNotFoundError(f"no such file or folder: {data}")
     return None
@@ -150,7 +150,7 @@ def _files(folder: Path) -> list[Path]:
     paths = ((path.relative_to(folder), path) for path in folder.rglob("*") if _suffix(path) and path.is_file())
     files = [path for name, path in sorted(paths) if not any(part.startswith(".") for part in name.parts)]
     if not files:
-        raise ValueError(f"{folder} is an empty corpus: it holds no {', '.join(SUFFIXES)} file")
+        raise UsageError(f"{folder} is an empty corpus: it holds no {', '.join(SUFFIXES)} file")
     return files
 
 
@@ -193,7 +193,7 @@ def _file_documents(path: Path, text_field: str, piece: int) -> Iterator[str]:
             with gzip.open(path, "rb") as file:
                 yield from _jsonl_documents(path, file, text_field)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}), fetch or pack it again") from error
+            raise UsageError(f"{path}: damaged gzip file ({error}), fetch or pack it again") from error
 
 
 def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
@@ -213,7 +213,7 @@ def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
 
 
 def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
-    """UTF-8 text chunk by chunk, line ends as "\\n". Raises ValueError with line and byte where it is not UTF-8."""
+    """UTF-8 text chunk by chunk, line ends as "\\n". Raises UsageError with line and byte where it is not UTF-8."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     offset, line, chunk = 0, 1, b" "
     while chunk:
@@ -224,7 +224,7 @@ def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
             # `error.object` may begin with the unfinished character of the chunk before.
             at = offset + len(chunk) - len(error.object) + error.start
             line += error.object[: error.start].count(b"\n")
-            raise ValueError(_not_utf8(path, line, at)) from error
+            raise UsageError(_not_utf8(path, line, at)) from error
         offset += len(chunk)
         line += text.count("\n")
         yield text
@@ -240,14 +240,14 @@ def _jsonl_documents(path: Path, file: Any, text_field: str) -> Iterator[str]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(_not_utf8(path, number, offset + error.start)) from error
+            raise UsageError(_not_utf8(path, number, offset + error.start)) from error
         offset += len(line)
         if text.isspace() or not text:
             continue
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise UsageError(f"{path}, line {number}: not JSON ({error})") from error
         yield _text_of(row, text_field, f"{path}, line {number}")
 
 
@@ -259,24 +259,24 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_field not in names:
-                raise ValueError(_no_field(str(path), text_field, names))
+                raise UsageError(_no_field(str(path), text_field, names))
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
                 for row in batch.to_pylist():
                     number += 1
                     yield _text_of(row, text_field, f"{path}, row {number}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+        raise UsageError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _text_of(row: Any, text_field: str, where: str) -> str:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with a field {text_field!r}, found {type(row).__name__}")
+        raise UsageError(f"{where}: expected an object with a field {text_field!r}, found {type(row).__name__}")
     if text_field not in row:
-        raise ValueError(_no_field(where, text_field, row))
+        raise UsageError(_no_field(where, text_field, row))
     text = row[text_field]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_field!r} holds {type(text).__name__}, not text")
+        raise UsageError(f"{where}: field {text_field!r} holds {type(text).__name__}, not text")
     return text
 
 

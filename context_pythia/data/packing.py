@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from context_pythia.config.recipe import DataOptions
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
+from context_pythia.errors import Failure, UsageError
 
 _FORMAT = 1
 _HEAD_CHARACTERS = 1 << 23
@@ -76,7 +77,7 @@ class PackedData:
 def load_data(options: DataOptions, progress: bool = True) -> PackedData:
     """Packs the corpus of `options`, or opens what an earlier call packed from the same text with the same settings.
 
-    Raises ValueError or FileNotFoundError for options, text or tokenizers that cannot be used, a corpus shorter than
+    Raises UsageError or FileNotFoundError for options, text or tokenizers that cannot be used, a corpus shorter than
     `samples` among them; ConnectionError for a Hub name without a network.
     """
     _validate(options)
@@ -92,7 +93,7 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
             made = Path(temporary, "packed")
             _pack(options, tokenizer, made, progress)
             if corpus_digest(options) != digest:
-                raise RuntimeError(f"{options.data} changed while it was read: run again when it is complete")
+                raise Failure(f"{options.data} changed while it was read: run again when it is complete")
             _publish(made, folder, options)
         packed = _open(folder, options)
         if packed is None:
@@ -116,13 +117,13 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
 
 def _validate(options: DataOptions) -> None:
     if options.samples < 2:
-        raise ValueError(f"samples={options.samples}: at least 2 are needed, one to train and one to validate on")
+        raise UsageError(f"samples={options.samples}: at least 2 are needed, one to train and one to validate on")
     if options.sequence_length < 1:
-        raise ValueError(f"sequence_length={options.sequence_length}: at least 1 token is needed")
+        raise UsageError(f"sequence_length={options.sequence_length}: at least 1 token is needed")
     if not 0 < options.validation_fraction < 1:
-        raise ValueError(f"validation_fraction={options.validation_fraction}: must lie between 0 and 1")
+        raise UsageError(f"validation_fraction={options.validation_fraction}: must lie between 0 and 1")
     if options.tokenizer == "train" and options.vocab_size < _SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size={options.vocab_size}: a byte-level one has at least {_SMALLEST_VOCABULARY}")
+        raise UsageError(f"vocab_size={options.vocab_size}: a byte-level one has at least {_SMALLEST_VOCABULARY}")
 
 
 def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
@@ -211,7 +212,7 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
             if not train.room and not validation.room:
                 break
     if train.room or validation.room:
-        raise ValueError(_too_short(options, train.used // width, validation.used // width))
+        raise UsageError(_too_short(options, train.used // width, validation.used // width))
     counts = {"documents_train": train.documents, "documents_validation": validation.documents}
     (folder / "counts.json").write_text(json.dumps(counts))
 
@@ -220,7 +221,7 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
     """The head of the corpus, and the threshold: documents whose hash is not above it are for validation.
 
     The threshold is where the head's documents, in the order of their hashes, reach `validation_fraction` of its
-    characters; so a small corpus gets its share too, and each split at least one document. Raises ValueError if there
+    characters; so a small corpus gets its share too, and each split at least one document. Raises UsageError if there
     are not two different documents.
     """
     head: list[str] = []
@@ -233,9 +234,9 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
         if characters >= _HEAD_CHARACTERS and len(lengths) > 1:
             break
     if not head:
-        raise ValueError(f"{options.data} is an empty corpus: it holds no text")
+        raise UsageError(f"{options.data} is an empty corpus: it holds no text")
     if len(lengths) < 2:
-        raise ValueError(
+        raise UsageError(
             f"{options.data} holds one document, at least two different ones are needed: one is kept for validation"
         )
     hashes = sorted(lengths)

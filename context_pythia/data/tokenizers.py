@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from context_pythia.data.corpora import is_hub_name, require_on_hub
+from context_pythia.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -17,7 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer that `name` names: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name.
 
-    Raises FileNotFoundError or ValueError if there is none or it cannot mark the end of a text, ConnectionError for a
+    Raises FileNotFoundError or UsageError if there is none or it cannot mark the end of a text, ConnectionError for a
     Hub name that is neither cached nor reachable.
     """
     path = Path(name).expanduser()
@@ -25,25 +26,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         try:
             backend = Tokenizer.from_file(str(path))
         except Exception as error:  # the tokenizers library raises nothing narrower
-            raise ValueError(f"{name} is not a tokenizer.json: {error}") from error
+            raise UsageError(f"{name} is not a tokenizer.json: {error}") from error
         if backend.token_to_id(END_OF_TEXT) is None:
-            raise ValueError(f"{name} has no token {END_OF_TEXT}: give a folder whose tokenizer_config.json names one")
+            raise UsageError(f"{name} has no token {END_OF_TEXT}: give a folder whose tokenizer_config.json names one")
         return _wrapped(backend)
     if not path.is_dir() and (not name.strip() or not is_hub_name(name)):
         raise FileNotFoundError(f"no such tokenizer: {name!r} (give train, a tokenizer.json, a folder or a Hub name)")
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         # transformers would make up an empty tokenizer from the model's configuration.
-        raise ValueError(f"{name} holds no tokenizer.json: name a tokenizer with --tokenizer")
+        raise UsageError(f"{name} holds no tokenizer.json: name a tokenizer with --tokenizer")
     try:
         tokenizer = _auto_tokenizer(name, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, (ConnectionError, FileNotFoundError)):
             raise
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UsageError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"tokenizer {name!r} has no tokenizer.json; choose one that has")
+        raise UsageError(f"tokenizer {name!r} has no tokenizer.json; choose one that has")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} names no end-of-text token: set eos_token in its tokenizer_config.json")
+        raise UsageError(f"tokenizer {name!r} names no end-of-text token: set eos_token in its tokenizer_config.json")
     return tokenizer
 
 

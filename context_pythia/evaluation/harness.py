@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from context_pythia.config.options import suggestion
+from context_pythia.errors import Failure, UsageError
 
 BOOTSTRAPS = 1000  # resamplings for the standard errors that have no formula
 
@@ -27,11 +28,11 @@ def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
         tasks_path: folder with task files of one's own.
 
     Raises:
-        ValueError: the harness is not installed, or a task is unknown.
+        UsageError: the harness is not installed, or a task is unknown.
         FileNotFoundError: there is no such folder.
     """
     if find_spec("lm_eval") is None:
-        raise ValueError("--tasks needs lm-evaluation-harness: pip install 'context-pythia[harness]'")
+        raise UsageError("--tasks needs lm-evaluation-harness: pip install 'context-pythia[harness]'")
     if tasks_path is not None and not tasks_path.is_dir():
         raise FileNotFoundError(f"--tasks-path {tasks_path}: is no folder")
     from lm_eval.tasks import TaskManager
@@ -45,7 +46,7 @@ def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
     known = manager.all_tasks
     for task in tasks:
         if task not in known:
-            raise ValueError(f"task {task!r} is unknown{suggestion(task, known)}; give its file with --tasks-path")
+            raise UsageError(f"task {task!r} is unknown{suggestion(task, known)}; give its file with --tasks-path")
     return manager
 
 
@@ -64,7 +65,7 @@ def run_tasks(
         limit: documents a task at most; all if None.
 
     Raises:
-        RuntimeError: a task could not be run (its data cannot be reached, for one).
+        Failure: a task could not be run (its data cannot be reached, for one).
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -81,7 +82,7 @@ def run_tasks(
             log_samples=False,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RuntimeError(f"tasks {', '.join(tasks)} failed: {' '.join(str(error).split())[:200]}") from error
+        raise Failure(f"tasks {', '.join(tasks)} failed: {' '.join(str(error).split())[:200]}") from error
     assert found is not None
     return {
         task: {_plain(name): value for name, value in figures.items() if isinstance(value, float)}

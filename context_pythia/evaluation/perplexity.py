@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from context_pythia.errors import Failure
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
@@ -102,10 +103,10 @@ class _Tally:
             self.divergence = (self.divergence or 0.0) + float(divergence.cpu().double().sum())
 
     def figures(self, model: PreTrainedModel) -> dict[str, Any]:
-        """The fields of `Score`; RuntimeError if the loss is not a number."""
+        """The fields of `Score`; Failure if the loss is not a number."""
         loss = float(self.losses.sum()) / self.tokens
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise Failure(
                 f"the validation loss is {loss}: the model's weights are damaged, or {model.dtype} is too narrow for it"
             )
         return {
@@ -135,8 +136,8 @@ def score(
         reference: model to compare the predictions with; it runs beside `model`, batch by batch.
 
     Raises:
-        ValueError: the samples are longer than the model's positions.
-        RuntimeError: the loss is not a number.
+        UsageError: the samples are longer than the model's positions.
+        Failure: the loss is not a number.
     """
     tally = _Tally(_length(dataset), dataset[0]["input_ids"].shape[-1])
     for first, ids, labels in _batches(model, dataset, batch_size, "scoring", progress):

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 import context_pythia.model  # noqa: F401  registers the model with the Auto classes
 from context_pythia.data.corpora import is_hub_name, require_on_hub
+from context_pythia.errors import Failure, UsageError
 
 
 def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
@@ -25,7 +26,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     Raises:
         FileNotFoundError: there is no such folder and no such model.
         ConnectionError: the Hub cannot be reached.
-        RuntimeError: the checkpoint is damaged: unreadable, or with tensors missing, left over or of another shape.
+        Failure: the checkpoint is damaged: unreadable, or with tensors missing, left over or of another shape.
     """
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -52,15 +53,15 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise RuntimeError(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error
+        raise Failure(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error
     if wrong := [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[0]}" for kind, keys in state.items() if keys]:
-        raise RuntimeError(f"the checkpoint in {name} is damaged ({wrong[0]}): train or download it again")
+        raise Failure(f"the checkpoint in {name} is damaged ({wrong[0]}): train or download it again")
     return model.eval()
 
 
 def check_length(length: int, config: PreTrainedConfig) -> None:
-    """Raises ValueError for samples of more tokens than the model has positions."""
+    """Raises UsageError for samples of more tokens than the model has positions."""
     if length > config.max_position_embeddings:
-        raise ValueError(
+        raise UsageError(
             f"sequence_length {length}: the model has {config.max_position_embeddings} positions, give at most so many"
         )

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import GPTNeoXConfig
 from transformers.cache_utils import Cache, DynamicCache, HQQQuantizedLayer
 
+from context_pythia.errors import UsageError
 from context_pythia.model.cache import CacheMeasurement, RecurrentContext
 from context_pythia.model.configuration import ContextPythiaConfig
 
@@ -58,9 +59,9 @@ class QuantisedRecurrentContextLayer(RecurrentContext, HQQQuantizedLayer):
 
 
 def require_quantiser() -> None:
-    """Raise `ValueError`, with the mend, if HQQ is not installed."""
+    """Raise `UsageError`, with the mend, if HQQ is not installed."""
     if find_spec("hqq") is None:
-        raise ValueError("a quantised cache needs HQQ: pip install 'context-pythia[quantised]'")
+        raise UsageError("a quantised cache needs HQQ: pip install 'context-pythia[quantised]'")
 
 
 def residual_length(length: int) -> int:
@@ -79,7 +80,7 @@ def quantised_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
         kind: `int8` or `int4`.
 
     Raises:
-        ValueError: HQQ is not installed.
+        UsageError: HQQ is not installed.
     """
     require_quantiser()
     head_size = config.hidden_size // config.num_attention_heads

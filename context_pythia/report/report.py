@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from context_pythia.bench.report import write_bench
+from context_pythia.errors import UsageError
 from context_pythia.report.document import write_document, wrote
 from context_pythia.report.evaluation_report import write_evaluation
 from context_pythia.report.sections import Report
@@ -39,7 +40,7 @@ def write_report(run: Path, lang: str = "en") -> list[Path]:
     unknown language or a damaged metrics.json or provenance.json, FileNotFoundError where one is missing.
     """
     if lang not in TRANSLATIONS:
-        raise ValueError(f"unknown report language {lang!r}: choose one of {', '.join(TRANSLATIONS)}")
+        raise UsageError(f"unknown report language {lang!r}: choose one of {', '.join(TRANSLATIONS)}")
     kind = read_record(run / "metrics.json").get("kind")
     if kind in WRITERS:
         return WRITERS[kind](run, lang)

@@ -11,6 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, Pre
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.conversion.heal import is_healed
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
+from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import measure_generated_cache
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token
@@ -27,13 +28,13 @@ def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:
     """Rows of the embedding: as the recipe says, else the tokenizer's size up to a multiple of 128 (as in Pythia).
 
     Raises:
-        ValueError: the recipe's number is smaller than the tokenizer needs.
+        UsageError: the recipe's number is smaller than the tokenizer needs.
     """
     rows = recipe.architecture.model_vocab_size
     if rows is None:
         return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if rows < tokenizer_size:
-        raise ValueError(f"architecture.model_vocab_size {rows}: the tokenizer needs at least {tokenizer_size}")
+        raise UsageError(f"architecture.model_vocab_size {rows}: the tokenizer needs at least {tokenizer_size}")
     return rows
 
 

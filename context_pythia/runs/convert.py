@@ -30,7 +30,7 @@ from context_pythia.conversion.heal import heal
 from context_pythia.conversion.transplant import check_family, check_rope, read_weight
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import check_length, load_pretrained
 from context_pythia.files import write_json
@@ -76,18 +76,18 @@ def convert(
             from its own predictions, is worth without a smaller cache.
 
     Raises:
-        ValueError: a model, width or text that cannot be used, or an `out` that holds something else.
-        RuntimeError: a damaged checkpoint.
+        UsageError: a model, width or text that cannot be used, or an `out` that holds something else.
+        Failure: a damaged checkpoint.
         OSError: the output cannot be written.
     """
     if control and not healing.steps:
-        raise ValueError("convert: --control heals the original itself, so give --heal-steps")
+        raise UsageError("convert: --control heals the original itself, so give --heal-steps")
     if control and (options.context_dim, options.kv_reduction) != (None, 0.5):
-        raise ValueError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
+        raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
     if not healing.steps and (given := _changed(healing)):
-        raise ValueError(f"heal.{given}: nothing is healed without --heal-steps, give the number of steps")
+        raise UsageError(f"heal.{given}: nothing is healed without --heal-steps, give the number of steps")
     if data.tokenizer == "train":
-        raise ValueError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
+        raise UsageError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
     settings = {"model": model, "files": _identity(model), "control": control, "ship_code": ship_code}
     settings |= {"convert": asdict(options), "data": asdict(data), "heal": asdict(healing)}
     if held := _finished(out, settings):
@@ -95,7 +95,7 @@ def convert(
         return held
     target = out.resolve()
     if target.is_mount():
-        raise ValueError(f"--out {out}: is a mount point, which nothing can be moved to; give a folder in it")
+        raise UsageError(f"--out {out}: is a mount point, which nothing can be moved to; give a folder in it")
     partial = target.with_name(f".{target.name}.partial")
     with _whole_writes(partial):
         _open_partial(partial, settings)
@@ -121,7 +121,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         if not difference:
             return held
         difference = f", a conversion with {difference}"
-    raise ValueError(f"--out {out}: exists and holds something else{difference}; choose another folder")
+    raise UsageError(f"--out {out}: exists and holds something else{difference}; choose another folder")
 
 
 def _changed(healing: HealOptions) -> str:
@@ -173,13 +173,13 @@ def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
     if (partial / SETTINGS).is_file():
         held, healed = read_record(partial / SETTINGS), partial / "healed"
         if difference := _difference(held | {"heal": settings["heal"]}, settings):
-            raise ValueError(f"{partial} holds an unfinished conversion with {difference}: finish it or delete it")
+            raise UsageError(f"{partial} holds an unfinished conversion with {difference}: finish it or delete it")
         if healed.exists() and (difference := _difference(held, settings)):
-            raise ValueError(
+            raise UsageError(
                 f"{partial} holds an unfinished healing with {difference}: finish it, or delete {healed} to heal anew"
             )
     elif any(not path.name.startswith(f".{SETTINGS}") for path in partial.iterdir()):
-        raise ValueError(f"{partial} holds files that are not a conversion's: move them, it is for work in progress")
+        raise UsageError(f"{partial} holds files that are not a conversion's: move them, it is for work in progress")
     write_json(partial / SETTINGS, held | settings)
 
 
@@ -224,10 +224,10 @@ def _convert(
         original = _load_original(model)
         config, tokenizer = original.config, load_tokenizer(data.tokenizer)
         if control and not healing.teaches_a_control(config):
-            raise ValueError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
+            raise UsageError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
         width = config.hidden_size if control else checked_width(options, original)
         if vocabulary_rows(tokenizer) > config.vocab_size:
-            raise ValueError(
+            raise UsageError(
                 f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
                 f"{config.vocab_size}: give the model's own with --tokenizer"
             )
@@ -287,7 +287,7 @@ def _shipped_code(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _load_original(model: str) -> GPTNeoXForCausalLM:
-    """The model to convert, its weights left on disk; ValueError for other families and kinds."""
+    """The model to convert, its weights left on disk; UsageError for other families and kinds."""
     # The bare file first, which families have that transformers does not know. What is wrong with the name itself is
     # said where the weights are loaded.
     with contextlib.suppress(OSError):
@@ -301,36 +301,34 @@ def _load_original(model: str) -> GPTNeoXForCausalLM:
 
 
 def _check_weights(original: GPTNeoXForCausalLM, model: str) -> None:
-    """Raises RuntimeError for a damaged checkpoint, of which every weight is read."""
+    """Raises Failure for a damaged checkpoint, of which every weight is read."""
     for name, place in original.state_dict().items():
         try:
             weight = read_weight(original, name)
         except (OSError, SafetensorError) as error:
-            raise RuntimeError(
+            raise Failure(
                 f"the checkpoint in {model} is damaged ({first_line(error)}): download or train it again"
             ) from error
         if weight.shape != place.shape:
-            raise RuntimeError(
+            raise Failure(
                 f"the checkpoint in {model} is damaged ({name} has the shape {list(weight.shape)}, not "
                 f"{list(place.shape)}): download or train it again"
             )
         if not bool(weight.isfinite().all()):
-            raise RuntimeError(
-                f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again"
-            )
+            raise Failure(f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again")
 
 
 def _load_text(data: DataOptions, config: Any, partial: Path, progress: bool) -> PackedData:
     """The text to calibrate and heal on.
 
-    Raises ValueError where its samples are longer than the model's positions, or where the work in `partial` was begun
+    Raises UsageError where its samples are longer than the model's positions, or where the work in `partial` was begun
     on another text.
     """
     check_length(data.sequence_length, config)
     packed = load_data(data, progress)
     settings = read_record(partial / SETTINGS)
     if settings.setdefault("data_fingerprint", packed.summary["fingerprint"]) != packed.summary["fingerprint"]:
-        raise ValueError(
+        raise UsageError(
             f"{partial} holds an unfinished conversion by other text than is now in {data.data}: delete it"
         )
     write_json(partial / SETTINGS, settings)

@@ -20,7 +20,7 @@ from transformers import GPTNeoXConfig, PreTrainedModel
 from context_pythia.config.recipe import DataOptions
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -64,8 +64,8 @@ def evaluate(
         lang: the report is written in English, and in this language.
 
     Raises:
-        ValueError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
-        RuntimeError: a damaged model, or a task that failed.
+        UsageError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
+        Failure: a damaged model, or a task that failed.
     """
     names = _names(models)
     if out is not None:
@@ -103,8 +103,10 @@ def evaluate(
             rows = evaluate_model(
                 model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
             )
-        except RuntimeError as error:
-            raise RuntimeError(f"{name}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_failure(error):
+                raise
+            raise Failure(f"{name}: {first_line(error)}") from error
         metrics["models"] += rows
         compare_with_first(metrics["models"])
         if out is not None:
@@ -241,7 +243,7 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
 
 
 def _check_out(out: Path) -> None:
-    """Raises ValueError where `out` is or holds what cannot be an evaluation."""
+    """Raises UsageError where `out` is or holds what cannot be an evaluation."""
     if out.exists() and not out.is_dir():
         raise _held(out, "is a file")
     for file, kind in {"recipe.yaml": "training run", "config.json": "model"}.items():
@@ -250,7 +252,7 @@ def _check_out(out: Path) -> None:
 
 
 def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
-    """Raises ValueError where `out` holds another evaluation than this one, done before or begun."""
+    """Raises UsageError where `out` holds another evaluation than this one, done before or begun."""
     if not (out / "metrics.json").exists():
         return
     held = read_record(out / "metrics.json")
@@ -259,14 +261,14 @@ def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any])
         raise _held(out, "holds another evaluation")
 
 
-def _held(out: Path, what: str) -> ValueError:
-    return ValueError(f"--out {out}: {what}; choose another folder")
+def _held(out: Path, what: str) -> UsageError:
+    return UsageError(f"--out {out}: {what}; choose another folder")
 
 
 def _names(models: Sequence[str]) -> list[str]:
     """How tables call the models: by the last part of the path where that is enough."""
     if twice := [model for i, model in enumerate(models) if model in models[:i]]:
-        raise ValueError(f"the model {twice[0]} is named twice")
+        raise UsageError(f"the model {twice[0]} is named twice")
     short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
@@ -274,7 +276,7 @@ def _names(models: Sequence[str]) -> list[str]:
 def _config_of(model: PreTrainedModel, path: str) -> GPTNeoXConfig:
     """The configuration of a model that was loaded whole, so that damage shows before an hour of scoring."""
     if not isinstance(model.config, GPTNeoXConfig):
-        raise ValueError(f"{path} is a {model.config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
+        raise UsageError(f"{path} is a {model.config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
     return model.config
 
 
@@ -282,19 +284,19 @@ def _check_vocabularies(paths: dict[str, str], configs: dict[str, GPTNeoXConfig]
     """A line for each way in which vocabularies differ.
 
     Raises:
-        ValueError: a model has fewer rows than the text has tokens.
+        UsageError: a model has fewer rows than the text has tokens.
     """
     notes, first = [], next(iter(configs))
     vocabulary = data.tokenizer.get_vocab()
     for name, config in configs.items():
         if config.vocab_size < data.summary["vocab_size"]:
-            raise ValueError(
+            raise UsageError(
                 f"{name} knows {config.vocab_size} tokens, the tokenizer {data.summary['tokenizer']} makes "
                 f"{data.summary['vocab_size']}: give the model's own with --tokenizer"
             )
         try:
             own = load_tokenizer(paths[name]).get_vocab()
-        except (ValueError, OSError):
+        except (UsageError, OSError):
             own = vocabulary
         if own != vocabulary:
             notes.append(f"{name} was trained with another tokenizer than this text's: its figures mean little here")

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from context_pythia.bench.speed import compiled_step
 from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
 from context_pythia.runs.build import best_device
@@ -35,20 +36,20 @@ def generate(
         compile: decode from a static cache with a compiled step, which takes a while at first.
 
     Raises:
-        ValueError: `top_k` without sampling, a prompt without tokens, or one that with the new tokens is longer than
+        UsageError: `top_k` without sampling, a prompt without tokens, or one that with the new tokens is longer than
             the model's positions.
     """
     if top_k is not None and temperature == 0:
-        raise ValueError(f"--top-k {top_k}: needs a --temperature above 0, without sampling it chooses nothing")
+        raise UsageError(f"--top-k {top_k}: needs a --temperature above 0, without sampling it chooses nothing")
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
     if ids.shape[1] == 0:
-        raise ValueError("--prompt is empty: give at least one character")
+        raise UsageError("--prompt is empty: give at least one character")
     positions = loaded.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > positions:
-        raise ValueError(
+        raise UsageError(
             f"--max-new-tokens {max_new_tokens}: with the prompt's {ids.shape[1]} tokens that is more than "
             f"the model's {positions} positions"
         )

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from context_pythia.config.recipe import Recipe
+from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.report.document import Table, to_console
 from context_pythia.report.formats import DASH, integer, kilobytes
@@ -25,7 +26,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
         dtype: of the model and its cache.
 
     Raises:
-        ValueError: a cache longer than a model's positions.
+        UsageError: a cache longer than a model's positions.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if recipe is not None:
@@ -46,7 +47,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
 
 def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None = None) -> dict[str, Any]:
     if length > (positions := model.config.max_position_embeddings):
-        raise ValueError(f"--length {length}: {name} has {positions} positions, give at most so many")
+        raise UsageError(f"--length {length}: {name} has {positions} positions, give at most so many")
     cache = describe_cache(model, length)
     return {
         "name": name,

@@ -29,6 +29,7 @@ import context_pythia
 from context_pythia import processes
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.config.recipe_files import deciding_values, load_recipe, recipe_to_dict, save_recipe
+from context_pythia.errors import Failure, UsageError
 from context_pythia.files import write_json
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
@@ -78,7 +79,7 @@ class Run:
         origin: the run with the trained baseline for models that are made of one, if it is not this run.
 
     Raises:
-        ValueError: the folder holds a run of another recipe; the message names the first difference.
+        UsageError: the folder holds a run of another recipe; the message names the first difference.
         OSError: the folder cannot be written.
     """
 
@@ -111,12 +112,12 @@ class Run:
         return name in self._finished
 
     def baseline(self) -> tuple[ModelOptions, dict[str, Any]]:
-        """The trained baseline, and its entry; RuntimeError if there is none."""
+        """The trained baseline, and its entry; Failure if there is none."""
         entries = {entry["name"]: entry for entry in self.metrics["models"] if entry["error"] is None}
         for model in self.recipe.models:
             if model.is_baseline and model.name in entries:
                 return model, entries[model.name]
-        raise RuntimeError(f"no baseline in {self.folder} is trained: train it first, or find out why it failed")
+        raise Failure(f"no baseline in {self.folder} is trained: train it first, or find out why it failed")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a model's entry in place of an earlier one."""
@@ -124,10 +125,10 @@ class Run:
         self.write()
 
     def use_data(self, summary: dict[str, Any]) -> None:
-        """Take the packed data's `summary` for the run's; ValueError where its entries come from other text."""
+        """Take the packed data's `summary` for the run's; UsageError where its entries come from other text."""
         held, fingerprint = self.metrics["data"].get("fingerprint"), summary["fingerprint"]
         if self.metrics["models"] and held not in (None, fingerprint):
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} holds a run on data {held}, and the same names now give {fingerprint}: "
                 "the text has changed; choose another folder with --out"
             )
@@ -239,18 +240,18 @@ def _merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
         for key, value in values.items():
             if value != others[key]:
                 name = f"{section}.{key}".rstrip(".")
-                raise ValueError(
+                raise UsageError(
                     f"{folder} holds a run with {name} {value}, not {others[key]}: choose another folder with --out"
                 )
     models: dict[str, ModelOptions] = {model.name: model for model in held.models}
     for model in wanted.models:
         if models.setdefault(model.name, model) != model:
-            raise ValueError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
+            raise UsageError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
     return dataclasses.replace(wanted, name=held.name, models=list(models.values()))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The object in a run's JSON file; FileNotFoundError or ValueError, in one line, if there is none."""
+    """The object in a run's JSON file; FileNotFoundError or UsageError, in one line, if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that a command of context-pythia has written into")
     try:
@@ -263,7 +264,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json with all that its readers rely on; ValueError, in one line, if something is missing."""
+    """metrics.json with all that its readers rely on; UsageError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
     keys -= {"val_ppl_by_position", "machine", "from_baseline"}  # older runs have none
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
@@ -276,8 +277,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")
+def _damaged(path: Path, reason: str) -> UsageError:
+    return UsageError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")
 
 
 def _device_name(device: torch.device) -> str:

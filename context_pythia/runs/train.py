@@ -22,7 +22,7 @@ from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.conversion.heal import training_options
 from context_pythia.data.packing import PackedData, load_data
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.report.document import write_in_languages
 from context_pythia.report.report import write_report
@@ -52,7 +52,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
         origin: as `Run` takes it.
 
     Raises:
-        RuntimeError: a model failed; the report is written first.
+        Failure: a model failed; the report is written first.
     """
     run, data = _open_to_train(recipe, out, progress, origin)
     failures = []
@@ -62,9 +62,9 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
             continue
         try:
             run.add(_make_and_measure(options, run, data, progress))
-        except (RuntimeError, MemoryError) as error:
-            if processes.count() > 1:
-                # The other processes wait for this one in the middle of a model.
+        except Exception as error:
+            # Of several processes the others wait for this one in the middle of a model.
+            if processes.count() > 1 or not is_failure(error):
                 raise
             failures.append(f"{options.name}: {first_line(error)}")
             run.add(model_entry(options, error=first_line(error)))
@@ -72,7 +72,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
     if processes.is_main():
         print("\n" + write_in_languages(write_report, run.folder, lang))
     if failures:
-        raise RuntimeError(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
+        raise Failure(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
 
 
 @processes.joined()
@@ -92,11 +92,11 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
     """Phase 1 alone, for the recipe's models that have a ContextBlock.
 
     Raises:
-        ValueError: a model has none.
+        UsageError: a model has none.
     """
     for options in recipe.models:
         if options.context_source not in RECURRENT:
-            raise ValueError(
+            raise UsageError(
                 f"{options.name} has no ContextBlock: name a model whose context_source is input or shared"
             )
     run, data = _open(recipe, out, progress)
@@ -119,24 +119,24 @@ def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) 
 
 
 def _check_origins(recipe: Recipe, run: Run) -> None:
-    """Raise `ValueError` where a model is to be made of a baseline that is not there when its turn comes."""
+    """Raise `UsageError` where a model is to be made of a baseline that is not there when its turn comes."""
     healed = [model.name for model in recipe.models if model.from_baseline and not run.finished(model.name)]
     if not healed:
         return
     trained = any(model.is_baseline and run.origin.finished(model.name) for model in run.origin.recipe.models)
     if not trained and not any(model.is_baseline for model in recipe.models):
-        raise ValueError(
+        raise UsageError(
             f"{healed[0]} is made of the trained baseline, and {run.origin.folder} has none: name one before it"
         )
     if processes.count() > 1:
-        raise ValueError(
+        raise UsageError(
             f"{healed[0]} is made of the trained baseline in one process, {processes.count()} were started: "
             "train the others with --models, and then this one"
         )
 
 
 def check_training(recipe: Recipe) -> None:
-    """Raise `ValueError` for options of training or healing that cannot be here, or not together."""
+    """Raise `UsageError` for options of training or healing that cannot be here, or not together."""
     check_options(recipe.train)
     if any(options.from_baseline for options in recipe.models):
         check_options(training_options(recipe.heal))
@@ -175,14 +175,14 @@ def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
 
 @contextlib.contextmanager
 def _alone_with(options: ModelOptions, run: Run) -> Iterator[None]:
-    """Raise `ValueError` where another call trains the model in this folder: they would share its checkpoints."""
+    """Raise `UsageError` where another call trains the model in this folder: they would share its checkpoints."""
     with contextlib.ExitStack() as held:
         if processes.is_main():
             (run.folder / ".locks").mkdir(exist_ok=True)
             try:
                 held.enter_context(FileLock(run.folder / ".locks" / f"{options.folder}.lock", timeout=0))
             except Timeout:
-                raise ValueError(
+                raise UsageError(
                     f"another call trains {options.name} in {run.folder} now: wait for its end, or choose another --out"
                 ) from None
         yield

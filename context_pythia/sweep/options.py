@@ -22,6 +22,7 @@ import yaml
 from context_pythia.config.options import Option, Options, options_of, suggestion
 from context_pythia.config.recipe import PREFIXED, SECTIONS, ModelOptions, Recipe
 from context_pythia.config.recipe_files import deciding_values, overridden
+from context_pythia.errors import UsageError
 
 SAMPLERS = ("grid", "tpe")
 MODEL = "model"  # the searched dimension that says which model of the recipe is trained
@@ -86,18 +87,18 @@ def parse_over(text: str) -> Dimension:
     key, equals, given = text.partition("=")
     key = key.strip().replace("-", "_")
     if not equals or not given.strip():
-        raise ValueError(f"--over {text!r}: give key=value,value or, with --sampler tpe, key=low..high")
+        raise UsageError(f"--over {text!r}: give key=value,value or, with --sampler tpe, key=low..high")
     if key == "seed":
-        raise ValueError("--over seed: seeds are given by --seeds 0,1,2")
+        raise UsageError("--over seed: seeds are given by --seeds 0,1,2")
     if key not in KEYS:
         paths = sorted({path for path, _ in KEYS.values()})
-        raise ValueError(f"--over key {key!r} is unknown{suggestion(key, KEYS)}; valid: {', '.join(paths)}")
+        raise UsageError(f"--over key {key!r} is unknown{suggestion(key, KEYS)}; valid: {', '.join(paths)}")
     path, option = KEYS[key]
     if found := re.fullmatch(r"(log:)?([^,:]+?)\.\.([^,]+)", given.strip()):
         return _range(path, option, found[2], found[3], bool(found[1]))
     values = tuple(_value(word.strip(), option) for word in given.split(","))
     if len(set(map(repr, values))) < len(values):
-        raise ValueError(f"--over {key}: {given} names a value twice")
+        raise UsageError(f"--over {key}: {given} names a value twice")
     return Dimension(path, values, log=by_logarithm(option))
 
 
@@ -105,7 +106,7 @@ def parse_seeds(text: str) -> list[int]:
     """`"0,1,2"` -> the seeds; ValueError for what is none, or named twice. Their bounds are checked with the plan."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-        raise ValueError(f"--seeds {text}: give different whole numbers, such as 0,1,2")
+        raise UsageError(f"--seeds {text}: give different whole numbers, such as 0,1,2")
     return [int(word) for word in words]
 
 
@@ -113,9 +114,9 @@ def _range(path: str, option: Option, low: str, high: str, log: bool) -> Dimensi
     ends = [_value(word.strip(), option) for word in (low, high)]
     with_numbers = option.kind in (int, float) and all(isinstance(end, int | float) for end in ends)
     if not with_numbers or ends[0] >= ends[1]:
-        raise ValueError(f"--over {path}: {low}..{high} is no range of numbers, low..high")
+        raise UsageError(f"--over {path}: {low}..{high} is no range of numbers, low..high")
     if log and ends[0] <= 0:
-        raise ValueError(f"--over {path}: log:{low}..{high} must begin above 0")
+        raise UsageError(f"--over {path}: log:{low}..{high} must begin above 0")
     return Dimension(path, tuple(ends), ranged=True, log=log or by_logarithm(option))
 
 
@@ -207,22 +208,22 @@ class SweepPlan:
         healed = next((model.name for model in trained if model.from_baseline), None)
         if healed is not None and self._baseline not in self.models:
             named = self._baseline or "a baseline of the recipe"
-            raise ValueError(f"{healed} is made of the trained baseline: name {named} with --models too")
+            raise UsageError(f"{healed} is made of the trained baseline: name {named} with --models too")
         if healed is not None and self.sampler != "grid":
-            raise ValueError(f"{healed} is made of the trained baseline of its setting: sweep it with --sampler grid")
+            raise UsageError(f"{healed} is made of the trained baseline of its setting: sweep it with --sampler grid")
         paths = [dimension.path for dimension in self.dimensions]
         for path in paths:
             if paths.count(path) > 1:
-                raise ValueError(f"--over {path}: is given twice, name all its values in one")
+                raise UsageError(f"--over {path}: is given twice, name all its values in one")
         if self.sampler == "grid":
             if ranged := next((one for one in self.dimensions if one.ranged), None):
-                raise ValueError(f"--over {ranged.path}: a range needs --sampler tpe; the grid takes values")
+                raise UsageError(f"--over {ranged.path}: a range needs --sampler tpe; the grid takes values")
             if self.trials is not None:
-                raise ValueError("--trials: is for --sampler tpe; the grid trains every combination")
+                raise UsageError("--trials: is for --sampler tpe; the grid trains every combination")
         else:
             share = len(self.models) * len(self.seeds)
             if self.trials is None or self.trials % share:
-                raise ValueError(
+                raise UsageError(
                     f"--trials {self.trials}: --sampler tpe needs a multiple of {share} "
                     f"({len(self.models)} models x {len(self.seeds)} seeds), so that each gets as many"
                 )

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from context_pythia.errors import UsageError
 from context_pythia.sweep.options import MODEL, Dimension, Setting, SweepPlan
 from context_pythia.sweep.study import IDENTITY, OBJECTIVES, SEED, Queue
 
@@ -101,7 +102,7 @@ class Search:
                 params: dict[str, Any] = study.ask(searched).params
                 try:
                     settings = [self.plan.setting({MODEL: model} | params, seed) for seed in self.plan.seeds]
-                except ValueError:
+                except UsageError:
                     continue  # values that are valid one by one, but not together
                 if settings[0].identity not in held:
                     return settings

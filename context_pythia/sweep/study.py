@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from context_pythia.errors import first_line
+from context_pythia.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -42,7 +42,7 @@ SURPLUS = "surplus"
 def require_optuna() -> None:
     """Raise `ValueError` where the extra is not installed; else let Optuna print warnings alone."""
     if find_spec("optuna") is None:
-        raise ValueError("sweep needs Optuna: pip install 'context-pythia[sweep]'")
+        raise UsageError("sweep needs Optuna: pip install 'context-pythia[sweep]'")
     import optuna
 
     optuna.logging.set_verbosity(logging.WARNING)
@@ -62,7 +62,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         path = str(folder / JOURNAL)
         return JournalStorage(JournalFileBackend(path, lock_obj=_journal_lock(path)))
     if url.startswith("redis"):
-        raise ValueError("--storage redis: Optuna unpickles what it finds there; give a database, such as postgresql")
+        raise UsageError("--storage redis: Optuna unpickles what it finds there; give a database, such as postgresql")
     # A server may have closed a connection while a training ran; SQLite's file may be locked by another worker.
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     for attempt in range(1, OPENINGS + 1):
@@ -72,7 +72,7 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
             # Two workers that make the tables of a new database at one moment get in each other's way once.
             if attempt == OPENINGS or not isinstance(error, DBAPIError):
                 reason = first_line(error)
-                raise ValueError(f"--storage {_without_password(url)}: cannot be opened ({reason})") from None
+                raise UsageError(f"--storage {_without_password(url)}: cannot be opened ({reason})") from None
         time.sleep(0.5)
     raise AssertionError
 

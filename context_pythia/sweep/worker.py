@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from context_pythia.data.packing import load_data
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.files import write_json
 from context_pythia.report.document import write_in_languages
 from context_pythia.runs.build import best_device, embedding_rows
@@ -80,11 +80,11 @@ def sweep(
             written = write_in_languages(write_sweep, out, lang)
     except StorageInternalError as error:
         reason = first_line(error.__cause__ or error)
-        raise RuntimeError(f"the storage failed ({reason}): run again to go on") from error
+        raise Failure(f"the storage failed ({reason}): run again to go on") from error
     print("\n" + written)
     failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
     if failed and len(failed) == len(metrics["trials"]):
-        raise RuntimeError(f"all {len(failed)} trials failed: {failed[0]['error']}")
+        raise Failure(f"all {len(failed)} trials failed: {failed[0]['error']}")
     return metrics
 
 
@@ -99,7 +99,7 @@ def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
             return
     for key in wanted:
         if held.get(key) != wanted[key]:
-            raise ValueError(f"{out} holds a sweep with another {_difference(key, held.get(key), wanted[key])}: "
+            raise UsageError(f"{out} holds a sweep with another {_difference(key, held.get(key), wanted[key])}: "
                              "choose another folder with --out")  # fmt: skip
 
 
@@ -133,8 +133,8 @@ def _check_recorded_text(folder: Path, fingerprint: str) -> None:
         raise _other_text(folder, held, fingerprint)
 
 
-def _other_text(folder: Path, held: str, fingerprint: str) -> ValueError:
-    return ValueError(
+def _other_text(folder: Path, held: str, fingerprint: str) -> UsageError:
+    return UsageError(
         f"{folder} holds results of data {held}, and the same names here give {fingerprint}: the text has changed, or "
         "is another on this machine; give what it was, or choose another folder with --out"
     )
@@ -185,7 +185,7 @@ def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
         setting = plan.setting(trial.params, trial.user_attrs[SEED])
         fingerprint = check_setting(setting.recipe, progress)
         origin = _trained_origin(plan, setting, out)
-    except ValueError as error:
+    except UsageError as error:
         claim.end(None, {ERROR: first_line(error)}, TrialState.FAIL)
         return
     folder = run_folder(setting, out)
@@ -208,7 +208,7 @@ def _origin_ended(plan: SweepPlan, trial: FrozenTrial, states: Mapping[str, Tria
     """Whether the trial need not wait for that of the baseline which its model is made of."""
     try:
         origin = plan.origin(plan.setting(trial.params, trial.user_attrs[SEED]))
-    except ValueError:  # which the trial's end will tell
+    except UsageError:  # which the trial's end will tell
         return True
     return origin is None or origin.identity not in states or states[origin.identity].is_finished()
 
@@ -230,7 +230,7 @@ def _trained_origin(plan: SweepPlan, setting: Setting, out: Path) -> Run | None:
             f"no trained {name} in {folder}: workers that heal must share --out, not only the storage"
         )
     if entry["error"] is not None:
-        raise ValueError(f"its baseline {name} failed: {entry['error']}")
+        raise UsageError(f"its baseline {name} failed: {entry['error']}")
     return Run(folder, origin.recipe)
 
 
@@ -248,7 +248,7 @@ def train_trial(setting: Setting, folder: Path, progress: bool, origin: Run | No
     if (entry := _entry(folder)) is None:
         try:
             compare(setting.recipe, folder, progress=progress, origin=origin)
-        except RuntimeError:
+        except Failure:
             if _entry(folder) is None:
                 raise
         entry = _entry(folder)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from context_pythia import processes
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import TrainOptions
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, UsageError, first_line
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -47,10 +47,10 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
 
 
 def check_same_run(held: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError where `folder` holds a run with other settings, naming the first that differs."""
+    """Raises UsageError where `folder` holds a run with other settings, naming the first that differs."""
     for key in [*settings, *held]:
         if held.get(key) != settings.get(key):
-            raise ValueError(
+            raise UsageError(
                 f"{folder} holds a run with {key} {held.get(key)}, not {settings.get(key)}: "
                 "choose another output folder"
             )
@@ -60,15 +60,15 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest sound checkpoint; newer ones that are not sound are removed.
 
     Raises:
-        ValueError: they hold an optimizer that is divided as that of this run is not, or conversely.
-        RuntimeError: there are checkpoints, and all of them are damaged.
+        UsageError: they hold an optimizer that is divided as that of this run is not, or conversely.
+        Failure: there are checkpoints, and all of them are damaged.
     """
     found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
     found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     (optimizer, _), (unlike, held) = OPTIMIZER_FILES[:: -1 if processes.divide_model() else 1]
     for checkpoint in found:
         if (checkpoint / unlike).exists() and not (checkpoint / optimizer).exists():
-            raise ValueError(
+            raise UsageError(
                 f"{checkpoint} was written {held} FSDP: go on {held} it, or delete {checkpoints} to train anew"
             )
     unsound: dict[Path, str] = {}
@@ -81,7 +81,7 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
         # The state is written last, so without it the process ended amid its first checkpoint: nothing is lost.
         finished = [path for path in unsound if (path / STATE_FILE).exists()]
         if finished:
-            raise RuntimeError(
+            raise Failure(
                 f"{finished[0]} is damaged ({unsound[finished[0]]}) and there is no earlier one: "
                 f"delete {checkpoints} to train from the start"
             )
@@ -119,7 +119,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Fills `model` from a Hugging Face folder and sets it to evaluation.
 
     Raises:
-        RuntimeError: the folder lacks weights of the model or is not sound.
+        Failure: the folder lacks weights of the model or is not sound.
     """
     try:
         # By `from_pretrained`, because a file's names need not be the module's: GPT-NeoX saves lm_head as embed_out.
@@ -127,9 +127,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         if wrong := {key: names for key, names in mended.items() if names}:
             raise ValueError(f"{wrong}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise RuntimeError(
-            f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again"
-        ) from error
+        raise Failure(f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again") from error
     if processes.divide_model():
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -162,8 +160,8 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; RuntimeError, in one line, if it is not one."""
+    """The object in `path`; Failure, in one line, if it is not one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RuntimeError(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
+        raise Failure(f"{path} is damaged ({error}): delete {path.parent} to train again") from error

@@ -24,6 +24,7 @@ from torch import nn
 from context_pythia import processes
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import Phase1Options
+from context_pythia.errors import Failure, UsageError
 from context_pythia.files import write_json
 from context_pythia.training.oacd import (
     TokenProjections,
@@ -83,7 +84,7 @@ class OacdRun:
         self.batches = math.ceil(data.train.num_tokens / options.batch_tokens)
         count, index = processes.count(), processes.index()
         if self.batches < count:
-            raise ValueError(
+            raise UsageError(
                 f"phase1.batch_tokens {options.batch_tokens}: makes {self.batches} batches for {count} processes, "
                 f"give at most {data.train.num_tokens // count}"
             )
@@ -214,7 +215,7 @@ class OacdRun:
         if not math.isfinite(value):
             last = last_piece(self.folder)
             kept = "no checkpoint yet" if last is None else f"the last good checkpoint is {last}"
-            raise RuntimeError(
+            raise Failure(
                 f"phase 1 diverged: {what} {value} in iteration {len(self.history) + 1}; lower its learning rate "
                 f"({self.options.learning_rate:g}) and use another output folder ({kept})"
             )
@@ -264,7 +265,7 @@ class OacdRun:
         identity = asdict(Phase1Options()) | identity
         for name, value in self.identity.items():
             if identity.get(name) != value:
-                raise ValueError(
+                raise UsageError(
                     f"{path} was made with {name} {identity.get(name)}, not {value}: "
                     "use that setting, another output folder, or delete the file"
                 )
@@ -276,7 +277,7 @@ class OacdRun:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             identity, result = record.pop("identity"), Phase1Result(**record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.record} is damaged: delete it and run phase 1 again") from error
+            raise UsageError(f"{self.record} is damaged: delete it and run phase 1 again") from error
         self._require_same(identity, self.record)
         self.block.load_state_dict(read_tensors(self.weights, self.device)[0])
         return result

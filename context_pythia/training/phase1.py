@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from context_pythia import processes
 from context_pythia.config.recipe import Phase1Options
+from context_pythia.errors import UsageError
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.oacd_run import OacdRun, Phase1Result
@@ -50,13 +51,13 @@ def train_context_block(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the model has no ContextBlock, or `folder` holds a damaged file or the work of another run (other
+        UsageError: the model has no ContextBlock, or `folder` holds a damaged file or the work of another run (other
             options, seed, text, widths, embeddings or number of processes), or there are fewer batches than processes.
-        RuntimeError: the loss is not finite; the last good checkpoint stays.
+        Failure: the loss is not finite; the last good checkpoint stays.
         OSError: `folder` cannot be written.
     """
     if getattr(model.gpt_neox, "context_block", None) is None:
-        raise ValueError("phase 1 trains a ContextBlock and this model has none: choose context source input or shared")
+        raise UsageError("phase 1 trains a ContextBlock and this model has none: choose context source input or shared")
     run = OacdRun(model, data, options, seed, folder)
     if (finished := run.load_finished()) is not None:
         return finished

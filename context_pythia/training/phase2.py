@@ -21,6 +21,7 @@ from transformers.integrations import TensorBoardCallback
 
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
+from context_pythia.errors import UsageError
 from context_pythia.files import write_json
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.checkpoints import (
@@ -87,17 +88,17 @@ def train_language_model(
         identity: what decides the weights besides the other arguments, as plain values of JSON.
 
     Raises:
-        ValueError: options that cannot be, or a folder that holds another run.
-        RuntimeError: a loss that is not finite (checkpoints and best weights stay), or only damaged checkpoints.
+        UsageError: options that cannot be, or a folder that holds another run.
+        Failure: a loss that is not finite (checkpoints and best weights stay), or only damaged checkpoints.
         OSError: a folder that cannot be written.
     """
     check_options(options)
     for split in ("train", "validation"):
         if len(getattr(data, split)) == 0:
-            raise ValueError(f"the {split} split has no samples: give more text or another validation_fraction")
+            raise UsageError(f"the {split} split has no samples: give more text or another validation_fraction")
     if options.tokens is not None and not 0 < samples_of_pass(options, data.train.sequence_length) <= len(data.train):
         held = len(data.train) * data.train.sequence_length
-        raise ValueError(
+        raise UsageError(
             f"{options.section}.tokens {options.tokens}: the training split holds {held} tokens, a step takes "
             f"{options.batch_size * options.gradient_accumulation * data.train.sequence_length}: give a number between"
         )
@@ -164,7 +165,7 @@ def run_trainer(
     """Runs the Trainer to its end and returns its last state.
 
     Raises:
-        ValueError: FSDP where accelerate does not offer it.
+        UsageError: FSDP where accelerate does not offer it.
     """
     arguments = training_arguments(options, seed, folder / "checkpoints", steps)
     # A checkpoint has the first evaluation in its log.
@@ -182,7 +183,7 @@ def run_trainer(
     with faster_attention(model, arguments.device, data.train.sequence_length):
         trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
         if processes.divide_model() and not trainer.is_fsdp_enabled:
-            raise ValueError("accelerate divides a model (FSDP) only among GPUs or the like: drop the option")
+            raise UsageError("accelerate divides a model (FSDP) only among GPUs or the like: drop the option")
         try:
             with deferred_interrupt() as report.asked_to_stop:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -202,21 +203,21 @@ def run_trainer(
 
 
 def check_options(options: TrainOptions) -> None:
-    """Raises ValueError, in one line, for options that cannot be here, or not together."""
+    """Raises UsageError, in one line, for options that cannot be here, or not together."""
     if options.warmup_ratio and options.schedule == "constant":
         section = options.section
-        raise ValueError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
+        raise UsageError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
     if options.precision == "float16" and not torch.cuda.is_available():
-        raise ValueError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
+        raise UsageError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
     check_shares(options)
     if options.tensorboard:
         summary_writer()
 
 
 def summary_writer() -> type[SummaryWriter]:
-    """TensorBoard's writer; ValueError where the package is missing."""
+    """TensorBoard's writer; UsageError where the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("tensorboard is not installed: pip install 'context-pythia[tensorboard]'") from error
+        raise UsageError("tensorboard is not installed: pip install 'context-pythia[tensorboard]'") from error
     return SummaryWriter

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from context_pythia import processes
+from context_pythia.errors import UsageError
 
 ALONE = "checkpoint.safetensors"
 PIECE = re.compile(r"checkpoint-(\d+)-(\d+)-of-(\d+)\.safetensors")
@@ -38,7 +39,7 @@ def last_piece(folder: Path) -> Path | None:
     """This process's file of the last checkpoint, None if there is none.
 
     Raises:
-        ValueError: the checkpoint is that of another number of processes, which divided the stream otherwise.
+        UsageError: the checkpoint is that of another number of processes, which divided the stream otherwise.
     """
     sets: dict[tuple[int, int], int] = {}
     for _, moment, count in _pieces(folder):
@@ -48,7 +49,7 @@ def last_piece(folder: Path) -> Path | None:
         whole[1] = 0
     if processes.count() not in whole:
         if whole:
-            raise ValueError(
+            raise UsageError(
                 f"{folder} holds a checkpoint of {min(whole)} processes, not {processes.count()}: "
                 f"start {min(whole)}, or delete its checkpoint files to begin phase 1 again"
             )
@@ -84,14 +85,14 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def read_tensors(
     path: Path, device: torch.device, without: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (but one) and metadata of a safetensors file; ValueError, which names it, if it is missing or damaged."""
+    """Tensors (but one) and metadata of a safetensors file; UsageError, which names it, if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             # Copies: on the CPU they would be maps of a file that the next checkpoint replaces.
             names = [name for name in file.keys() if name != without]  # noqa: SIM118
             return {name: file.get_tensor(name).clone() for name in names}, file.metadata() or {}
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): delete it and run phase 1 again") from error
+        raise UsageError(f"{path} is missing or damaged ({error}): delete it and run phase 1 again") from error
 
 
 def read_rows(path: Path, name: str, into: torch.Tensor) -> None:

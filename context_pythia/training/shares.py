@@ -16,13 +16,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
+from context_pythia.errors import UsageError
 from context_pythia.training.loss import IGNORED
 
 
 def check_shares(options: TrainOptions) -> None:
-    """Raises ValueError where the processes cannot share a batch evenly."""
+    """Raises UsageError where the processes cannot share a batch evenly."""
     if options.batch_size % processes.count():
-        raise ValueError(
+        raise UsageError(
             f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
             f"give a multiple of {processes.count()}"
         )

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
-from context_pythia.errors import first_line
+from context_pythia.errors import Failure, first_line
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport, samples_of_pass, wide
@@ -105,7 +105,7 @@ class LanguageModelTrainer(Trainer):
         """One forward and backward pass; its loss joins the epoch's sum.
 
         Raises:
-            RuntimeError: the loss is not finite. No weight has taken it yet, or at least no checkpoint has.
+            Failure: the loss is not finite. No weight has taken it yet, or at least no checkpoint has.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.report.add(loss)
@@ -185,10 +185,10 @@ class LanguageModelTrainer(Trainer):
             raise OSError(f"cannot write {checkpoint}: {first_line(error)}; free some disk space and rerun") from error
         self.report.resume()
 
-    def _not_finite(self, what: str, value: float) -> RuntimeError:
+    def _not_finite(self, what: str, value: float) -> Failure:
         step = self.state.global_step + 1
         kept = self.args.output_dir if self.state.best_global_step is not None else "not yet written"
-        return RuntimeError(
+        return Failure(
             f"{what} became {value} at or before step {step}: try a {self.report.options.section}.learning_rate "
             f"below {self.args.learning_rate} and another output folder (last good checkpoint and best weights: {kept})"
         )

@@ -1,5 +1,6 @@
 """The command: how flags become recipes, errors become exit codes, and help stays quick."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from context_pythia.cli import command_line as cli
 from context_pythia.cli.flags import OVERRIDE
 from context_pythia.config.recipe import DataOptions
 from context_pythia.config.recipe_files import load_recipe, recipe_to_dict
+from context_pythia.errors import Failure, UsageError
 
 calls: list[dict] = []
 
@@ -311,14 +314,17 @@ def test_wrong_usage_is_one_line_and_exit_2(run, capsys, argv, message):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("corpus empty.txt holds no text"), 2, "corpus empty.txt holds no text"),
+        (UsageError("corpus empty.txt holds no text"), 2, "corpus empty.txt holds no text"),
         (FileNotFoundError("no such model: m"), 2, "no such model: m"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "a.txt: No such file or directory"),
         (NotADirectoryError(20, "Not a directory", "a.txt/b"), 2, "a.txt/b: Not a directory"),
         (PermissionError(13, "Permission denied", "/runs"), 1, "/runs: Permission denied"),
-        (RuntimeError("loss is NaN at step 3\n  lower the learning rate"), 1, "loss is NaN at step 3"),
-        (RuntimeError("\n\n first words\n"), 1, "first words"),
+        (Failure("loss is NaN at step 3\n  lower the learning rate"), 1, "loss is NaN at step 3"),
+        (Failure("\n\n first words\n"), 1, "first words"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (ConnectionError("cannot reach the Hub"), 1, "cannot reach the Hub"),
         (MemoryError(), 1, "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "CUDA out of memory. Tried"),
     ],
 )
 def test_errors_become_one_line_and_an_exit_code(run_failing, capsys, error, code, line):
@@ -327,15 +333,53 @@ def test_errors_become_one_line_and_an_exit_code(run_failing, capsys, error, cod
 
 
 def test_debug_shows_the_traceback(run_failing):
-    with pytest.raises(ValueError, match="why"):
-        run_failing(ValueError("why"), "runs/x", "--debug")
+    with pytest.raises(UsageError, match="why"):
+        run_failing(UsageError("why"), "runs/x", "--debug")
     with pytest.raises(ValueError, match="why"):
         cli.main(["--debug", "report", "runs/x"])
 
 
-def test_our_own_mistakes_keep_their_traceback(run_failing):
-    with pytest.raises(AssertionError):
-        run_failing(AssertionError("ours"), "runs/x")
+def test_our_own_mistakes_keep_their_traceback_and_ask_to_be_reported():
+    code = """
+import sys
+from dataclasses import replace
+from context_pythia.cli import command_line as cli
+def fail(**keywords):
+    import torch
+    torch.ones(2, 3) @ torch.ones(2, 3)
+sys.modules["ours"] = sys.modules["__main__"]
+cli.COMMANDS["report"] = replace(cli.COMMANDS["report"], function="ours:fail")
+sys.exit(cli.main(["report", "runs/x"]))
+"""
+    done = python(code)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1 and "Traceback (most recent call last):" in lines
+    assert any("in fail" in line for line in lines) and "shapes cannot be multiplied" in lines[-2]
+    assert lines[-1].startswith("context-pythia: a mistake of context-pythia ") and "please report it" in lines[-1]
+
+
+def test_memory_that_the_cpu_lacks_is_one_line(run_failing, capsys):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert run_failing(caught.value, "runs/x") == 1
+    assert "can't allocate memory" in capsys.readouterr().err
+
+
+def test_a_console_without_unicode_shows_another_character():
+    code = """
+import sys
+from dataclasses import replace
+from context_pythia.cli import command_line as cli
+def write(**keywords):
+    print("256 \u00d7 3 \u2212 1")
+sys.modules["writer"] = sys.modules["__main__"]
+cli.COMMANDS["report"] = replace(cli.COMMANDS["report"], function="writer:write")
+sys.exit(cli.main(["report", "runs/x"]))
+"""
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (0, "256 ? 3 ? 1\n"), done.stderr
 
 
 def test_an_interrupt_says_how_to_go_on(run_failing, capsys):
