@@ -13,9 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM, ContextPythiaModel
+    from context_pythia.model import (
+        ContextPythiaConfig,
+        ContextPythiaForCausalLM,
+        ContextPythiaForQuestionAnswering,
+        ContextPythiaForSequenceClassification,
+        ContextPythiaForTokenClassification,
+        ContextPythiaModel,
+    )
 
-__all__ = ["ContextPythiaConfig", "ContextPythiaForCausalLM", "ContextPythiaModel", "__version__"]
+__all__ = [
+    "ContextPythiaConfig",
+    "ContextPythiaForCausalLM",
+    "ContextPythiaForQuestionAnswering",
+    "ContextPythiaForSequenceClassification",
+    "ContextPythiaForTokenClassification",
+    "ContextPythiaModel",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 

@@ -1,12 +1,44 @@
 """The model family, registered with transformers' Auto classes on import."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration import ContextPythiaConfig
-from .modeling import ContextPythiaForCausalLM, ContextPythiaModel
+from .modeling import (
+    ContextPythiaForCausalLM,
+    ContextPythiaForQuestionAnswering,
+    ContextPythiaForSequenceClassification,
+    ContextPythiaForTokenClassification,
+    ContextPythiaModel,
+)
 
+AUTO_MODELS = {
+    AutoModel: ContextPythiaModel,
+    AutoModelForCausalLM: ContextPythiaForCausalLM,
+    AutoModelForQuestionAnswering: ContextPythiaForQuestionAnswering,
+    AutoModelForSequenceClassification: ContextPythiaForSequenceClassification,
+    AutoModelForTokenClassification: ContextPythiaForTokenClassification,
+}
 AutoConfig.register(ContextPythiaConfig.model_type, ContextPythiaConfig, exist_ok=True)
-AutoModel.register(ContextPythiaConfig, ContextPythiaModel, exist_ok=True)
-AutoModelForCausalLM.register(ContextPythiaConfig, ContextPythiaForCausalLM, exist_ok=True)
+for auto_class, model_class in AUTO_MODELS.items():
+    auto_class.register(ContextPythiaConfig, model_class, exist_ok=True)
+# What `config.json` says beside a copy of this folder's files: where the Auto classes find ours without this package.
+AUTO_MAP = {"AutoConfig": "configuration.ContextPythiaConfig"} | {
+    auto_class.__name__: f"modeling.{model_class.__name__}" for auto_class, model_class in AUTO_MODELS.items()
+}
 
-__all__ = ["ContextPythiaConfig", "ContextPythiaForCausalLM", "ContextPythiaModel"]
+__all__ = [
+    "AUTO_MAP",
+    "ContextPythiaConfig",
+    "ContextPythiaForCausalLM",
+    "ContextPythiaForQuestionAnswering",
+    "ContextPythiaForSequenceClassification",
+    "ContextPythiaForTokenClassification",
+    "ContextPythiaModel",
+]

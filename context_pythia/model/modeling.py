@@ -13,6 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXForCausalLM,
+    GPTNeoXForQuestionAnswering,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
@@ -175,3 +178,37 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
             new = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
             inputs["token_mask"] = attention_mask[:, -new.shape[1] :]
         return inputs
+
+
+class ContextPythiaForSequenceClassification(ContextPythiaPreTrainedModel, GPTNeoXForSequenceClassification):
+    """Scores of a text, `[B, num_labels]`, read off its last token that is no padding."""
+
+    def __init__(self, config: ContextPythiaConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = ContextPythiaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class ContextPythiaForTokenClassification(ContextPythiaPreTrainedModel, GPTNeoXForTokenClassification):
+    """Scores of each token, `[B, T, num_labels]`."""
+
+    def __init__(self, config: ContextPythiaConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = ContextPythiaModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class ContextPythiaForQuestionAnswering(ContextPythiaPreTrainedModel, GPTNeoXForQuestionAnswering):
+    """Scores of each token as the first and as the last one of an answer, `[B, T]` each."""
+
+    def __init__(self, config: ContextPythiaConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = ContextPythiaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import context_pythia.model
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.options import options_of
 from context_pythia.config.recipe import DataOptions, HealOptions
@@ -34,6 +35,7 @@ from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import check_length, load_pretrained
 from context_pythia.files import write_json
+from context_pythia.model import AUTO_MAP
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.report.conversion_card import reduction, write_card, write_spectrum
 from context_pythia.runs.build import best_device, describe_cache, describe_parameters
@@ -250,8 +252,9 @@ def _convert(
             record |= details
         record["cache"] = describe_cache(student, min(128, config.max_position_embeddings), DECODED)
         converted.mkdir(exist_ok=True)
-        with _shipped_code(student) if ship_code and not control else contextlib.nullcontext():
-            publish(student, tokenizer, converted, SHARD)
+        if ship_code and not control:
+            _ship_code(student, converted)
+        publish(student, tokenizer, converted, SHARD)
         record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
         if record.get("layers"):
             write_spectrum(converted, record)
@@ -273,17 +276,11 @@ def _convert(
     return record
 
 
-@contextlib.contextmanager
-def _shipped_code(model: PreTrainedModel) -> Iterator[None]:
-    """Within it models like this one are saved with their code; their configuration names it from then on."""
-    classes: tuple[Any, Any] = type(model), type(model.config)
-    try:
-        classes[0].register_for_auto_class("AutoModelForCausalLM")
-        classes[1].register_for_auto_class()
-        yield
-    finally:
-        for cls in classes:
-            cls._auto_class = None
+def _ship_code(model: PreTrainedModel, folder: Path) -> None:
+    """Lay our modelling code in `folder` and name it in the configuration of the model, which is saved there next."""
+    for path in Path(context_pythia.model.__path__[0]).glob("[!_]*.py"):
+        shutil.copyfile(path, folder / path.name)
+    model.config.auto_map = AUTO_MAP
 
 
 def _load_original(model: str) -> GPTNeoXForCausalLM:

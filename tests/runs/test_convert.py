@@ -226,9 +226,12 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
-model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
+for kind in ("AutoModel", "AutoModelForSequenceClassification"):
+    body = getattr(transformers, kind).from_pretrained({str(out)!r}, trust_remote_code=True)
+    assert type(body).__module__.startswith("transformers_modules"), kind
+model = transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
 held = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 assert type(model).__module__.startswith("transformers_modules")
 assert torch.allclose(model(held["ids"]).logits, held["logits"], atol=1e-5)
