@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from context_pythia.config.options import Options, option
 from context_pythia.errors import UsageError
 
-CONTEXT_SOURCES = ("input", "shared", "layer")
+CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEALED_PARAMETERS = ("attention", "all")
@@ -63,6 +63,9 @@ class ArchitectureOptions(Options):
         0.0, "dropout after embedding, attention and MLP, and of the context of shared", bounds=">= 0 and < 1"
     )
     attention_dropout: float = option(0.0, "dropout of attention weights", bounds=">= 0 and < 1")
+    match_parameters: bool = option(
+        False, "give each model as many parameters as the baseline by another width of its MLP"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +175,10 @@ class ModelOptions(Options):
     context_source: str | None = option(None, "who makes the context; empty for the baseline", CONTEXT_SOURCES)
     context_dim: int = option(256, "width of the context")
     context_block_layers: int = option(1, "layers of the ContextBlock (sources input and shared)", bounds=">= 1")
-    context_sharing: int = option(1, "consecutive layers that attend to one context (source layer)", bounds=">= 1")
+    context_sharing: int = option(
+        1, "consecutive layers that attend to one context, or one layer's keys (sources layer, grouped)", bounds=">= 1"
+    )
+    key_value_heads: int = option(1, "heads of keys and values, 1 is multi-query (source grouped)", bounds=">= 1")
     num_rotary_keys: int = option(
         1, "rotary keys in a layer's context: 1, shared by the heads, or one a head (source layer)", bounds=">= 1"
     )
@@ -222,17 +228,17 @@ class Recipe(Options):
         self._check_models()
 
     def _check_tokens(self) -> None:
-        """Raise `ValueError` where one pass asks for more tokens than are packed, or for less than a step."""
+        """Raise `UsageError` where one pass asks for more tokens than are packed, or for less than a step."""
         tokens, length = self.train.tokens, self.data.sequence_length
         if tokens is None:
             return
         step = self.train.batch_size * self.train.gradient_accumulation * length
         if tokens < step:
-            raise ValueError(f"train.tokens {tokens}: must be at least {step}, the tokens of one step")
+            raise UsageError(f"train.tokens {tokens}: must be at least {step}, the tokens of one step")
         packed = self.data.split_sizes(self.data.samples)[0] * length
         if tokens > packed:
             samples = math.ceil(tokens / length / (1 - self.data.validation_fraction)) + 1
-            raise ValueError(
+            raise UsageError(
                 f"train.tokens {tokens}: data.samples {self.data.samples} gives {packed} tokens to train on, "
                 f"ask for fewer or set data.samples to {samples}"
             )
@@ -293,14 +299,17 @@ class Recipe(Options):
 def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
     """Raise `UsageError` where a model's context does not fit the body."""
     widest = 2 * architecture.hidden_size
-    if not 1 <= model.context_dim <= widest:
+    if model.context_source != "grouped" and not 1 <= model.context_dim <= widest:
         raise UsageError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
     layers = architecture.num_hidden_layers
     if model.context_sharing > layers:
         raise UsageError(f"context_sharing {model.context_sharing}: must be between 1 and num_hidden_layers = {layers}")
+    heads = architecture.num_attention_heads
+    if heads % model.key_value_heads:
+        raise UsageError(f"key_value_heads {model.key_value_heads}: must divide num_attention_heads = {heads}")
     if model.context_source != "layer":
         return
-    heads, keys = architecture.num_attention_heads, model.num_rotary_keys
+    keys = model.num_rotary_keys
     if keys not in (1, heads):
         raise UsageError(f"num_rotary_keys {keys}: must be 1 or num_attention_heads = {heads}")
     rotary = keys * architecture.rotary_dims

@@ -3,7 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import GPTNeoXConfig
 
-CONTEXT_SOURCES = ("input", "shared", "layer")
+CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 
 
 @strict
@@ -12,14 +12,19 @@ class ContextPythiaConfig(GPTNeoXConfig):
     context_source (`str`, *optional*, defaults to `"layer"`):
         Who makes the context. `"input"`: the context replaces the token embedding of an unchanged GPT-NeoX, whose keys
         and values are cached. `"shared"`: one recurrent context a token serves, and is cached for, all layers.
-        `"layer"`: a layer projects its normalised input to a context.
+        `"layer"`: a layer projects its normalised input to a context. `"grouped"`, for comparison: keys and values
+        themselves, of fewer heads.
     context_dim (`int`, *optional*, defaults to 256):
         Width of the context. For `"layer"` it is all that a layer caches for a token, rotary keys included; for
         `"shared"` the rotary key is cached beside it.
     context_block_layers (`int`, *optional*, defaults to 1):
         Layers of the ContextBlock (`"input"` and `"shared"`).
     context_sharing (`int`, *optional*, defaults to 1):
-        Number of consecutive layers that attend to the context which the first of them made (`"layer"`).
+        Number of consecutive layers that attend to the context which the first of them made (`"layer"`), or to its
+        keys and values (`"grouped"`).
+    key_value_heads (`int`, *optional*, defaults to 1):
+        Heads of keys and values in a layer, each read by as many heads of queries; 1 is multi-query attention
+        (`"grouped"`).
     num_rotary_keys (`int`, *optional*, defaults to 1):
         Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
     rotary_pairs (`list[list[int]]`, *optional*):
@@ -46,6 +51,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
     context_dim: int = 256
     context_block_layers: int = 1
     context_sharing: int = 1
+    key_value_heads: int = 1
     num_rotary_keys: int = 1
     rotary_pairs: list[list[int]] | None = None
     reuse_rotary_keys: bool = False
@@ -56,7 +62,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         super().validate_architecture()
         if self.context_source not in CONTEXT_SOURCES:
             raise ValueError(f"context_source {self.context_source!r}: must be one of {', '.join(CONTEXT_SOURCES)}")
-        if not 1 <= self.context_dim <= 2 * self.hidden_size:
+        if self.context_source != "grouped" and not 1 <= self.context_dim <= 2 * self.hidden_size:
             raise ValueError(
                 f"context_dim {self.context_dim}: must be between 1 and 2 * hidden_size = {2 * self.hidden_size}"
             )
@@ -66,6 +72,10 @@ class ContextPythiaConfig(GPTNeoXConfig):
             raise ValueError(
                 f"context_sharing {self.context_sharing}: must be between 1 and "
                 f"num_hidden_layers = {self.num_hidden_layers}"
+            )
+        if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"key_value_heads {self.key_value_heads}: must divide num_attention_heads = {self.num_attention_heads}"
             )
         if self.num_rotary_keys not in (1, self.num_attention_heads):
             raise ValueError(
@@ -119,9 +129,11 @@ class ContextPythiaConfig(GPTNeoXConfig):
         return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
 
     def cached_width(self, layer_idx: int = 0) -> int:
-        """Numbers in the one tensor that is cached for a token and context: rotary keys, then latent."""
+        """Numbers that are cached for a token and context: rotary keys, then latent; keys and values of `grouped`."""
         if self.context_source == "shared":
             return self.rotary_dim + self.context_dim
+        if self.context_source == "grouped":
+            return 2 * self.key_value_heads * (self.hidden_size // self.num_attention_heads)
         return self.context_dim if self.layer_context_dims is None else self.layer_context_dims[layer_idx]
 
     def content_dim(self, layer_idx: int = 0) -> int:
@@ -139,4 +151,5 @@ class ContextPythiaConfig(GPTNeoXConfig):
         """What each layer caches; transformers builds its caches from these names (`model/cache.py` registers ours)."""
         if self.context_source == "input":
             return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
-        return ["context" if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]
+        own = "grouped" if self.context_source == "grouped" else "context"
+        return [own if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]

@@ -26,6 +26,7 @@ from .attention import ContextAttention, PositionEmbeddings, RotaryUp, cache_con
 from .cache import keep_context, previous_context
 from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
+from .grouped import GroupedAttention
 from .linear import use_onednn
 
 
@@ -58,8 +59,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         if config.context_source == "input":
             self.context_proj = nn.Linear(config.context_dim, config.hidden_size)
         else:
+            attention = GroupedAttention if config.context_source == "grouped" else ContextAttention
             for layer_idx, layer in enumerate(self.layers):
-                layer.attention = ContextAttention(config, layer_idx)
+                layer.attention = attention(config, layer_idx)
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
         use_onednn(self)

@@ -53,21 +53,52 @@ def build_model(
     The ContextBlock is frozen if the options say so; phase 1 trains it all the same.
     """
     body: dict[str, Any] = asdict(recipe.architecture) | {"vocab_size": rows}
-    del body["model_vocab_size"]
+    del body["model_vocab_size"], body["match_parameters"]
     end = None if tokenizer is None else tokenizer.eos_token_id
     body |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    if recipe.architecture.match_parameters:
+        body["intermediate_size"] = _matched_width(options, body)
     set_seed(recipe.seed)
-    if options.context_source is None:
-        return GPTNeoXForCausalLM(GPTNeoXConfig(**body))
-    context = {key: getattr(options, key) for key in CONTEXT_OPTIONS}
-    model = ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
+    model = _model(options, body)
     if options.context_source in RECURRENT and options.freeze_context_block:
         model.gpt_neox.context_block.requires_grad_(False)
     return model
 
 
-CONTEXT_OPTIONS = ("context_source", "context_dim", "context_block_layers", "context_sharing", "num_rotary_keys")
+CONTEXT_OPTIONS = (
+    "context_source",
+    "context_dim",
+    "context_block_layers",
+    "context_sharing",
+    "key_value_heads",
+    "num_rotary_keys",
+)
 RECURRENT = ("input", "shared")
+
+
+def _model(options: ModelOptions, body: dict[str, Any]) -> PreTrainedModel:
+    if options.context_source is None:
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**body))
+    context = {key: getattr(options, key) for key in CONTEXT_OPTIONS}
+    return ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
+
+
+def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:
+    """Width of the MLP with which a model has the baseline's parameters, to half a column of all layers.
+
+    Raises:
+        UsageError: the rest of the model has more already.
+    """
+    with torch.device("meta"):
+        surplus = _model(options, body).num_parameters() - _model(ModelOptions(), body).num_parameters()
+    column = body["num_hidden_layers"] * (2 * body["hidden_size"] + 1)
+    width = body["intermediate_size"] - round(surplus / column)
+    if width < 1:
+        raise UsageError(
+            f"{options.name}: has {surplus} parameters more than the baseline, which its MLP cannot make up for: "
+            "drop match_parameters"
+        )
+    return width
 
 
 def describe_parameters(model: PreTrainedModel, healed: str | None = None) -> dict[str, int]:

@@ -41,11 +41,13 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
     return {
         "name": options.name,
         "context_source": source,
-        "context_dim": None if source is None else options.context_dim,
-        "context_sharing": options.context_sharing if source == "layer" else None,
+        "context_dim": None if source in (None, "grouped") else options.context_dim,
+        "context_sharing": options.context_sharing if source in ("layer", "grouped") else None,
+        "key_value_heads": options.key_value_heads if source == "grouped" else None,
         "from_baseline": None,
         "parameters": None,
         "trainable_parameters": None,
+        "intermediate_size": None,
         "best_val_ppl": None,
         "best_epoch": None,
         "val_accuracy": None,
@@ -266,7 +268,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; UsageError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
-    keys -= {"val_ppl_by_position", "machine", "from_baseline"}  # older runs have none
+    # Older runs have none of these.
+    keys -= {"val_ppl_by_position", "machine", "from_baseline", "key_value_heads", "intermediate_size"}
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise _damaged(path, f"it has no {key!r}")

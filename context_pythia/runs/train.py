@@ -209,7 +209,13 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
     )
     cache = describe_cache(model, run.recipe.data.sequence_length)
     return model_entry(
-        options, **parameters, **asdict(result), phase1=phase1, cache=cache, machine=machine(best_device())
+        options,
+        **parameters,
+        intermediate_size=model.config.intermediate_size,
+        **asdict(result),
+        phase1=phase1,
+        cache=cache,
+        machine=machine(best_device()),
     )
 
 

@@ -29,7 +29,8 @@ MODEL = "model"  # the searched dimension that says which model of the recipe is
 NOT_SEARCHED = ("model.name", "model.from_baseline")
 # The options of a model that only some context sources read.
 SOURCES_OF = {
-    "context_sharing": ("layer",),
+    "context_sharing": ("layer", "grouped"),
+    "key_value_heads": ("grouped",),
     "num_rotary_keys": ("layer",),
     "context_block_layers": ("input", "shared"),
     "phase1": ("input", "shared"),
@@ -143,6 +144,11 @@ def trial_values(recipe: Recipe) -> dict[str, Any]:
     values = deciding_values(recipe)
     if values["train"]["tokens"] is None:
         del values["train"]["tokens"]
+    if not values["architecture"]["match_parameters"]:
+        del values["architecture"]["match_parameters"]
+    for model in values["models"]:
+        if model["context_source"] != "grouped":
+            del model["key_value_heads"]
     if not any(model.from_baseline for model in recipe.models):
         del values["heal"]
         for model in values["models"]:

@@ -27,6 +27,8 @@ SOURCES = {
     "layer, rotary keys reused": dict(
         context_source="layer", context_dim=30, num_rotary_keys=4, reuse_rotary_keys=True
     ),
+    "grouped": dict(context_source="grouped", key_value_heads=2),
+    "grouped, shared by 2": dict(context_source="grouped", context_sharing=2),
     "layer, rotary pairs": dict(
         context_source="layer",
         context_dim=24,

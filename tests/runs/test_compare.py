@@ -11,7 +11,9 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM
+from context_pythia.config.recipe_files import load_recipe
 from context_pythia.runs import train as module
+from context_pythia.runs.build import build_model
 from context_pythia.runs.record import Run, provenance
 from context_pythia.runs.train import compare, run_phase1, train
 from tests.conftest import tiny_recipe
@@ -259,3 +261,35 @@ def test_damaged_metrics_are_named(tmp_path, content):
 def test_provenance_names_the_command_as_it_is_installed(program, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "compare", "quick"])
     assert provenance(torch.device("cpu"))["command"] == "context-pythia compare quick"
+
+
+def test_a_pass_over_models_of_equal_size(tmp_path, own_cache):
+    recipe = tiny_recipe(
+        tmp_path,
+        architecture={"match_parameters": True},
+        train={"tokens": 256, "batch_size": 2},
+        models=[
+            {"name": "Pythia"},
+            {"name": "MQA x2", "context_source": "grouped", "context_sharing": 2},
+            {"name": "layer", "context_source": "layer", "context_dim": 12},
+        ],
+    )
+    compare(recipe, tmp_path / "run", progress=False)
+    baseline, *others = metrics(tmp_path / "run")["models"]
+    assert baseline["intermediate_size"] == recipe.architecture.intermediate_size
+    for entry in (baseline, *others):
+        assert entry["parameters"] == pytest.approx(baseline["parameters"], rel=0.01)
+        assert (entry["stop_reason"], entry["history"][-1]["tokens"]) == ("all tokens", 256)
+    assert all(entry["intermediate_size"] > baseline["intermediate_size"] for entry in others)
+    assert others[0]["cache"]["bytes_measured"] == others[0]["cache"]["bytes_formula"]
+    assert (others[0]["key_value_heads"], others[0]["context_sharing"]) == (1, 2)
+
+
+def test_a_model_that_cannot_be_as_small_as_the_baseline_is_refused():
+    recipe = load_recipe(
+        "quick",
+        {"architecture.match_parameters": True, "architecture.intermediate_size": 4, "model.context_dim": 255},
+        models=["Pythia", "layer"],
+    )
+    with pytest.raises(ValueError, match=r"layer: has \d+ parameters more than the baseline"):
+        build_model(recipe.models[1], recipe, rows=2048)
