@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GPTNeoXConfig
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    StaticLayer,
+)
 
 from .configuration import ContextPythiaConfig
 
@@ -56,6 +62,20 @@ class StaticContextLayer(StaticLayer):
     """`ContextLayer` of a fixed size: the stock layer holds contexts as they are."""
 
     _layer_type = "context"
+
+
+class EmptyLayer(DynamicLayer):
+    """Caches nothing: a layer that reads the context of another. Newer transformers has one of its own, "dummy"."""
+
+    is_compileable = True
+    supports_early_init = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+
+for layer_classes in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+    layer_classes.setdefault("dummy", EmptyLayer)
 
 
 class RecurrentContext:

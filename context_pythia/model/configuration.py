@@ -1,7 +1,18 @@
 """ContextPythiaConfig: GPT-NeoX's configuration plus who makes the context, and how wide it is."""
 
+import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers import GPTNeoXConfig
+
+# The versions that the tests run on; pyproject.toml has the same. A host that calls `forward` in another way would lose
+# the cache without a word, so a copy of this code that was saved with a model must not run there.
+OLDEST, NEWER = "5.16.1", "5.25"
+if not Version(OLDEST).release <= Version(transformers.__version__).release < Version(NEWER).release:
+    raise ImportError(
+        f"transformers {transformers.__version__}: Context-Pythia was tried with {OLDEST} and later, below {NEWER}; "
+        f"install one of them: pip install 'transformers>={OLDEST},<{NEWER}'"
+    )
 
 CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 

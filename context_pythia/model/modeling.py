@@ -1,7 +1,8 @@
 """Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
 
 from collections import UserDict
-from typing import cast
+from collections.abc import Mapping
+from typing import Unpack, cast
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import ContextAttention, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
@@ -82,35 +83,40 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         token_mask: torch.Tensor | None = None,
-        **kwargs,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """As GPT-NeoX. `token_mask` `[B, T]` is false where a new token is padding, so that the recurrence skips it; it
-        is read off a two-dimensional `attention_mask` and needed only beside a four-dimensional one."""
+        """As GPT-NeoX.
+
+        Args:
+            past_key_values, cache: the cache, under its name before and since transformers 5.24.
+            token_mask: `[B, T]`, false where a new token is padding, so that the recurrence skips it; it is read off a
+                two-dimensional `attention_mask` and needed only beside a four-dimensional one.
+
+        Raises:
+            ValueError: a cache under any other name, or two caches.
+        """
+        cache = _only_cache(past_key_values, cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
         if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By place: transformers 5.24 names the fourth argument anew.
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_positions = position_embeddings
         if self.config.reuse_rotary_keys:
-            if past_key_values is not None:
-                position_embeddings, key_positions = self._positions_in_cache(inputs_embeds, past_key_values)
+            if cache is not None:
+                position_embeddings, key_positions = self._positions_in_cache(inputs_embeds, cache)
             if self.config.rotary_pairs is None:
                 cos, sin = (table.repeat(1, 1, self.config.num_rotary_keys) for table in key_positions)
                 key_positions = cos, sin
@@ -122,32 +128,30 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):
             context = self.context_block.scan(
-                self.embedding_norm(hidden_states), previous_context(self.config, past_key_values), token_mask
+                self.embedding_norm(hidden_states), previous_context(self.config, cache), token_mask
             )
-            keep_context(past_key_values, context)
+            keep_context(cache, context)
             if self.config.context_source == "input":
                 hidden_states = self.context_proj(context)
             else:
                 # One context for all layers, in place of keys and values that each dropped on their way to it.
                 new = torch.cat([self.rotary_key(context), self.emb_dropout(context)], dim=-1)
                 new = turn_rotary_keys(new, 1, position_embeddings)
-                contexts[0] = cache_context(new.unsqueeze(1), past_key_values, 0)
+                contexts[0] = cache_context(new.unsqueeze(1), cache, 0)
 
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
-                layer_past=past_key_values,
+                layer_past=cache,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 contexts=contexts,
                 key_positions=key_positions,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layer_norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(self.final_layer_norm(hidden_states), cache)
 
     def _positions_in_cache(self, states: torch.Tensor, cache: Cache) -> tuple[PositionEmbeddings, PositionEmbeddings]:
         """Position embeddings of the new tokens and of all that will be in the cache, by their places there.
@@ -160,6 +164,14 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         cos, sin = self.rotary_emb(states, position_ids=places)
         new = torch.arange(states.shape[1], device=states.device) + cache.get_seq_length()
         return (cos[:, new], sin[:, new]), (cos, sin)
+
+
+def _only_cache(past_key_values: Cache | None, cache: Cache | None, others: Mapping[str, object]) -> Cache | None:
+    if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
+        raise ValueError(f"{unknown[0]}: no argument of this model; give the cache as past_key_values or as cache")
+    if cache is not None and past_key_values not in (None, cache):
+        raise ValueError("past_key_values and cache: are one argument by two names; give one of them")
+    return past_key_values if cache is None else cache
 
 
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):

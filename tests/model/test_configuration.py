@@ -1,0 +1,26 @@
+import runpy
+import tomllib
+from pathlib import Path
+
+import pytest
+import transformers
+
+from context_pythia.model import configuration
+
+
+@pytest.mark.parametrize("version", ["5.16.0", "5.25.0", "5.25.0.dev0", "6.1"])
+def test_a_host_that_was_not_tried_is_refused_in_one_line(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=f"^transformers {version}: .* install .*'transformers>=5.16.1,<5.25'$"):
+        runpy.run_path(configuration.__file__)
+
+
+@pytest.mark.parametrize("version", ["5.16.1", "5.19.0", "5.24.3"])
+def test_a_host_that_was_tried_is_not_refused(version, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", version)
+    runpy.run_path(configuration.__file__)
+
+
+def test_pip_installs_a_host_that_was_tried():
+    project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f"transformers>={configuration.OLDEST},<{configuration.NEWER}" in project["dependencies"]
