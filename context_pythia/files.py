@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from context_pythia.errors import UsageError
+
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write `content` to `path`, which is returned; whoever reads it meanwhile finds the old file."""
@@ -23,3 +25,21 @@ def write_bytes(path: Path, content: bytes) -> Path:
 def write_json(path: Path, content: Any) -> None:
     """As `write_bytes`; `content` is of JSON's types alone."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a command; FileNotFoundError or UsageError, in one line, if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: name a folder that a command of context-pythia has written into")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+    if not isinstance(content, dict):
+        raise damaged(path, "it holds no object")
+    return content
+
+
+def damaged(path: Path, reason: str) -> UsageError:
+    """The error for a file that does not hold what it should."""
+    return UsageError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")

@@ -9,9 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from context_pythia.cli.reported import compare
 from context_pythia.config.recipe import Recipe
 from context_pythia.config.recipe_files import recipe_from_dict
-from context_pythia.runs.train import compare
 
 torch.set_num_threads(1)
 

@@ -11,21 +11,20 @@ MOST_LINES = 370
 
 RANKS = {
     "errors": 0,
-    "processes": 0,
-    "files": 0,
-    "config": 1,
-    "model": 2,
-    "data": 2,
-    "evaluation": 3,
-    "training": 4,
-    "conversion": 5,
-    # While the upper floors are rebuilt, these four still import one another.
-    "report": 6,
-    "runs": 6,
-    "bench": 6,
-    "sweep": 6,
-    "cli": 7,
-    "__main__": 8,
+    "files": 1,
+    "processes": 1,
+    "config": 2,
+    "report": 2,
+    "data": 3,
+    "model": 3,
+    "evaluation": 4,
+    "training": 5,
+    "conversion": 6,
+    "runs": 7,
+    "bench": 8,
+    "sweep": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 MODEL_RANKS = {
     "configuration": 0,
@@ -68,9 +67,8 @@ def rank_errors(source: str, module: tuple[str, ...]) -> list[str]:
         if not target or target[0] not in RANKS:
             continue  # the package itself: its version and public names
         if target[0] != module[0]:
-            wrong = RANKS[target[0]] > RANKS[module[0]] or (
-                RANKS[target[0]] == RANKS[module[0]] and RANKS[module[0]] != RANKS["runs"]
-            )
+            # Reports read JSON, and the work writes it without a thought of reports.
+            wrong = RANKS[target[0]] >= RANKS[module[0]] or (target[0] == "report" and module[0] != "cli")
         else:
             wrong = (
                 module[0] == "model" and target[1] in MODEL_RANKS and MODEL_RANKS[target[1]] >= MODEL_RANKS[module[1]]
@@ -94,6 +92,9 @@ def test_imports_point_strictly_down(path):
         ("from context_pythia.training.loss import x", "evaluation/perplexity.py", True),
         ("def f():\n    import context_pythia.cli.command_line", "runs/info.py", True),
         ("from context_pythia import runs", "training/phase1.py", True),
+        ("from context_pythia.report import report", "runs/train.py", True),
+        ("from context_pythia.config.recipe import Recipe", "report/run.py", True),
+        ("from context_pythia.report import report", "cli/reported.py", False),
         ("from .modeling import x", "model/cache.py", True),
         ("from . import context", "model/attention.py", True),
         ("from ..data import packing", "model/modeling.py", True),

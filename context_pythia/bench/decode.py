@@ -7,7 +7,7 @@ so that what was measured survives an interruption. `bench --train` is in `train
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,12 @@ from context_pythia.bench.models import (
     subjects,
 )
 from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
-from context_pythia.bench.report import write_bench
 from context_pythia.bench.speed import FAILURES, Subject, measure_cell, measure_conversation, turns
-from context_pythia.bench.tables import cell_table, memory_table
 from context_pythia.bench.training import train_metrics
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError, first_line
 from context_pythia.evaluation.memory import weight_bytes
 from context_pythia.files import write_json
-from context_pythia.report.document import write_in_languages
 from context_pythia.runs.build import best_device
 from context_pythia.runs.record import provenance
 from context_pythia.training.trainer import quiet_transformers
@@ -48,17 +45,17 @@ def bench(
     options: BenchOptions,
     train: bool = False,
     out: Path | None = None,
-    lang: str = "en",
     progress: bool = True,
+    show: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> dict[str, Any]:
-    """Print the figures as tables, write them into `out` if it is given, and return them.
+    """Write the figures into `out` if it is given, and return them.
 
     Args:
         models: folders or Hub names; or give a `recipe`, whose models get random weights, or a `size`.
         sources: of the Context-Pythias of that size.
         train: time training steps of the recipe's models in place of prefill and decoding.
-        out: gets metrics.json after each finished cell, at the end (or when interrupted) the report and its pictures.
-        lang: the report is written in English, and in this language.
+        out: gets metrics.json after each finished cell, and provenance.json at the end, or when interrupted.
+        show: is called with the figures whenever there are new ones.
 
     Raises:
         ValueError: something that cannot be measured as asked; found before anything is timed.
@@ -76,17 +73,16 @@ def bench(
         try:
             if train:
                 assert recipe is not None
-                finished = train_metrics(recipe, options, metrics, progress)
+                finished = train_metrics(recipe, options, metrics, progress, show)
             else:
-                finished = _decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress)
+                loaded = _load(models, recipe, size, sources, options)
+                finished = _decode_metrics(loaded, options, metrics, progress, show)
             for _ in finished:
                 if out is not None:
                     write_json(out / "metrics.json", metrics)
         finally:
-            # An interrupted run too has its report, of the cells that it finished.
             if out is not None and (out / "metrics.json").exists():
                 write_json(out / "provenance.json", made)
-                print("\n" + write_in_languages(write_bench, out, lang), flush=True)
     return metrics
 
 
@@ -130,9 +126,13 @@ def _load(
 
 
 def _decode_metrics(
-    models: dict[str, PreTrainedModel], options: BenchOptions, metrics: dict[str, Any], progress: bool
+    models: dict[str, PreTrainedModel],
+    options: BenchOptions,
+    metrics: dict[str, Any],
+    progress: bool,
+    show: Callable[[dict[str, Any]], None],
 ) -> Iterator[None]:
-    """Fill `metrics` and print the tables; yields after the memory, and after each cell."""
+    """Fill `metrics` and show them; yields after the memory, and after each cell."""
     _check_lengths(models, options.lengths)
     memory = int(options.memory_gb * GIGABYTE)
     _check_memory(models, memory, options.memory_gb)
@@ -144,7 +144,7 @@ def _decode_metrics(
     _note(notes, metrics)
     for subject in found:
         metrics["models"].append(_entry(subject, memory, options.new_tokens))
-    print(memory_table(metrics), flush=True)
+    show(metrics)
     yield
     cells = [(batch, length) for length in options.lengths for batch in options.batch_sizes]
     work = [batch * length * len(found) * turns(options.rounds, options.prefill) for batch, length in cells]
@@ -165,7 +165,7 @@ def _decode_metrics(
             bar.update(sum(work[: i + 1]) - bar.n)  # a row that failed had fewer turns
             metrics["cells"].append({"batch_size": batch, "length": length, "rows": [asdict(row) for row in rows]})
             with tqdm.external_write_mode():
-                print(f"\n{cell_table(metrics, metrics['cells'][-1])}", flush=True)
+                show(metrics)
             yield
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from context_pythia.evaluation.memory import free_memory, peak_during
 from context_pythia.evaluation.quantised import measure_quantised, quantised_cache
 from context_pythia.model.cache import CacheMeasurement, cache_bytes, measure_cache
+from context_pythia.runs.build import compiled_step
 
 # What a failed allocation or kernel raises; the row is then recorded with its reason, and the others go on.
 FAILURES = (RuntimeError, MemoryError)
@@ -87,13 +88,6 @@ class Speed:
     cache: CacheMeasurement | None = None
     peak_bytes: int | None = None
     error: str | None = None
-
-
-def compiled_step() -> CompileConfig:
-    """How `generate()` compiles its decoding step, which takes a static cache: whole, and on a CPU too."""
-    settings = CompileConfig(fullgraph=True)
-    settings._compile_all_devices = True
-    return settings
 
 
 class FilledCache:

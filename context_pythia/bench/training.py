@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from context_pythia.bench.options import BenchOptions
-from context_pythia.bench.tables import train_table
 from context_pythia.bench.timing import (
     Stopwatch,
     Turns,
@@ -112,9 +111,13 @@ class Worker:
 
 
 def train_metrics(
-    recipe: Recipe, options: BenchOptions, metrics: dict[str, Any], progress: bool = True
+    recipe: Recipe,
+    options: BenchOptions,
+    metrics: dict[str, Any],
+    progress: bool,
+    show: Callable[[dict[str, Any]], None],
 ) -> Iterator[None]:
-    """Fill `metrics` with the rows of all models, print the table, and yield after each round.
+    """Fill `metrics` with the rows of all models, yield after each round, and show them.
 
     Raises:
         ValueError: training options that cannot be.
@@ -154,7 +157,7 @@ def train_metrics(
                 worker.take_turn(options.steps)
                 bar.update()
             yield
-    print(train_table(metrics), flush=True)
+    show(metrics)
 
 
 def _row(job: Job) -> dict[str, Any]:

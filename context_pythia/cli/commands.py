@@ -55,7 +55,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "[RECIPE] [options]",
         "train the models of a recipe on the same text and write the report",
-        "context_pythia.runs.train:compare",
+        "context_pythia.cli.reported:compare",
         arguments.compare_options,
         arguments.compare_keywords,
         (
@@ -89,7 +89,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "[RECIPE] --over KEY=A,B [--over ...] --out DIR [options]",
         "train settings of a recipe over seeds, by any number of processes",
-        "context_pythia.sweep.worker:sweep",
+        "context_pythia.cli.reported:sweep",
         arguments.sweep_options,
         arguments.sweep_keywords,
         (
@@ -112,7 +112,7 @@ COMMANDS: dict[str, Command] = {
     "info": Command(
         "(--recipe RECIPE | MODEL) [options]",
         "parameters and cache bytes, by formula and measured",
-        "context_pythia.runs.info:info",
+        "context_pythia.cli.reported:info",
         arguments.info_options,
         arguments.info_keywords,
         ("info --recipe report", "info runs/quick/models/shared --length 2048 --dtype bfloat16 --json"),
@@ -128,7 +128,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "MODEL (--context-dim N | --kv-reduction R) --out DIR [options]",
         "give a trained GPT-NeoX model a smaller cache",
-        "context_pythia.runs.convert:convert",
+        "context_pythia.cli.reported:convert",
         arguments.convert_options,
         arguments.convert_keywords,
         (
@@ -141,7 +141,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "MODEL [MODEL ...] [options]",
         "perplexity, accuracy and measured cache of models side by side",
-        "context_pythia.runs.evaluate:evaluate",
+        "context_pythia.cli.reported:evaluate",
         arguments.eval_options,
         arguments.eval_keywords,
         (
@@ -153,7 +153,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "(MODEL ... | --recipe RECIPE | --size SIZE | --train) [options]",
         "speed and memory of prefill, decoding or training beside GPT-NeoX",
-        "context_pythia.bench.decode:bench",
+        "context_pythia.cli.reported:bench",
         arguments.bench_options,
         arguments.bench_keywords,
         (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -65,16 +65,6 @@ def write_document(folder: Path, blocks: Iterable[Block], lang: str, pictures: M
     files[f"report{suffix}.md"] = to_markdown(blocks).encode()
     files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
     return [write_bytes(folder / name, content) for name, content in files.items()]
-
-
-def write_in_languages(write: Callable[[Path, str], list[Path]], folder: Path, lang: str) -> str:
-    """Writes a folder's report in English and in `lang` with its writer; returns what the console says of it."""
-    return wrote(path for language in {"en": 0, lang: 0} for path in write(folder, language))
-
-
-def wrote(paths: Iterable[Path]) -> str:
-    """What the console says of written files; one that two languages share is named once."""
-    return "\n".join(f"wrote {path}" for path in dict.fromkeys(paths))
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from context_pythia.files import read_record
 from context_pythia.report.document import (
     Block,
     Heading,
@@ -23,7 +24,6 @@ from context_pythia.report.figures import Series, frontier, position_curves
 from context_pythia.report.formats import DASH, change, integer, kilobytes, percent, plain
 from context_pythia.report.positions import POSITIONS, position_blocks, position_table
 from context_pythia.report.translations import TRANSLATIONS
-from context_pythia.runs.record import read_record
 
 PICTURE = "frontier.png"
 _COLUMNS = (

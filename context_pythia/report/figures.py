@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from context_pythia.report.formats import finite
-from context_pythia.runs.record import is_baseline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +39,11 @@ class Series:
     best: tuple[float, float] | None = None  # (epoch, perplexity)
     cache_bytes: float | None = None
     positions: Sequence[Mapping[str, float]] = ()  # as `perplexity_by_position` gives them
+
+
+def is_baseline(entry: Mapping[str, Any]) -> bool:
+    """Whether a model's entry is that of a GPT-NeoX trained from its first weights; older runs do not record it."""
+    return entry.get("baseline", entry["context_source"] is None and not entry.get("from_baseline"))
 
 
 def series_of(model: Mapping[str, Any]) -> Series:

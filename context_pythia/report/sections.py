@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import frontier, learning_curves, position_curves, series_of
+from context_pythia.report.figures import frontier, is_baseline, learning_curves, position_curves, series_of
 from context_pythia.report.formats import (
     DASH,
     calls,
@@ -26,7 +26,6 @@ from context_pythia.report.formats import (
     sign,
 )
 from context_pythia.report.positions import POSITIONS, position_blocks
-from context_pythia.runs.record import is_baseline
 
 CURVES, FRONTIER = "curves.png", "frontier.png"
 

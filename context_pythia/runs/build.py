@@ -6,7 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    CompileConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.conversion.heal import is_healed
@@ -22,6 +29,13 @@ VOCABULARY_MULTIPLE = 128
 def best_device() -> torch.device:
     """Where commands run models: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compiled_step() -> CompileConfig:
+    """How `generate()` compiles its decoding step, which takes a static cache: whole, and on a CPU too."""
+    settings = CompileConfig(fullgraph=True)
+    settings._compile_all_devices = True
+    return settings
 
 
 def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:

@@ -34,12 +34,10 @@ from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.memory import process_memory
 from context_pythia.evaluation.pretrained import check_length, load_pretrained
-from context_pythia.files import write_json
+from context_pythia.files import read_record, write_json
 from context_pythia.model import AUTO_MAP
 from context_pythia.model.cache import cached_numbers_per_token
-from context_pythia.report.conversion_card import reduction, write_card, write_spectrum
 from context_pythia.runs.build import best_device, describe_cache, describe_parameters
-from context_pythia.runs.record import read_record
 from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import publish
 
@@ -68,7 +66,7 @@ def convert(
     control: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the converted model, its tokenizer, card and record to `out`, and return the record.
+    """Write the converted model, its tokenizer and record to `out`, and return the record.
 
     Args:
         model: folder or Hub name of a GPT-NeoX model.
@@ -104,7 +102,6 @@ def convert(
         record = _convert(model, partial, options, data, healing, ship_code, control, progress)
         record["settings"] = settings
         made = partial / ("healed" if healing.steps else "converted")
-        write_card(made, record)
         write_json(made / RECORD, record)
         os.replace(made, target)
         shutil.rmtree(partial)
@@ -257,7 +254,6 @@ def _convert(
         publish(student, tokenizer, converted, SHARD)
         record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
         if record.get("layers"):
-            write_spectrum(converted, record)
             _warn_of_rounding(record, options.dtype)
         write_json(converted / RECORD, record)
     if healing.steps:
@@ -350,9 +346,10 @@ def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
 def _summary(record: dict[str, Any], out: Path) -> str:
     cache, healing, lines = record["cache"], record.get("healing"), []
     if record["context_dim"] is not None:
+        original = record["numbers_per_token_original"]
         lines.append(
-            f"{cache['numbers_per_token']:,} numbers a token in place of {record['numbers_per_token_original']:,} "
-            f"({-reduction(record):+.1%}), measured at {cache['length']} tokens: "
+            f"{cache['numbers_per_token']:,} numbers a token in place of {original:,} "
+            f"({cache['numbers_per_token'] / original - 1:+.1%}), measured at {cache['length']} tokens: "
             f"{cache['bytes_measured'] / 1024:,.1f} KB"
         )
     took = f"{record['seconds']:.0f} s" + (f" and {healing['seconds']:.0f} s of healing" if healing else "")

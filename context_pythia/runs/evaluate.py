@@ -30,12 +30,10 @@ from context_pythia.evaluation.quantised import (
     require_quantiser,
     residual_length,
 )
-from context_pythia.files import write_json
+from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
-from context_pythia.report.document import write_in_languages
-from context_pythia.report.evaluation_report import console_table, label, write_evaluation
 from context_pythia.runs.build import best_device
-from context_pythia.runs.record import provenance, read_record
+from context_pythia.runs.record import provenance
 
 
 def evaluate(
@@ -49,10 +47,9 @@ def evaluate(
     tasks_path: Path | None = None,
     limit: int | None = None,
     out: Path | None = None,
-    lang: str = "en",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Print the models' figures as a table, write them into `out` if it is given, and return them.
+    """Write the models' figures into `out` if it is given, and return them.
 
     Args:
         models: folders or Hub names of GPT-NeoX and Context-Pythia models.
@@ -60,8 +57,7 @@ def evaluate(
         cached_tokens: validation tokens that are also scored token by token.
         caches: quantised caches (`int8`, `int4`) that every model is scored with, too.
         tasks: tasks of lm-evaluation-harness; `tasks_path` holds task files of one's own, `limit` bounds documents.
-        out: gets metrics.json after each model, at the end provenance.json, the report and its picture.
-        lang: the report is written in English, and in this language.
+        out: gets metrics.json after each model, and provenance.json at the end.
 
     Raises:
         UsageError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
@@ -120,10 +116,8 @@ def evaluate(
         reference = reference or model
         del model
         gc.collect()
-    print(console_table(metrics))
     if out is not None:
         write_json(out / "provenance.json", provenance(device) | {"data_fingerprint": packed.summary["fingerprint"]})
-        print("\n" + write_in_languages(write_evaluation, out, lang))
     return metrics
 
 
@@ -307,7 +301,8 @@ def _check_vocabularies(paths: dict[str, str], configs: dict[str, GPTNeoXConfig]
 
 
 def _summary(row: dict[str, Any]) -> str:
+    label = f"{row['name']} + {row['quantised']}" if row["quantised"] else row["name"]
     if row["error"]:
-        return f"{label(row)}: {row['error']}"
+        return f"{label}: {row['error']}"
     perplexity = row["perplexity"] or row["cached"]["perplexity"]
-    return f"{label(row)}: perplexity {perplexity:.4f}, {row['cache']['bytes_measured'] / 1024:,.1f} KB a sequence"
+    return f"{label}: perplexity {perplexity:.4f}, {row['cache']['bytes_measured'] / 1024:,.1f} KB a sequence"

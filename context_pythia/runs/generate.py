@@ -7,12 +7,11 @@ import time
 import torch
 from transformers import GenerationConfig, set_seed
 
-from context_pythia.bench.speed import compiled_step
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
-from context_pythia.runs.build import best_device
+from context_pythia.runs.build import best_device, compiled_step
 
 
 @torch.no_grad()

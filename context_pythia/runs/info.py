@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -11,13 +10,11 @@ from transformers import PreTrainedModel
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
-from context_pythia.report.document import Table, to_console
-from context_pythia.report.formats import DASH, integer, kilobytes
 from context_pythia.runs.build import build_model, describe_cache, describe_parameters, expected_rows
 
 
-def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_json: bool) -> None:
-    """Print the figures of each model, as a table or as JSON.
+def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> list[dict[str, Any]]:
+    """The figures of each model.
 
     Args:
         recipe: its models are built with random weights; what the trained baseline decides is left open.
@@ -42,7 +39,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str, as_j
     else:
         assert model is not None
         models = [_describe(model, load_pretrained(model, torch_dtype), length)]
-    print(json.dumps({"models": models}, indent=2) if as_json else _table(models))
+    return models
 
 
 def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None = None) -> dict[str, Any]:
@@ -55,20 +52,3 @@ def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None
         "cached_numbers_per_token": cache.pop("numbers_per_token"),
         "cache": cache,
     }
-
-
-def _table(models: list[dict[str, Any]]) -> str:
-    cache = models[0]["cache"]
-    head = ["model", "parameters", "trainable", "numbers/token", "by formula", "measured", "slack"]
-    rows = [
-        [
-            model["name"],
-            *(integer(model[key]) for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
-            *(kilobytes(model["cache"][key]) for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
-        ]
-        for model in models
-    ]
-    title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
-    open_ones = any(model["parameters"] is None for model in models)
-    note = ["", f"{DASH}: the conversion of the trained baseline decides it"] if open_ones else []
-    return "\n".join([title, "", to_console(Table(head, rows)), *note])

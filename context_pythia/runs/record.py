@@ -10,7 +10,6 @@ models/NAME        the model in Hugging Face form
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import re
 import shlex
@@ -30,7 +29,7 @@ from context_pythia import processes
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.config.recipe_files import deciding_values, load_recipe, recipe_to_dict, save_recipe
 from context_pythia.errors import Failure, UsageError
-from context_pythia.files import write_json
+from context_pythia.files import damaged, read_record, write_json
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
@@ -45,6 +44,7 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "context_sharing": options.context_sharing if source in ("layer", "grouped") else None,
         "key_value_heads": options.key_value_heads if source == "grouped" else None,
         "from_baseline": None,
+        "baseline": options.is_baseline,
         "parameters": None,
         "trainable_parameters": None,
         "intermediate_size": None,
@@ -252,36 +252,19 @@ def _merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
     return dataclasses.replace(wanted, name=held.name, models=list(models.values()))
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The object in a run's JSON file; FileNotFoundError or UsageError, in one line, if there is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: name a folder that a command of context-pythia has written into")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    if not isinstance(content, dict):
-        raise _damaged(path, "it holds no object")
-    return content
-
-
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json with all that its readers rely on; UsageError, in one line, if something is missing."""
     metrics, keys = read_record(path), set(model_entry(ModelOptions()))
     # Older runs have none of these.
-    keys -= {"val_ppl_by_position", "machine", "from_baseline", "key_value_heads", "intermediate_size"}
+    keys -= {"val_ppl_by_position", "machine", "from_baseline", "baseline", "key_value_heads", "intermediate_size"}
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
-            raise _damaged(path, f"it has no {key!r}")
+            raise damaged(path, f"it has no {key!r}")
     for number, model in enumerate(metrics["models"], start=1):
         missing = sorted(keys - set(model)) if isinstance(model, dict) else ["name"]
         if missing:
-            raise _damaged(path, f"model {number} has no {missing[0]!r}")
+            raise damaged(path, f"model {number} has no {missing[0]!r}")
     return metrics
-
-
-def _damaged(path: Path, reason: str) -> UsageError:
-    return UsageError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
 
-`compare` runs them all and writes the report; `run_phase1` and `train` are the same steps for one model, in the same
+`compare` runs them all; `run_phase1` and `train` are the same steps for one model, in the same
 folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts; models that
 are made of the trained baseline run in one.
 """
@@ -24,8 +24,6 @@ from context_pythia.conversion.heal import training_options
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.pretrained import load_pretrained
-from context_pythia.report.document import write_in_languages
-from context_pythia.report.report import write_report
 from context_pythia.runs.build import (
     RECURRENT,
     best_device,
@@ -43,8 +41,8 @@ from context_pythia.training.phase2 import check_options, train_language_model
 
 
 @processes.joined()
-def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, origin: Run | None = None) -> None:
-    """Train and measure every model of the recipe, then write the report in English, and in `lang`.
+def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None = None) -> None:
+    """Train and measure every model of the recipe.
 
     A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
 
@@ -52,7 +50,7 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
         origin: as `Run` takes it.
 
     Raises:
-        Failure: a model failed; the report is written first.
+        Failure: a model failed; the others are recorded first.
     """
     run, data = _open_to_train(recipe, out, progress, origin)
     failures = []
@@ -69,15 +67,13 @@ def compare(recipe: Recipe, out: Path, lang: str = "en", progress: bool = True, 
             failures.append(f"{options.name}: {first_line(error)}")
             run.add(model_entry(options, error=first_line(error)))
         gc.collect()
-    if processes.is_main():
-        print("\n" + write_in_languages(write_report, run.folder, lang))
     if failures:
         raise Failure(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
 
 
 @processes.joined()
 def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
-    """Both phases of the recipe's models, without the report."""
+    """Both phases of the recipe's models; a failure ends the call."""
     run, data = _open_to_train(recipe, out, progress)
     for options in recipe.models:
         if run.finished(options.name):

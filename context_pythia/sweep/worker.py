@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 from context_pythia.data.packing import load_data
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.files import write_json
-from context_pythia.report.document import write_in_languages
 from context_pythia.runs.build import best_device, embedding_rows
 from context_pythia.runs.record import Run, provenance, read_metrics, write_call
 from context_pythia.runs.train import check_training, compare
 from context_pythia.sweep.options import Setting, SweepPlan, trial_values
-from context_pythia.sweep.report import write_sweep
 from context_pythia.sweep.results import sweep_metrics
 from context_pythia.sweep.search import Search
 from context_pythia.sweep.study import (
@@ -47,15 +45,12 @@ TEXT = "text "  # the study's attributes that say which text the options of the 
 KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch")
 
 
-def sweep(
-    plan: SweepPlan, out: Path, storage: str | None = None, lang: str = "en", progress: bool = True
-) -> dict[str, Any]:
-    """Train what of the plan's trials nobody else trains, wait for the others, write the report, return its figures.
+def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool = True) -> dict[str, Any]:
+    """Train what of the plan's trials nobody else trains, wait for the others, and return the figures of all.
 
     Args:
         out: the sweep's folder; its name is the study's name in `storage`.
         storage: an Optuna storage URL (default: a journal in `out`).
-        lang: the report is written in English, and in this language.
 
     Raises:
         ValueError: something that cannot be trained as asked, found before any training; or a study of another sweep.
@@ -76,12 +71,9 @@ def sweep(
             for setting in plan.probes():
                 _check_same_text(queue, setting.recipe, check_setting(setting.recipe, progress), out)
         metrics = _work(plan, queue, out, progress)
-        with queue.exclusive:
-            written = write_in_languages(write_sweep, out, lang)
     except StorageInternalError as error:
         reason = first_line(error.__cause__ or error)
         raise Failure(f"the storage failed ({reason}): run again to go on") from error
-    print("\n" + written)
     failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
     if failed and len(failed) == len(metrics["trials"]):
         raise Failure(f"all {len(failed)} trials failed: {failed[0]['error']}")

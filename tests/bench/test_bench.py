@@ -11,15 +11,15 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.bench import decode as module
 from context_pythia.bench import models as bench_models
-from context_pythia.bench.decode import bench
 from context_pythia.bench.models import is_peer, share_parameters, sized_models, subjects
 from context_pythia.bench.options import SIZES, BenchOptions, Source, parse_sources
-from context_pythia.bench.tables import cell_table, crossover, paired_ratio, step_figures
-from context_pythia.bench.translations import BENCH_TRANSLATIONS
 from context_pythia.cli import command_line as cli
+from context_pythia.cli.reported import bench
 from context_pythia.config.recipe import ArchitectureOptions
 from context_pythia.model.cache import cache_bytes
 from context_pythia.model.linear import Linear
+from context_pythia.report.bench_tables import cell_table, crossover, paired_ratio, step_figures
+from context_pythia.report.bench_translations import BENCH_TRANSLATIONS
 from context_pythia.report.report import write_report
 from tests.conftest import tiny_recipe
 

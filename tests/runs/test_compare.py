@@ -11,11 +11,12 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM
+from context_pythia.cli.reported import compare
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.runs import train as module
 from context_pythia.runs.build import build_model
 from context_pythia.runs.record import Run, provenance
-from context_pythia.runs.train import compare, run_phase1, train
+from context_pythia.runs.train import run_phase1, train
 from tests.conftest import tiny_recipe
 
 

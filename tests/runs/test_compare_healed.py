@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM, processes
+from context_pythia.cli.reported import compare
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.report.figures import series_of
 from context_pythia.runs import train as module
 from context_pythia.runs.convert import convert
 from context_pythia.runs.record import Run
-from context_pythia.runs.train import compare, train
+from context_pythia.runs.train import train
 from tests.conftest import tiny_recipe
 
 HEAL = {"steps": 9, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}

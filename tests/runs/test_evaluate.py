@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from context_pythia.cli import command_line as cli
+from context_pythia.cli.reported import evaluate
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.evaluation import perplexity
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -18,7 +19,7 @@ from context_pythia.report import formats
 from context_pythia.report.evaluation_report import console_table, write_evaluation
 from context_pythia.report.report import write_report
 from context_pythia.runs import evaluate as module
-from context_pythia.runs.evaluate import compare_with_first, evaluate, evaluate_model
+from context_pythia.runs.evaluate import compare_with_first, evaluate_model
 from tests.evaluation.conftest import build
 
 NAMES = ("pythia", "input", "shared", "layer-12-x2")

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from context_pythia.cli.reported import info
 from context_pythia.config.recipe_files import load_recipe
-from context_pythia.runs.info import info
 
 
 def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):

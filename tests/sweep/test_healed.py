@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from context_pythia.cli import command_line as cli
+from context_pythia.cli import reported
+from context_pythia.cli.reported import compare
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.report.formats import perplexity
 from context_pythia.report.report import write_report
-from context_pythia.runs.train import compare
 from context_pythia.sweep import worker
 from context_pythia.sweep.options import SweepPlan, parse_over
 from context_pythia.sweep.study import Queue, open_storage
@@ -102,7 +103,7 @@ def test_a_worker_waits_for_the_baseline_that_another_trains(folder, tmp_path, m
             worker._run(plan, claim, tmp_path, progress=False)
 
     monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=other_worker_ends))
-    worker.sweep(plan, tmp_path, progress=False)
+    reported.sweep(plan, tmp_path, progress=False)
     output = capsys.readouterr().out
     assert not claims and "waiting for 2 of 2 trials in other workers" in output
     assert output.index("trial 1 of 2: Pythia") < output.index("trial 2 of 2: Control")
@@ -116,7 +117,7 @@ def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr("context_pythia.runs.train.train_language_model", fail)
     with pytest.raises(RuntimeError, match="all 3 trials failed: out of memory"):
-        worker.sweep(plan, tmp_path / "sweep", progress=False)
+        reported.sweep(plan, tmp_path / "sweep", progress=False)
     errors = [trial["error"] for trial in trials_of(tmp_path / "sweep").values()]
     assert errors[1:] == ["its baseline Pythia failed: out of memory"] * 2
 
@@ -128,7 +129,7 @@ def test_a_baseline_that_is_elsewhere_leaves_the_trial_to_others(folder, finishe
         if trial["model"] == "Pythia":
             shutil.rmtree(out / "trials" / trial["folder"])
     with pytest.raises(FileNotFoundError, match="no trained Pythia in .*workers that heal must share --out"):
-        worker.sweep(plan_of(folder, ["heal.steps=5"]), out, progress=False)
+        reported.sweep(plan_of(folder, ["heal.steps=5"]), out, progress=False)
     # It is left to a worker that has the baseline.
     states = [trial.state.name for trial in Queue(open_storage(None, out), "sweep", out).trials()]
     assert states == ["COMPLETE"] * 5 + ["WAITING"] * 2
@@ -138,7 +139,7 @@ def test_wrong_options_of_healing_are_found_before_any_training(folder, tmp_path
     recipe = healing_recipe(folder, {**HEAL, "schedule": "constant"})
     for run in (
         lambda: compare(recipe, tmp_path / "run"),
-        lambda: worker.sweep(SweepPlan(recipe, NAMES, [], [0]), tmp_path),
+        lambda: reported.sweep(SweepPlan(recipe, NAMES, [], [0]), tmp_path),
     ):
         with pytest.raises(ValueError, match="heal.warmup_ratio 0.05: needs the schedule constant_with_warmup"):
             run()
@@ -153,8 +154,9 @@ def test_the_report_of_a_trial_names_the_baseline_that_it_is_made_of(finished):
         trials["Converted"]["folder"],
         *(trials[name]["val_ppl"] for name in ("Pythia", "Converted")),
     )
+    for lang in ("en", "ja"):
+        write_report(finished / "trials" / folder, lang)
     report = (finished / "trials" / folder / "report.md").read_text()
-    write_report(finished / "trials" / folder, "ja")
     assert "Pythia から作られた Converted" in (finished / "trials" / folder / "report.ja.md").read_text()
     assert (
         f"Converted, which is made of Pythia, takes its perplexity from {perplexity(before)} to {perplexity(after)} ("

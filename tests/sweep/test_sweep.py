@@ -10,16 +10,17 @@ from collections import Counter
 import pytest
 
 from context_pythia.cli import command_line as cli
+from context_pythia.cli import reported
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.report.formats import change, perplexity
 from context_pythia.report.report import write_report
+from context_pythia.report.sweep import write_sweep
+from context_pythia.report.sweep_figures import pareto, perplexities
+from context_pythia.report.sweep_translations import SWEEP_TRANSLATIONS
 from context_pythia.sweep import worker
-from context_pythia.sweep.figures import pareto, perplexities
 from context_pythia.sweep.options import SweepPlan, parse_over
-from context_pythia.sweep.report import write_sweep
 from context_pythia.sweep.results import importances, settings_over_seeds
 from context_pythia.sweep.study import JOURNAL, Queue, open_storage
-from context_pythia.sweep.translations import SWEEP_TRANSLATIONS
 from tests.conftest import tiny_recipe
 
 QUICK = load_recipe("quick")
@@ -128,11 +129,11 @@ def test_healing_leaves_the_identities_of_what_is_not_healed_as_they_are():
 
 
 def test_a_study_from_before_there_was_healing_goes_on(tmp_path, quick_trials):
-    worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    reported.sweep(plan_of(), tmp_path / "sweep", progress=False)
     queue = Queue(open_storage(None, tmp_path / "sweep"), "sweep", tmp_path / "sweep")
     held = queue.study.user_attrs[worker.RECIPE]
     assert "heal" not in held and "from_baseline" not in held["models"][0]
-    worker.sweep(plan_of(load_recipe("quick", {"heal.steps": 4}), seeds=(0, 1)), tmp_path / "sweep", progress=False)
+    reported.sweep(plan_of(load_recipe("quick", {"heal.steps": 4}), seeds=(0, 1)), tmp_path / "sweep", progress=False)
     assert len(quick_trials) == 4
 
 
@@ -149,7 +150,7 @@ def test_equal_settings_have_one_identity_however_they_were_asked_for(tmp_path):
 def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, quick_trials):
     over = ["learning_rate=log:1e-4..1e-2", "context_dim=32,64"]
     plan = plan_of(over=over, models=("Pythia", "layer"), seeds=(0, 1), sampler="tpe", trials=16)
-    metrics = worker.sweep(plan, tmp_path / "sweep", progress=False)
+    metrics = reported.sweep(plan, tmp_path / "sweep", progress=False)
     assert Counter(setting.recipe.models[0].name for setting in quick_trials) == {"Pythia": 8, "layer": 8}
     assert Counter(setting.recipe.seed for setting in quick_trials) == {0: 8, 1: 8}
     assert all(row["n"] == 2 for row in metrics["settings"]) and len(metrics["settings"]) == 8
@@ -159,7 +160,7 @@ def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, quick_trials):
 
 def test_tpe_ends_where_nothing_new_is_left(tmp_path, quick_trials):
     plan = plan_of(over=["epochs=1,2,3"], models=("Pythia",), sampler="tpe", trials=20)
-    worker.sweep(plan, tmp_path / "sweep", progress=False)
+    reported.sweep(plan, tmp_path / "sweep", progress=False)
     assert sorted(setting.recipe.train.epochs for setting in quick_trials) == [1, 2, 3]
 
 
@@ -170,7 +171,7 @@ def test_tpe_ends_where_nothing_new_is_left(tmp_path, quick_trials):
 def finished_sweep(tmp_path_factory, own_cache):
     folder = tmp_path_factory.mktemp("sweeps")
     plan = plan_of(tiny_recipe(folder), ["context_dim=12,16"], ("Pythia", "Layer 12 x2"))
-    worker.sweep(plan, folder / "sweep", lang="ja", progress=False)
+    reported.sweep(plan, folder / "sweep", lang="ja", progress=False)
     return folder / "sweep", plan
 
 
@@ -184,7 +185,6 @@ def test_every_trial_is_a_whole_run_folder_with_the_figures_of_the_study(finishe
         assert (trial["val_ppl"], trial["cache_bytes"]) == (entry["best_val_ppl"], entry["cache"]["bytes_measured"])
         assert trial["best_epoch"] == entry["best_epoch"] and trial["model"] == entry["name"]
         assert trial["val_ppl_by_position"] == entry["val_ppl_by_position"] != []
-        assert (folder / "trials" / trial["folder"] / "report.md").exists()
     assert [trial["cache_bytes"] for trial in metrics["trials"]] == [16 * 4 * numbers for numbers in (128, 12, 16)]
 
 
@@ -192,11 +192,11 @@ def test_what_is_recorded_is_never_trained_again(finished_sweep, tmp_path, monke
     folder, plan = finished_sweep
     before = metrics_of(folder)
     monkeypatch.setattr(worker, "compare", None)
-    assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]
+    assert reported.sweep(plan, folder, progress=False)["trials"] == before["trials"]
     assert capsys.readouterr().out.startswith("all 3 trials ended before, nothing is left to train\n")
     # Even in another study: the run folders are the record.
     (folder / JOURNAL).rename(tmp_path / JOURNAL)
-    assert worker.sweep(plan, folder, progress=False)["trials"] == before["trials"]
+    assert reported.sweep(plan, folder, progress=False)["trials"] == before["trials"]
 
 
 def test_a_sweep_keeps_to_its_recipe(finished_sweep):
@@ -205,22 +205,22 @@ def test_a_sweep_keeps_to_its_recipe(finished_sweep):
     with pytest.raises(
         ValueError, match=r"holds a sweep with another train.epochs \(2, not 3\): choose another folder"
     ):
-        worker.sweep(other, folder, progress=False)
+        reported.sweep(other, folder, progress=False)
 
 
 def test_a_sweep_refuses_another_text_of_the_same_name(tmp_path, own_cache):
     recipe = tiny_recipe(tmp_path)
-    worker.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
+    reported.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
     before = metrics_of(tmp_path / "sweep")["trials"]
     (tmp_path / "corpus" / "00.txt").write_text("another text")
     refused = r"holds results of data \w+, and the same names here give \w+: the text has changed, or is another on"
     with pytest.raises(ValueError, match=rf"{tmp_path}/sweep {refused}"):
-        worker.sweep(plan_of(recipe, models=("Pythia",), seeds=(0, 1)), tmp_path / "sweep", progress=False)
+        reported.sweep(plan_of(recipe, models=("Pythia",), seeds=(0, 1)), tmp_path / "sweep", progress=False)
     assert metrics_of(tmp_path / "sweep")["trials"] == before
     # Another study, to which a recorded run folder would be a trial's end; what it refuses waits.
     (tmp_path / "sweep" / JOURNAL).rename(tmp_path / JOURNAL)
     with pytest.raises(ValueError, match=rf"{tmp_path}/sweep/trials/pythia_seed=0_\w+ {refused}"):
-        worker.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
+        reported.sweep(plan_of(recipe, models=("Pythia",)), tmp_path / "sweep", progress=False)
     queue = Queue(open_storage(None, tmp_path / "sweep"), "sweep", tmp_path / "sweep")
     assert [trial.state.name for trial in queue.trials()] == ["WAITING"]
 
@@ -228,7 +228,7 @@ def test_a_sweep_refuses_another_text_of_the_same_name(tmp_path, own_cache):
 def test_the_report_names_every_call_that_trained(tmp_path, quick_trials, monkeypatch):
     for seeds in ("0", "0,1", "1"):
         monkeypatch.setattr(sys, "argv", ["context-pythia", "sweep", "quick", "--seeds", seeds])
-        worker.sweep(plan_of(seeds=tuple(map(int, seeds.split(",")))), tmp_path / "sweep", progress=False)
+        reported.sweep(plan_of(seeds=tuple(map(int, seeds.split(",")))), tmp_path / "sweep", progress=False)
     provenance = json.loads((tmp_path / "sweep" / "provenance.json").read_text())
     assert provenance["command"] == "context-pythia sweep quick --seeds 0,1"
     assert [call["command"] for call in provenance["earlier"]] == ["context-pythia sweep quick --seeds 0"]
@@ -237,7 +237,7 @@ def test_the_report_names_every_call_that_trained(tmp_path, quick_trials, monkey
 
 
 def test_what_phase_1_reached_is_kept_with_the_trial(tmp_path, own_cache):
-    metrics = worker.sweep(plan_of(tiny_recipe(tmp_path), models=("shared",)), tmp_path / "sweep", progress=False)
+    metrics = reported.sweep(plan_of(tiny_recipe(tmp_path), models=("shared",)), tmp_path / "sweep", progress=False)
     (trial,) = metrics["trials"]
     (entry,) = metrics_of(tmp_path / "sweep" / "trials" / trial["folder"])["models"]
     assert len(entry["phase1"].pop("history")) == trial["phase1"]["iterations"] > 1
@@ -307,20 +307,20 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(tmp_pa
 
     monkeypatch.setattr(worker, "compare", fail)
     plan = plan_of(tiny_recipe(tmp_path), ["learning_rate=0.003,0.1"], ("Pythia",))
-    metrics = worker.sweep(plan, tmp_path / "sweep", progress=False)
+    metrics = reported.sweep(plan, tmp_path / "sweep", progress=False)
     good, bad = metrics["trials"]
     assert (good["state"], bad["state"]) == ("complete", "failed")
     assert bad["error"] == "training loss became nan at step 3" and bad["val_ppl"] is None
     assert "failed: training loss became nan at step 3" in (tmp_path / "sweep" / "report.md").read_text()
     monkeypatch.setattr(worker, "compare", None)
-    assert worker.sweep(plan, tmp_path / "sweep", progress=False)["trials"] == metrics["trials"]
+    assert reported.sweep(plan, tmp_path / "sweep", progress=False)["trials"] == metrics["trials"]
 
 
 def test_a_sweep_whose_trials_all_fail_is_a_failure(tmp_path, monkeypatch, quick_trials):
     failed = {"error": "no memory", "best_val_ppl": None}
     monkeypatch.setattr(worker, "train_trial", lambda *args: failed)
     with pytest.raises(RuntimeError, match="all 2 trials failed: no memory"):
-        worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+        reported.sweep(plan_of(), tmp_path / "sweep", progress=False)
     assert "no memory" in (tmp_path / "sweep" / "report.md").read_text()
 
 
@@ -332,15 +332,15 @@ def test_a_machine_s_failure_leaves_the_trial_for_the_next_worker(tmp_path, monk
 
     monkeypatch.setattr(worker, "train_trial", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+        reported.sweep(plan_of(), tmp_path / "sweep", progress=False)
     monkeypatch.setattr(worker, "train_trial", train)
-    metrics = worker.sweep(plan_of(), tmp_path / "sweep", progress=False)
+    metrics = reported.sweep(plan_of(), tmp_path / "sweep", progress=False)
     assert [trial["state"] for trial in metrics["trials"]] == ["complete", "complete"]
 
 
 def test_a_grid_grows_in_the_same_study(tmp_path, quick_trials):
-    worker.sweep(plan_of(over=["context_dim=32,64"]), tmp_path / "sweep", progress=False)
-    metrics = worker.sweep(
+    reported.sweep(plan_of(over=["context_dim=32,64"]), tmp_path / "sweep", progress=False)
+    metrics = reported.sweep(
         plan_of(over=["context_dim=16,128", "learning_rate=0.002"], seeds=(0, 1)), tmp_path / "sweep", progress=False
     )
     assert len(quick_trials) == 3 + 6 and len(metrics["trials"]) == 9

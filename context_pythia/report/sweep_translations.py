@@ -57,7 +57,7 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "earlier_calls": "Earlier calls that trained trials of this sweep (provenance.json has their commits and "
         "versions):",
         "rest": "What is not searched",
-        "where": "Each trial has a run folder with a report of its own in trials/.",
+        "where": "Each trial has a run folder in trials/; `context-pythia report` of that folder writes its report.",
     },
     "ja": {
         "title": "Context-Pythia スイープ（レシピ「{recipe}」）",
@@ -115,6 +115,6 @@ SWEEP_TRANSLATIONS: dict[str, dict[str, str]] = {
         "earlier_calls": "このスイープの試行を学習したこれまでの実行（コミットとバージョンは provenance.json に"
         "あります）：",
         "rest": "探索していない項目",
-        "where": "各試行の実行フォルダとそのレポートは trials/ にあります。",
+        "where": "各試行の実行フォルダは trials/ にあり、`context-pythia report` がそのレポートを作ります。",
     },
 }

@@ -15,7 +15,6 @@ from context_pythia.report.figures import (
     scale,
     short,
 )
-from context_pythia.sweep.results import by_data
 
 _LINE_COLOUR = "#b5bcc8"
 _ROWS_AT_MOST = 30
@@ -103,3 +102,12 @@ def pareto(rows: Sequence[dict[str, Any]], labels: Sequence[str], meaning: str) 
             ],
         )
         return png(figure)
+
+
+def by_data(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The settings, in groups of the same data by what was searched of it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
+        groups.setdefault(repr(data), []).append(row)
+    return list(groups.values())

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from context_pythia.files import read_record
 from context_pythia.report.figures import COLOURS, drawing_style, new_figure, png
 
 SPECTRUM = "spectrum.png"
 
 
-def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """README.md of the model's folder, as Hugging Face shows it, from the conversion's record."""
+def write_card(folder: Path) -> None:
+    """README.md of a converted model's folder, as Hugging Face shows it, and the picture, from its conversion.json."""
+    record = read_record(folder / "conversion.json")
+    if record.get("layers"):
+        write_spectrum(folder, record)
     cache, settings = record["cache"], record["settings"]
     control = record["context_dim"] is None
     name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction(record):.1%} less cache")

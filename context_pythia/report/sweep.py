@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
+from context_pythia.files import read_record
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
 from context_pythia.report.figures import Series, position_curves
 from context_pythia.report.formats import DASH, calls, change, kilobytes, percent, perplexity, plain
 from context_pythia.report.positions import POSITIONS, position_blocks
+from context_pythia.report.sweep_figures import pareto, perplexities
+from context_pythia.report.sweep_translations import SWEEP_TRANSLATIONS
 from context_pythia.report.translations import TRANSLATIONS
-from context_pythia.runs.record import read_record
-from context_pythia.sweep.figures import pareto, perplexities
-from context_pythia.sweep.translations import SWEEP_TRANSLATIONS
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
 

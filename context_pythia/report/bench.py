@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from context_pythia.bench.figures import decode_times, memory_bars, part_bars
-from context_pythia.bench.tables import (
+from context_pythia.files import read_record
+from context_pythia.report.bench_figures import decode_times, memory_bars, part_bars
+from context_pythia.report.bench_tables import (
     cell_figures,
     crossings,
     crossover_figures,
@@ -24,9 +25,8 @@ from context_pythia.bench.tables import (
     rates,
     step_figures,
 )
-from context_pythia.bench.translations import BENCH_TRANSLATIONS
+from context_pythia.report.bench_translations import BENCH_TRANSLATIONS
 from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table, write_document
-from context_pythia.runs.record import read_record
 
 DECODE_PICTURE, MEMORY_PICTURE, PARTS_PICTURE = "decode.png", "memory.png", "parts.png"
 

@@ -10,12 +10,22 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from context_pythia.bench.timing import PARTS
-from context_pythia.bench.translations import BENCH_TRANSLATIONS
+from context_pythia.report.bench_translations import BENCH_TRANSLATIONS
 from context_pythia.report.document import Table, to_console
 from context_pythia.report.formats import DASH, change, integer, number, percent
 
 _MEGABYTE = 2**20
+PARTS = ("body", "head_and_loss", "context_block", "backward", "optimizer", "rest")  # of a training step
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """Print the newest of the figures."""
+    if metrics["kind"] == "train":
+        print(train_table(metrics), flush=True)
+    elif metrics["cells"]:
+        print(f"\n{cell_table(metrics, metrics['cells'][-1])}", flush=True)
+    else:
+        print(memory_table(metrics), flush=True)
 
 
 def cell_table(metrics: dict[str, Any], cell: dict[str, Any]) -> str:
