@@ -32,10 +32,10 @@ MODEL_RANKS = {
     "linear": 0,
     "scan": 0,
     "context": 1,
-    "attention": 1,
     "cache": 1,
-    "modeling": 2,
-    "__init__": 3,
+    "attention": 2,
+    "modeling": 3,
+    "__init__": 4,
 }
 
 
@@ -96,7 +96,7 @@ def test_imports_point_strictly_down(path):
         ("from context_pythia.config.recipe import Recipe", "report/run.py", True),
         ("from context_pythia.report import report", "cli/reported.py", False),
         ("from .modeling import x", "model/cache.py", True),
-        ("from . import context", "model/attention.py", True),
+        ("from . import cache", "model/context.py", True),
         ("from ..data import packing", "model/modeling.py", True),
         ("from .configuration import x", "model/cache.py", False),
         ("from context_pythia.model import x\nimport torch", "training/phase1.py", False),

@@ -20,6 +20,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     rotate_half,
 )
 
+from .cache import bring_back
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
 from .linear import only_values
@@ -288,4 +289,7 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 def cache_context(context: torch.Tensor, cache: Cache | None, layer_idx: int) -> torch.Tensor:
     """Append `[B, 1, T, W]` to the cache, if there is one, and return all contexts in it. Values have no width: stock
     caches then hold the contexts alone."""
-    return context if cache is None else cache.update(context, context[..., :0], layer_idx)[0]
+    if cache is None:
+        return context
+    bring_back(cache, layer_idx)
+    return cache.update(context, context[..., :0], layer_idx)[0]

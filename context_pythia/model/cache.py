@@ -19,49 +19,67 @@ from transformers.cache_utils import (
 )
 
 from .configuration import ContextPythiaConfig
+from .linear import only_values
 
 
 class ContextLayer(DynamicLayer):
     """Contexts `[B, 1, T, W]` as `keys`, with `values` of no width: keys and values are rebuilt from them.
 
-    The stock layer copies the whole cache at each token. This one writes into spare room behind the last token, which a
-    prefill leaves and which grows by half when it is used up, so that a token costs its own bytes.
+    The stock layer copies the whole cache at each token. This one writes into spare room behind the last token, which
+    grows by half when it is used up, so that a token costs its own bytes. `keys` carries its room as an attribute, and
+    who writes first takes the room along: a shallow copy of the layer, a crop, a reordering or a tensor from elsewhere
+    has none and is copied once. So what a tensor of the cache has held never changes, as in the stock layer.
     """
 
     _layer_type = "context"
+    keys: torch.Tensor
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not only_values():
+            # Autograd needs the old contents, whose version writing in place would change; a trace has no addresses.
+            return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = (torch.empty_like(new[..., :0, :]) for new in (key_states, value_states))
-        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            # Autograd still needs the old contents, which writing in place would change.
-            return super().update(key_states, value_states)
-        length = self.keys.shape[-2]
-        self._reserve(length + key_states.shape[-2])
-        self.keys[..., length:, :] = key_states
+        past = self.keys if self.get_seq_length() else key_states[:, :, :0]
+        room, used = vars(past).pop("room", None), past.shape[2]
+        length, dtype = used + key_states.shape[2], torch.promote_types(past.dtype, key_states.dtype)
+        if (
+            room is not None
+            and room.shape[2] >= length
+            and room.shape[:2] == key_states.shape[:2]
+            and room.dtype == dtype
+            and (torch.is_inference_mode_enabled() or not room.is_inference())
+        ):
+            room[:, :, used:length] = key_states
+        else:
+            batch, heads, _, width = past.shape
+            room = past.new_empty(batch, heads, length + max(length // 2, 32), width, dtype=dtype)
+            torch.cat([past, key_states], dim=2, out=room[:, :, :length])
+        self.keys, self.values = room[:, :, :length], room[:, :, :length, :0]
+        vars(self.keys)["room"] = room
         return self.keys, self.values
-
-    def _reserve(self, length: int) -> None:
-        """Make `keys` a view of `length` tokens. How many fit is read off its strides and its storage, so every tensor
-        that the stock operations (crop, reorder, repeat, select, a move to another device) leave in `keys` is a valid
-        state."""
-        batch, heads, used, width = self.keys.shape
-        strides, held = self.keys.stride(), self.keys.untyped_storage().nbytes() // self.keys.itemsize
-        # A copy of a single sequence may keep strides that its storage has no room for.
-        end = self.keys.storage_offset() + (batch - 1) * strides[0] + length * width
-        if used and strides[-2:] == (width, 1) and strides[0] // (heads * width) >= length and held >= end:
-            self.keys = self.keys.as_strided((batch, heads, length, width), strides)
-            return
-        room = self.keys.new_empty(batch, heads, length + max(length // 2, 32), width)
-        room[:, :, :used] = self.keys
-        self.keys = room[:, :, :length]
 
 
 class StaticContextLayer(StaticLayer):
     """`ContextLayer` of a fixed size: the stock layer holds contexts as they are."""
 
     _layer_type = "context"
+    is_initialized: bool
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states[..., :0])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Raises `ValueError` in `torch.export` if `early_initialization` was told another shape than a context's."""
+        if self.is_initialized and self.keys.shape[1::2] != key_states.shape[1::2]:
+            # `early_initialization` was told the heads of GPT-NeoX.
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    f"the static cache was initialised for {self.num_heads} heads of {self.k_head_dim} dims: a layer "
+                    f"of this model caches 1 head of {key_states.shape[-1]} dims"
+                )
+            self.is_initialized = bool(self.cumulative_length)
+        return super().update(key_states, value_states)
 
 
 class EmptyLayer(DynamicLayer):
@@ -80,7 +98,7 @@ for layer_classes in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
 
 class RecurrentContext:
     """Adds the ContextBlock's state to a layer of keys and values (context source `input`), or of contexts that it
-    cannot be read back from to the digit (`shared` in a quantised cache).
+    cannot be read back from to the digit (`shared` in a quantized cache).
 
     `contexts` `[B, k, C]` ends with the context of the last token. k is 1, or, once transformers asks for a past to
     roll back to (assisted decoding), all tokens since the last `crop`.
@@ -99,31 +117,32 @@ class RecurrentContext:
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        kept = 0 if self.contexts is None else self.contexts.shape[1] - abs(tokens_to_remove)
-        if self.contexts is not None and kept < 1:
+        length = int(self.get_seq_length())  # type: ignore[attr-defined]
+        # To transformers 5.16 a positive number is the length to keep; newer ones refuse it.
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        kept = 0 if self.contexts is None else self.contexts.shape[1] - removed
+        if self.contexts is not None and kept < 1 and removed < length:
             raise RuntimeError(
-                f"crop({tokens_to_remove}): the context before the last {abs(tokens_to_remove)} tokens was not kept; "
+                f"crop({tokens_to_remove}): the context before the last {removed} tokens was not kept; "
                 "call `activate_past_recording()` on the cache before the tokens that may be cropped"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if self.contexts is not None:
-            self.contexts = self.contexts[:, kept - 1 : kept]
+            self.contexts = self.contexts[:, kept - 1 : kept] if removed < length else None
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self.contexts = None
 
-    def _select(self, batch: torch.Tensor) -> None:
-        if self.contexts is not None:
-            self.contexts = self.contexts[batch.to(self.contexts.device)]
-
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._select(beam_idx)
+        if self.contexts is not None:
+            self.contexts = self.contexts.index_select(0, beam_idx.to(self.contexts.device))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._select(indices)
+        if self.contexts is not None:
+            self.contexts = self.contexts[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
@@ -136,7 +155,35 @@ class RecurrentContextLayer(RecurrentContext, DynamicLayer):
 
 
 class StaticRecurrentContextLayer(RecurrentContext, StaticLayer):
+    """The state is written into one tensor: a CUDA graph overwrites what it gave out at its next call."""
+
     _layer_type = "recurrent_context"
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self.record_past
+
+    def update_contexts(self, contexts: torch.Tensor) -> None:
+        if self.record_past:
+            super().update_contexts(contexts)
+            return
+        if self.contexts is None:
+            self.contexts = torch.zeros_like(contexts[:, -1:], memory_format=torch.contiguous_format)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.contexts)
+        self.contexts.copy_(contexts[:, -1:])
+
+    def reset(self) -> None:
+        contexts = None if self.record_past or self.contexts is None else self.contexts.zero_()
+        super().reset()
+        self.contexts = contexts
+
+
+def bring_back(cache: Cache, layer_idx: int) -> None:
+    """Have an offloaded layer on its device again. The host has asked for it while the layer before was at work, but
+    not where this is the first layer, the only one that caches, or one behind layers that cache nothing."""
+    if getattr(cache, "offloading", False) and layer_idx < len(cache.layers):
+        cache.layers[layer_idx].prefetch()
 
 
 def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.Tensor | None:
@@ -148,17 +195,23 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
     if cache is None or not cache.layers or not getattr(cache.layers[0], "is_initialized", False):
         return None
     length, layer = cache.get_seq_length(), cache.layers[0]
-    if isinstance(length, torch.Tensor) and config.context_source == "shared":
+    static = isinstance(length, torch.Tensor)
+    if isinstance(layer, RecurrentContext) and layer.contexts is not None:
+        state = layer.contexts[:, -1]
+    elif config.context_source == "shared" and not isinstance(layer, RecurrentContext):
+        if layer.keys.shape[-1] != config.cached_width() or (not static and length == 0):
+            return None  # initialised and never written to
+        bring_back(cache, 0)
+        keys = layer.keys[:, 0, :, config.rotary_dim :]
         # A static cache's length is known to the device alone: reading it would compile each decoding step anew.
-        last = layer.keys[:, 0].index_select(1, (length - 1).clamp(min=0).view(1))
-        return last[:, 0, config.rotary_dim :] * (length > 0)
-    if int(length) == 0:
-        return None
-    if config.context_source == "shared" and not isinstance(layer, RecurrentContext):
-        return layer.keys[:, 0, int(length) - 1, config.rotary_dim :]
-    if not isinstance(layer, RecurrentContext) or layer.contexts is None:
+        last = (length - 1).clamp(min=0).view(1) if static else None
+        state = keys[:, -1] if last is None else keys.index_select(1, last)[:, 0] * (length > 0)
+    elif not static and length > 0:
         raise ValueError(f"{type(cache).__name__} keeps no recurrent context; make it with config=model.config")
-    return layer.contexts[:, -1]
+    else:
+        return None
+    # Autograd takes no tensor of inference mode.
+    return state.clone() if state.is_inference() and not torch.is_inference_mode_enabled() else state
 
 
 def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:

@@ -1,9 +1,14 @@
+import copy
+from contextlib import nullcontext
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from context_pythia.model import ContextPythiaConfig
-from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
+from context_pythia.model.cache import ContextLayer, cache_bytes, cached_numbers_per_token, measure_cache
 
 from .conftest import SIZE, build, randomise
 
@@ -54,16 +59,13 @@ def test_slack_is_shown_apart_and_bounded(ids):
 
 @torch.no_grad()
 def test_context_layer_grows_in_place(ids):
-    model = build("shared")
+    model, addresses = build("layer", num_hidden_layers=1), []
     cache = model(ids, use_cache=True).past_key_values
-    addresses = [cache.layers[0].keys.data_ptr()]
-    for _ in range(32):  # the room that the prefill left
-        model(ids[:, :1], past_key_values=cache)
-        assert cache.layers[0].keys.data_ptr() == addresses[0]
-    for _ in range(200):
-        model(ids[:, :1], past_key_values=cache)
+    for _ in range(100):
         addresses.append(cache.layers[0].keys.data_ptr())
-    assert len(set(addresses)) <= 6
+        model(ids[:, :1], past_key_values=cache)
+    # The prefill leaves room for 32 tokens, then it grows by half of 50 and so on.
+    assert len(set(addresses[:33])) == 1 and len(set(addresses)) <= 4
 
 
 @torch.no_grad()
@@ -72,10 +74,10 @@ def test_context_layer_grows_in_place(ids):
 def test_a_copied_cache_grows_on(ids, copied, rows):
     # PyTorch gives the copy of a single sequence the strides of the original, whose room it has not.
     model, caches = build("layer"), []
-    for copy in (lambda keys: keys, copied):
+    for copied_keys in (lambda keys: keys, copied):
         cache = model(ids[:rows], use_cache=True).past_key_values
         for layer in cache.layers:
-            layer.keys = copy(layer.keys)
+            layer.keys = copied_keys(layer.keys)
         for _ in range(3):
             model(ids[:rows, :1], past_key_values=cache)
         caches.append(cache)
@@ -105,3 +107,164 @@ def test_input_cannot_crop_a_past_it_did_not_keep(ids):
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-2)
+
+
+# What a cache can do is what GPT-NeoX's can: each test below holds for the host's own model too.
+KINDS = ["gpt-neox", "input", "shared", "layer", "layer, shared by 2", "layer, rotary keys reused"]
+
+
+@pytest.fixture(params=KINDS)
+def any_model(request):
+    if request.param == "gpt-neox":
+        return randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
+    return build(request.param)
+
+
+def step(model, ids, cache) -> torch.Tensor:
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+def shallow(cache):
+    """New containers around the same tensors."""
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    return forked
+
+
+def handed_over(cache):
+    """A cache of the user's own making around the same tensors."""
+    forked = copy.deepcopy(cache)
+    for layer, own in zip(forked.layers, cache.layers, strict=True):
+        layer.keys, layer.values = own.keys, own.values
+    return forked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fork", [shallow, copy.deepcopy, handed_over])
+def test_forks_of_a_prefix_leave_each_other_alone(any_model, ids, fork):
+    prefix, ends = DynamicCache(config=any_model.config), (ids[:, 8:11], ids[:, 11:14])
+    step(any_model, ids[:, :7], prefix)
+    step(any_model, ids[:, 7:8], prefix)  # decoded, so that spare room is in use
+    held = [layer.keys for layer in prefix.layers if layer.keys is not None]
+    before = [keys.clone() for keys in held]
+    forks = [fork(prefix), fork(prefix), prefix]
+    for end, cache in zip((*ends, ids[:, 14:17]), forks, strict=True):
+        for token in end.split(1, dim=1):
+            step(any_model, token, cache)
+    for end, cache in zip(ends, forks, strict=False):
+        whole = torch.cat([ids[:, :8], end, ids[:, :1]], dim=1)
+        torch.testing.assert_close(
+            step(any_model, ids[:, :1], cache)[:, -1], any_model(whole).logits[:, -1], rtol=0, atol=1e-5
+        )
+    assert all(torch.equal(keys, copied) for keys, copied in zip(held, before, strict=True))
+
+
+@torch.no_grad()
+def test_tokens_after_a_crop_leave_what_was_cropped_to_who_holds_it(any_model, ids):
+    cache = DynamicCache(config=any_model.config)
+    cache.activate_past_recording()
+    for token in ids[:, :10].split(1, dim=1):
+        step(any_model, token, cache)
+    held = [layer.keys for layer in cache.layers if layer.keys is not None]
+    before = [keys.clone() for keys in held]
+    cache.crop(-4)
+    logits = torch.cat([step(any_model, part, cache) for part in (ids[:, 10:11], ids[:, 11:14])], dim=1)
+    whole = torch.cat([ids[:, :6], ids[:, 10:14]], dim=1)
+    torch.testing.assert_close(logits, any_model(whole).logits[:, 6:], rtol=0, atol=1e-5)
+    assert all(torch.equal(keys, copied) for keys, copied in zip(held, before, strict=True))
+    cache.crop(-cache.get_seq_length())
+    torch.testing.assert_close(step(any_model, ids, cache), any_model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        (torch.inference_mode, torch.no_grad),
+        (torch.no_grad, torch.inference_mode),
+        (torch.inference_mode, torch.enable_grad),
+        (torch.no_grad, torch.enable_grad),
+    ],
+    ids=lambda modes: " ".join(mode.__name__ for mode in modes),
+)
+def test_a_prefix_goes_on_in_another_gradient_mode(any_model, ids, modes):
+    cache, logits = DynamicCache(config=any_model.config), []
+    for mode, parts in zip(modes, ((ids[:, :8], ids[:, 8:9]), (ids[:, 9:10], ids[:, 10:17])), strict=True):
+        with mode():
+            logits += [step(any_model, part, cache) for part in parts]
+    torch.testing.assert_close(torch.cat(logits, dim=1), any_model(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_gradients_flow_through_a_cache_that_only_the_queries_train(ids):
+    model = build("layer")
+    model.requires_grad_(False)
+    model.gpt_neox.layers[0].attention.query.requires_grad_(True)
+    cache = DynamicCache(config=model.config)
+    logits = torch.cat([step(model, part, cache) for part in (ids[:, :9], ids[:, 9:10], ids[:, 10:])], dim=1)
+    gradients = [
+        torch.autograd.grad(out.square().mean(), model.gpt_neox.layers[0].attention.query.weight)[0]
+        for out in (logits, model(ids).logits)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", ["prefill", "decoding"])
+def test_a_prefix_goes_on_in_another_precision(any_model, ids, half):
+    cache = DynamicCache(config=any_model.config)
+    with torch.autocast("cpu", torch.bfloat16) if half == "prefill" else nullcontext():
+        step(any_model, ids[:, :9], cache)
+    with torch.autocast("cpu", torch.bfloat16) if half == "decoding" else nullcontext():
+        logits = torch.cat([step(any_model, part, cache) for part in (ids[:, 9:10], ids[:, 10:])], dim=1)
+    expected = any_model(ids).logits
+    assert (logits.float() - expected[:, 9:]).abs().mean() < 0.01 * expected.std()
+
+
+@torch.no_grad()
+def test_the_wider_of_two_dtypes_holds_both_as_in_the_stock_layer():
+    old, new = (torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    for first, second in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        ours, stock = ContextLayer(), DynamicLayer()
+        for layer in (ours, stock):
+            for tensor in (old.to(first), new.to(second), new.to(second)):
+                layer.update(tensor, tensor[..., :0])
+        assert ours.keys.dtype == stock.keys.dtype == torch.float32
+        assert torch.equal(ours.keys, stock.keys)
+        assert ours.values.shape == stock.values.shape == (2, 1, 9, 0)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            ours.update(new[:1], new[:1, ..., :0])
+
+
+@torch.no_grad()
+def test_a_static_cache_that_was_initialised_early_fills_in_chunks(any_model, ids):
+    heads = any_model.config.num_attention_heads
+    cache = StaticCache(config=any_model.config, max_cache_len=20)
+    cache.early_initialization(3, heads, 64 // heads, torch.float32, "cpu")
+    for _ in range(2):
+        logits = [step(any_model, part, cache) for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
+        torch.testing.assert_close(torch.cat(logits, dim=1), any_model(ids).logits, rtol=0, atol=1e-5)
+        assert measure_cache(cache).filled == cache_bytes(any_model.config, 17, batch_size=3)
+        cache.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monkeypatch):
+    # No second device here: what is offloaded stands on none, and streams do nothing.
+    def offload(layer):
+        if layer.is_initialized and layer.keys.device.type != "meta":
+            layer.away = layer.keys, layer.values
+            layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys.device.type == "meta":
+            layer.keys, layer.values = layer.away
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", prefetch)
+    monkeypatch.setattr(torch.cuda, "default_stream", MagicMock())
+    kind = dict(max_cache_len=20) if static else {}
+    cache = (StaticCache if static else DynamicCache)(config=any_model.config, offloading=True, **kind)
+    cache.prefetch_stream = MagicMock()
+    logits = [step(any_model, part, cache) for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
+    torch.testing.assert_close(torch.cat(logits, dim=1), any_model(ids).logits, rtol=0, atol=1e-5)
+    assert [layer for layer in cache.layers if layer.keys is not None][-1].keys.device.type == "meta"
