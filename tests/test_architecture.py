@@ -34,9 +34,8 @@ MODEL_RANKS = {
     "context": 1,
     "cache": 1,
     "attention": 2,
-    "grouped": 3,
-    "modeling": 4,
-    "__init__": 5,
+    "modeling": 3,
+    "__init__": 4,
 }
 
 

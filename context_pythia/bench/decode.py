@@ -209,7 +209,7 @@ def _check_memory(models: dict[str, PreTrainedModel], memory: int, asked: float)
     for name, model in models.items():
         if weight_bytes(model) >= memory:
             needed = weight_bytes(model) / GIGABYTE
-            raise UsageError(f"--memory-gb {asked:g}: the weights of {name} alone take {needed:.2f} GB")
+            raise UsageError(f"bench.memory_gb {asked:g}: the weights of {name} alone take {needed:.2f} GB")
 
 
 def _make_folder(out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from context_pythia.config.options import Options, option, suggestion
 from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
@@ -86,25 +87,31 @@ def default_sources(size: str) -> tuple[Source, ...]:
 class BenchOptions(Options):
     """What `bench` measures, and how often."""
 
-    batch_sizes: tuple[int, ...] = (1, 16)
-    lengths: tuple[int, ...] = (512, 2048)
-    caches: tuple[str, ...] = CACHES
-    new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1")
-    rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1")
+    section: ClassVar[str] = "bench"
+    batch_sizes: tuple[int, ...] = option(
+        (1, 16), "sequences decoded together", bounds=">= 1", flag=True, metavar="N,N"
+    )
+    lengths: tuple[int, ...] = option((512, 2048), "tokens in the cache", bounds=">= 1", flag=True, metavar="N,N")
+    caches: tuple[str, ...] = option(
+        CACHES,
+        "of the GPT-NeoX models; compiled: every model also with a static cache and a compiled decoding step",
+        (*CACHES, COMPILED),
+        flag=True,
+        metavar="A,B",
+    )
+    new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1", flag=True)
+    rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1", flag=True)
     budget: float = option(120.0, "seconds of one kind of run after which a model sits out the rounds", bounds="> 0")
-    prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)")
-    dtype: str = option("float32", "of weights and cache", PRECISIONS)
-    threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1")
+    prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)", flag=True)
+    dtype: str = option("float32", "of weights and cache", PRECISIONS, flag=True)
+    threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1", flag=True)
     memory_gb: float = option(4.0, "memory to fill with conversations (1 GB = 1024^3 bytes)", bounds="> 0")
-    steps: int = option(2, "with --train: timed steps of a turn", bounds=">= 1")
+    steps: int = option(2, "with --train: timed steps of a turn", bounds=">= 1", flag=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for length in self.lengths:
             if length <= self.new_tokens:
                 raise UsageError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
-        for cache in self.caches:
-            if cache not in (valid := (*CACHES, COMPILED)):
-                raise UsageError(f"cache {cache!r} is unknown{suggestion(cache, valid)}; valid: {', '.join(valid)}")
         if "dynamic" not in self.caches:
             raise UsageError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")

@@ -18,19 +18,23 @@ class ConvertOptions(Options):
 
     section: ClassVar[str] = "convert"
     context_dim: int | None = option(
-        None, "numbers cached a token and layer, the layers' mean; the original caches 2 * hidden_size", bounds=">= 1"
+        None,
+        "numbers cached a token and layer, the layers' mean; the original caches 2 * hidden_size",
+        bounds=">= 1",
+        flag=True,
     )
     kv_reduction: float | None = option(
-        None, "share of the cache that is saved, in place of context_dim; 0.5 is exact", bounds="> 0 and < 1"
+        None, "share of the cache that is saved, in place of context_dim; 0.5 is exact", bounds="> 0 and < 1", flag=True
     )
-    calibration_tokens: int = option(32_768, "tokens of the training split to calibrate on", bounds=">= 1")
+    calibration_tokens: int = option(32_768, "tokens of the training split to calibrate on", bounds=">= 1", flag=True)
     weighting: str = option(
         "gradients",
         "what errors are weighed by: gradients of the loss; for comparison inputs alone (principal components of keys "
         "and values) or none (singular values of the weights)",
         WEIGHTINGS,
+        flag=True,
     )
-    uniform: bool = option(False, "give all layers the same width")
+    uniform: bool = option(False, "give all layers the same width", flag=True)
     batch_size: int | None = option(
         None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1", free=True
     )
@@ -40,8 +44,8 @@ class ConvertOptions(Options):
         bounds="> 0",
         free=True,
     )
-    dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS)
-    seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296")
+    dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS, flag=True)
+    seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296", flag=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Options that document and check themselves: the base of every dataclass that configures something.
 
-A field made by `option` carries its help, its choices and its bounds; building the dataclass checks them, whether the
-value came from a YAML file, a flag or Python code, and the command line makes its flags from the same words.
+A field made by `option` declares its help, its choices and its bounds. Building the dataclass checks them, whether the
+value came from a YAML file, the command line or Python code, and the command line makes its flags from the same words.
 """
 
 from __future__ import annotations
@@ -14,41 +14,96 @@ import operator
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from context_pythia.errors import UsageError
 
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, bounds: str = "", free: bool = False
+    default: Any,
+    help: str,
+    choices: Iterable[str] | None = None,
+    bounds: str = "",
+    free: bool = False,
+    flag: bool = False,
+    metavar: str = "",
 ) -> Any:
     """A documented dataclass field.
 
     Args:
-        default: its default.
+        default: its default; `dataclasses.MISSING` where a value must be given.
         help: one line for the command line's help.
         choices: the valid values, where there is a list of them.
         bounds: comparisons that a number must pass, with spaces and "and" as a user reads them: `"> 0 and <= 1"`.
         free: it changes results by rounding at most, so what was begun with one value may go on with another.
+        flag: commands that take a recipe have a flag for it; the others are set by `--set`.
+        metavar: what stands for the value in the help, instead of its kind.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": bounds, "free": free})
+    choices = None if choices is None else tuple(choices)
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "bounds": bounds,
+            "free": free,
+            "flag": flag,
+            "metavar": metavar,
+        },
+    )
+
+
+def default_of(owner: type[Options], name: str, default: Any) -> Any:
+    """The field that `owner` declares, with another default, for a subclass."""
+    return field(default=default, metadata=owner.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field declares: its plain type `kind` (`str`, `int`, `float` or `bool`), and whether it may be None."""
+    """What a field declares.
+
+    Attributes:
+        kind: `str`, `int`, `float`, `bool` or `Path`; of each value, if there are several.
+        several: `tuple` or `list` where the field holds any number of values. On the command line a tuple's are
+            separated by commas, and a list's are given one by one.
+        optional: None is valid.
+    """
 
     name: str
     kind: type[Any]
+    several: type[Any] | None
     optional: bool
     help: str
     choices: tuple[str, ...] | None
     bounds: str
     free: bool
+    flag: bool
+    metavar: str
     default: Any = None
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    def parse(self, text: str) -> Any:
+        """The value that a user wrote. What does not fit stays text, for the check to name it."""
+        if self.several is tuple:
+            return tuple(self._parse_one(word.strip()) for word in text.split(","))
+        return self._parse_one(text)
+
+    def _parse_one(self, text: str) -> Any:
+        if self.optional and text.casefold() in ("null", "none"):
+            return None
+        if self.kind is bool:
+            return TRUTH.get(text.casefold(), text)
+        with contextlib.suppress(ValueError):
+            return self.kind(text)
+        return text
 
 
 @dataclass
@@ -59,7 +114,11 @@ class Options:
 
     def __post_init__(self) -> None:
         for declared in options_of(type(self)):
-            setattr(self, declared.name, _checked(declared, getattr(self, declared.name), self.section))
+            setattr(self, declared.name, _checked(declared, getattr(self, declared.name), self.label(declared.name)))
+
+    def label(self, name: str) -> str:
+        """How errors call the option of this name."""
+        return f"{self.section}.{name}" if self.section else name
 
 
 def options_of(owner: type[Options]) -> list[Option]:
@@ -67,10 +126,21 @@ def options_of(owner: type[Options]) -> list[Option]:
     hints = get_type_hints(owner)
     declared = []
     for f in dataclasses.fields(owner):
-        if "bounds" in f.metadata:
-            kinds = get_args(hints[f.name]) or (hints[f.name],)
-            kind = next(k for k in kinds if k is not types.NoneType)
-            declared.append(Option(f.name, kind, types.NoneType in kinds, **f.metadata, default=f.default))
+        if "bounds" not in f.metadata:
+            continue
+        alternatives = get_args(hints[f.name]) if get_origin(hints[f.name]) is types.UnionType else (hints[f.name],)
+        kind = next(k for k in alternatives if k is not types.NoneType)
+        several = get_origin(kind)
+        declared.append(
+            Option(
+                f.name,
+                get_args(kind)[0] if several else kind,
+                several,
+                types.NoneType in alternatives,
+                **f.metadata,
+                default=f.default,
+            )
+        )
     return declared
 
 
@@ -87,16 +157,35 @@ def suggestion(word: Any, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _checked(declared: Option, value: Any, section: str) -> Any:
+def only_known(given: Iterable[Any], known: Iterable[str], what: str) -> None:
+    """Raise `UsageError` for the first of the given names that is not known."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{what} {name!r} is unknown{suggestion(name, known)}; valid: {', '.join(known)}")
+
+
+def _checked(declared: Option, value: Any, label: str) -> Any:
     """`value` as the option's type; raises `UsageError` that names the option, the value and what is valid."""
-    label = f"{section}.{declared.name}" if section else declared.name
-    kind = declared.kind
     if value is None and declared.optional:
         return None
+    if declared.several is None:
+        return _checked_one(declared, value, label)
+    given = value if isinstance(value, list | tuple) else [value]
+    values = declared.several(_checked_one(declared, one, label) for one in given)
+    if declared.several is tuple and len(set(values)) < len(values):
+        raise UsageError(f"{label} {','.join(map(str, values))}: names a value twice")
+    return values
+
+
+def _checked_one(declared: Option, value: Any, label: str) -> Any:
+    kind = declared.kind
     # YAML 1.1 reads 1e-4, which has no point, as text.
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)
+    if kind is Path and isinstance(value, str):
+        value = Path(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"{label} {value!r}: must be {KINDS[kind]}")
     choices = declared.choices

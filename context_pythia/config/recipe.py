@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from context_pythia.config.options import Options, option
+from context_pythia.config.options import Options, default_of, option
 from context_pythia.errors import UsageError
 
 CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
@@ -26,19 +26,25 @@ class DataOptions(Options):
     """The text, its tokenizer, and how it is packed into samples."""
 
     section: ClassVar[str] = "data"
-    data: str = option("builtin", "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), or a Hub name[:config]")
+    data: str = option(
+        "builtin", "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), or a Hub name[:config]", flag=True
+    )
     data_split: str = option("train", "split of a Hub data set")
     text_field: str = option("text", "field that holds the text in JSONL, Parquet and Hub data")
     tokenizer: str = option(
-        "train", "train (byte-level BPE on the training split), a tokenizer.json, a folder or a Hub name"
+        "train", "train (byte-level BPE on the training split), a tokenizer.json, a folder or a Hub name", flag=True
     )
-    vocab_size: int = option(8192, "size of the vocabulary when the tokenizer is trained", bounds=">= 257")
-    samples: int = option(10_000, "samples in all, training and validation together", bounds=">= 2")
-    sequence_length: int = option(128, "tokens a sample, the target of the last one not counted", bounds=">= 1")
+    vocab_size: int = option(8192, "size of the vocabulary when the tokenizer is trained", bounds=">= 257", flag=True)
+    samples: int = option(10_000, "samples in all, training and validation together", bounds=">= 2", flag=True)
+    sequence_length: int = option(
+        128, "tokens a sample, the target of the last one not counted", bounds=">= 1", flag=True
+    )
     validation_fraction: float = option(
         0.1, "share of the samples held out; documents are split before packing", bounds="> 0 and < 1"
     )
-    cache_dir: str | None = option(None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)", free=True)
+    cache_dir: str | None = option(
+        None, "folder for packed data (default: $XDG_CACHE_HOME/context-pythia)", free=True, flag=True
+    )
 
     def split_sizes(self, samples: int) -> tuple[int, int]:
         """Training and validation samples among so many, at least one each."""
@@ -60,7 +66,10 @@ class ArchitectureOptions(Options):
         None, "rows of the embedding (default: the tokenizer's, up to a multiple of 128)", bounds=">= 1"
     )
     hidden_dropout: float = option(
-        0.0, "dropout after embedding, attention and MLP, and of the context of shared", bounds=">= 0 and < 1"
+        0.0,
+        "dropout after embedding, attention and MLP, and of the context of shared",
+        bounds=">= 0 and < 1",
+        flag=True,
     )
     attention_dropout: float = option(0.0, "dropout of attention weights", bounds=">= 0 and < 1")
     match_parameters: bool = option(
@@ -92,7 +101,9 @@ class Phase1Options(Options):
 
     section: ClassVar[str] = "phase1"
     max_iterations: int = option(100, "iterations at most", bounds=">= 1")
-    convergence_rate: float = option(0.95, "share of converged tokens at which training stops", bounds="> 0 and <= 1")
+    convergence_rate: float = option(
+        0.95, "share of converged tokens at which training stops", bounds="> 0 and <= 1", flag=True
+    )
     threshold: float = option(0.03, "mean squared movement below which a token counts as converged", bounds="> 0")
     learning_rate: float = option(0.003, "Adam learning rate", bounds="> 0")
     batch_tokens: int = option(5000, "tokens a batch of one iteration", bounds=">= 1")
@@ -105,57 +116,59 @@ class Phase1Options(Options):
 
 
 @dataclass
-class TrainOptions(Options):
+class OptimizationOptions(Options):
+    """What every training of a language model shares."""
+
+    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1", flag=True)
+    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0", flag=True)
+    schedule: str = option("constant", "learning-rate schedule", SCHEDULES, flag=True)
+    warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
+    weight_decay: float = option(0.01, "AdamW weight decay", bounds=">= 0")
+    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
+    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
+    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS, flag=True)
+    checkpoint_steps: int = option(
+        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+    )
+
+
+@dataclass
+class TrainOptions(OptimizationOptions):
     """Language-model training. The defaults are the report's settings."""
 
     section: ClassVar[str] = "train"
-    epochs: int = option(10, "epochs at most", bounds=">= 1")
+    epochs: int = option(10, "epochs at most", bounds=">= 1", flag=True)
     tokens: int | None = option(
         None,
         "train on so many tokens of the training split, each read once, in place of epochs; validated every tenth",
         bounds=">= 1",
+        flag=True,
     )
-    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
-    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
-    schedule: str = option("constant", "learning-rate schedule", SCHEDULES)
-    warmup_ratio: float = option(0.0, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
-    weight_decay: float = option(0.01, "AdamW weight decay", bounds=">= 0")
     patience: int = option(1, "evaluations without a better validation perplexity before training stops", bounds=">= 1")
-    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
-    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
-    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
-    checkpoint_steps: int = option(
-        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
-    )
     tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])", free=True)
 
 
 @dataclass
-class HealOptions(Options):
-    """Training of a converted model, or of its original as a control, to match the original."""
+class HealOptions(OptimizationOptions):
+    """Distillation of the original into a converted model, or into itself as a control."""
 
     section: ClassVar[str] = "heal"
-    steps: int = option(0, "optimizer steps (0: no healing)", bounds=">= 0")
+    schedule: str = default_of(OptimizationOptions, "schedule", "cosine")
+    warmup_ratio: float = default_of(OptimizationOptions, "warmup_ratio", 0.05)
+    weight_decay: float = default_of(OptimizationOptions, "weight_decay", 0.0)
+    steps: int = option(0, "optimizer steps (0: no distillation)", bounds=">= 0", flag=True)
     parameters: str = option(
-        "attention", "what is trained: attention (its projections, but for the output's) or all", HEALED_PARAMETERS
+        "attention",
+        "what is trained: attention (its projections, but for the output's) or all",
+        HEALED_PARAMETERS,
+        flag=True,
     )
     ce_weight: float = option(
         0.0,
         "weight of the cross-entropy with the text; the rest is the divergence from the original",
         bounds=">= 0 and <= 1",
-    )
-    batch_size: int = option(32, "samples a batch, divided among the processes", bounds=">= 1")
-    learning_rate: float = option(1e-4, "AdamW learning rate", bounds="> 0")
-    schedule: str = option("cosine", "learning-rate schedule", SCHEDULES)
-    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises", bounds=">= 0 and <= 1")
-    weight_decay: float = option(0.0, "AdamW weight decay", bounds=">= 0")
-    max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
-    gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
-    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS)
-    checkpoint_steps: int = option(
-        0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
+        flag=True,
     )
 
     def teaches_a_control(self, body: Any) -> bool:
@@ -173,7 +186,7 @@ class ModelOptions(Options):
 
     name: str = option("Pythia", "name in tables and of the model's folder")
     context_source: str | None = option(None, "who makes the context; empty for the baseline", CONTEXT_SOURCES)
-    context_dim: int = option(256, "width of the context")
+    context_dim: int = option(256, "width of the context", flag=True)
     context_block_layers: int = option(1, "layers of the ContextBlock (sources input and shared)", bounds=">= 1")
     context_sharing: int = option(
         1, "consecutive layers that attend to one context, or one layer's keys (sources layer, grouped)", bounds=">= 1"
@@ -182,8 +195,8 @@ class ModelOptions(Options):
     num_rotary_keys: int = option(
         1, "rotary keys in a layer's context: 1, shared by the heads, or one a head (source layer)", bounds=">= 1"
     )
-    phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)")
-    freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2")
+    phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)", flag=True)
+    freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2", flag=True)
     from_baseline: bool = option(False, "convert the run's trained baseline and heal it (source layer)")
 
     @property
@@ -202,7 +215,9 @@ class Recipe(Options):
     """A whole run: `models` trained on the same data with the same seed."""
 
     name: str = option("custom", "name of the recipe")
-    seed: int = option(0, "seed of initial weights, order of the samples and noise", bounds=">= 0 and < 4294967296")
+    seed: int = option(
+        0, "seed of initial weights, order of the samples and noise", bounds=">= 0 and < 4294967296", flag=True
+    )
     data: DataOptions = field(default_factory=DataOptions)
     architecture: ArchitectureOptions = field(default_factory=ArchitectureOptions)
     phase1: Phase1Options = field(default_factory=Phase1Options)
@@ -327,4 +342,6 @@ SECTIONS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "heal": HealOptions,
 }
+# What tells the models of a recipe apart is set for none of them together.
+OF_ONE_MODEL = ("model.name", "model.from_baseline")
 PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

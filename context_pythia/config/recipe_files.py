@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from context_pythia.config.options import Options, deciding, options_of, suggestion
+from context_pythia.config.options import Options, deciding, only_known, options_of, suggestion
 from context_pythia.config.recipe import SECTIONS, ModelOptions, Recipe
 from context_pythia.errors import UsageError
 from context_pythia.files import write_bytes
 
 RECIPES = importlib.resources.files("context_pythia.config") / "recipes"
-
-
-def _only_known(given: Iterable[Any], known: Sequence[str], what: str) -> None:
-    for key in given:
-        if key not in known:
-            raise UsageError(f"{what} {key!r} is unknown{suggestion(key, known)}; valid: {', '.join(known)}")
 
 
 def _option_names(owner: type[Options]) -> list[str]:
@@ -37,9 +31,7 @@ def _read(name_or_path: str) -> tuple[str, Any]:
     """Name and parsed YAML of a packaged recipe or a recipe file."""
     path = Path(name_or_path)
     if name_or_path in packaged_recipes():
-        text = (importlib.resources.files("context_pythia.config") / "recipes" / f"{name_or_path}.yaml").read_text(
-            "utf-8"
-        )
+        text = (RECIPES / f"{name_or_path}.yaml").read_text("utf-8")
     elif path.is_file():
         try:
             text = path.read_text("utf-8")
@@ -86,12 +78,12 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         UsageError: a key or value that is not valid.
     """
     scalars = _option_names(Recipe)
-    _only_known(values, [*scalars, *SECTIONS, "models"], "section")
+    only_known(values, [*scalars, *SECTIONS, "models"], "section")
     arguments: dict[str, Any] = {name: values[name] for name in scalars if name in values}
     for section, options in SECTIONS.items():
         # A section whose every line is commented out is None to YAML.
         given = _mapping(values.get(section) or {}, f"section {section}")
-        _only_known(given, _option_names(options), f"option {section}:")
+        only_known(given, _option_names(options), f"option {section}:")
         arguments[section] = options(**given)
     if "models" in values:
         if not isinstance(values["models"], list):
@@ -116,14 +108,14 @@ def in_order(wanted: Sequence[str], names: Sequence[str], recipe: str) -> list[s
     Raises:
         UsageError: one that the recipe has not.
     """
-    _only_known(wanted, names, f"recipe {recipe}: model")
+    only_known(wanted, names, f"recipe {recipe}: model")
     return [name for name in names if name in wanted]
 
 
 def _model_from_dict(values: Any, position: int) -> ModelOptions:
     given = _mapping(values, f"model {position}")
     label = f"model {given.get('name', position)}"
-    _only_known(given, _option_names(ModelOptions), f"{label}: option")
+    only_known(given, _option_names(ModelOptions), f"{label}: option")
     if "name" not in given:
         raise UsageError(f"{label}: has no name, give each model its own")
     try:
@@ -148,7 +140,7 @@ def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
     changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
     known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
-    _only_known(overrides, known, "option")
+    only_known(overrides, known, "option")
     for path, value in overrides.items():
         section, _, name = path.rpartition(".")
         changes[section][name] = value

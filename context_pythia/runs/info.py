@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from context_pythia.config.recipe import Recipe
+from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.runs.build import build_model, describe_cache, describe_parameters, expected_rows
@@ -30,25 +31,36 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
         rows = expected_rows(recipe)
         models = []
         for options in recipe.models:
-            built = build_model(options, recipe, rows).to(torch_dtype)
+            with torch.device("meta"):
+                counted = build_model(options, recipe, rows).to(torch_dtype)
             healed = recipe.heal.parameters if options.from_baseline else None
-            models.append(_describe(options.name, built, length, healed))
+            models.append(_describe(options.name, counted, _narrow(options, recipe).to(torch_dtype), length, healed))
             if healed and options.context_source is not None:
                 # How it divides the context between rotary keys and latent decides the size of the way back.
                 models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
     else:
         assert model is not None
-        models = [_describe(model, load_pretrained(model, torch_dtype), length)]
+        loaded = load_pretrained(model, torch_dtype)
+        models = [_describe(model, loaded, loaded, length)]
     return models
 
 
-def _describe(name: str, model: PreTrainedModel, length: int, healed: str | None = None) -> dict[str, Any]:
-    if length > (positions := model.config.max_position_embeddings):
+def _narrow(options: ModelOptions, recipe: Recipe) -> PreTrainedModel:
+    """The model with the narrowest vocabulary and MLP, which have no part in its cache."""
+    body = replace(recipe.architecture, intermediate_size=1, model_vocab_size=None, match_parameters=False)
+    return build_model(options, replace(recipe, architecture=body), rows=2)
+
+
+def _describe(
+    name: str, counted: PreTrainedModel, cached: PreTrainedModel, length: int, healed: str | None = None
+) -> dict[str, Any]:
+    """The parameters of one model, and the cache that `generate()` fills of another with the same cache."""
+    if length > (positions := cached.config.max_position_embeddings):
         raise UsageError(f"--length {length}: {name} has {positions} positions, give at most so many")
-    cache = describe_cache(model, length)
+    cache = describe_cache(cached, length)
     return {
         "name": name,
-        **describe_parameters(model, healed),
+        **describe_parameters(counted, healed),
         "cached_numbers_per_token": cache.pop("numbers_per_token"),
         "cache": cache,
     }

@@ -103,14 +103,6 @@ def parse_over(text: str) -> Dimension:
     return Dimension(path, values, log=by_logarithm(option))
 
 
-def parse_seeds(text: str) -> list[int]:
-    """`"0,1,2"` -> the seeds; ValueError for what is none, or named twice. Their bounds are checked with the plan."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words) or len(set(map(int, words))) < len(words):
-        raise UsageError(f"--seeds {text}: give different whole numbers, such as 0,1,2")
-    return [int(word) for word in words]
-
-
 def _range(path: str, option: Option, low: str, high: str, log: bool) -> Dimension:
     ends = [_value(word.strip(), option) for word in (low, high)]
     with_numbers = option.kind in (int, float) and all(isinstance(end, int | float) for end in ends)

@@ -19,7 +19,7 @@ COMPLETE, FAILED = 1, 3  # Optuna's states of a trial
 SWEEP = [
     sys.executable, "-m", "context_pythia", "sweep", "quick", "--models", "Pythia,layer",
     "--over", "learning_rate=1e-3,2e-3", "--seeds", "0,1,2", "--samples", "240", "--epochs", "2",
-    "--checkpoint-steps", "2", "--quiet",
+    "--set", "train.checkpoint_steps=2", "--quiet",
 ]  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def test_saved_models_are_timed_beside_a_gpt_neox_of_their_shape(tmp_path, capsy
     ("changes", "message"),
     [
         ({"lengths": (16, 40)}, "length 40: is more than the 32 positions of one"),
-        ({"memory_gb": 1e-6}, "--memory-gb 1e-06: the weights of one alone take 0.00 GB"),
+        ({"memory_gb": 1e-6}, "bench.memory_gb 1e-06: the weights of one alone take 0.00 GB"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, changes, message):

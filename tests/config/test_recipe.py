@@ -129,7 +129,7 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
     ("text", "message"),
     [
         ("trian: {epochs: 3}", r"section 'trian' is unknown \(did you mean train\?\); valid: name, seed, data, "),
-        ("train: {epoch: 3}", r"option train: 'epoch' is unknown \(did you mean epochs\?\); valid: epochs, "),
+        ("train: {epoch: 3}", r"option train: 'epoch' is unknown \(did you mean epochs\?\); valid: batch_size, "),
         ("train: {epochs: three}", "train.epochs 'three': must be a whole number"),
         ("train: {epochs: true}", "train.epochs True: must be a whole number"),
         ("train: {epochs: 2.5}", "train.epochs 2.5: must be a whole number"),

@@ -277,7 +277,7 @@ def test_accelerate_launch_trains_in_two_processes_like_one(tmp_path, own_cache)
     [
         (("train", "--model", "Pythia"), "train.batch_size 9: 2 processes share a batch, give a multiple of 2"),
         (
-            ("phase1", "--model", "shared", "--phase1-batch-tokens", "5000"),
+            ("phase1", "--model", "shared", "--set", "phase1.batch_tokens=5000"),
             "phase1.batch_tokens 5000: makes 1 batches for 2 processes, give at most 432",
         ),
         (("info",), "this command runs in one process, 2 were started; in several: compare, phase1, train"),

@@ -1,0 +1,46 @@
+"""`generate`: write text with a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from context_pythia.cli.command import Command, required
+from context_pythia.config.options import option
+from context_pythia.config.recipe import PRECISIONS
+
+
+@dataclass(kw_only=True)
+class Generate(Command):
+    summary = "write text with a trained model"
+    examples = (
+        'generate runs/quick/models/shared --prompt "def main(" --stats',
+        'generate EleutherAI/pythia-70m --prompt "The sea" --temperature 0.8 --top-k 50 --seed 1',
+    )
+    arguments = ("model",)
+
+    model: str = required("a model's folder or Hub name")
+    prompt: str = required("text to go on from")
+    max_new_tokens: int = option(64, "tokens to write at most", bounds=">= 1")
+    temperature: float = option(0.0, "of the sampling; 0 is greedy", bounds=">= 0")
+    top_k: int | None = option(None, "sample from the N likeliest tokens only", bounds=">= 1")
+    num_beams: int = option(1, "beams of the search; 1 is none", bounds=">= 1")
+    seed: int = option(0, "seed of the sampling", bounds=">= 0")
+    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    stats: bool = option(False, "also print tokens a second and the measured cache")
+    compile: bool = option(False, "compile the decoding step (needs a C++ compiler)")
+
+    def run(self) -> None:
+        from context_pythia.runs.generate import generate
+
+        generate(
+            self.model,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            num_beams=self.num_beams,
+            seed=self.seed,
+            dtype=self.dtype,
+            stats=self.stats,
+            compile=self.compile,
+        )

@@ -1,0 +1,42 @@
+"""`sweep`: train settings of a recipe over seeds, by any number of processes and machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from context_pythia.cli.command import RecipeCommand, Report, required
+from context_pythia.config.options import option
+from context_pythia.config.recipe_files import in_order
+from context_pythia.sweep.options import SAMPLERS, SweepPlan, parse_over
+
+
+@dataclass(kw_only=True)
+class Sweep(Report, RecipeCommand):
+    summary = "train settings of a recipe over seeds, by any number of processes"
+    examples = (
+        "sweep quick --models Pythia,shared --over context_dim=32,64 --over learning_rate=5e-4,1e-3 --out runs/dim",
+        "sweep report --over learning_rate=1e-4..1e-3 --sampler tpe --trials 50 --storage sqlite:///s.db --out s",
+    )
+    resumable = True
+
+    over: list[str] = option((), "values to try; may be given several times", metavar="KEY=A,B")
+    models: tuple[str, ...] | None = option(None, "only these models of the recipe (default: all)", metavar="A,B")
+    seeds: tuple[int, ...] | None = option(
+        None, "train each setting with these seeds (default: the recipe's)", bounds=">= 0", metavar="N,N"
+    )
+    sampler: str = option("grid", "grid: every combination; tpe: what looks best", SAMPLERS)
+    trials: int | None = option(None, "of tpe: trainings in all, shared by models and seeds", bounds=">= 1")
+    storage: str | None = option(None, "Optuna storage to share (default: a file in DIR)", metavar="URL")
+    out: Path = required("folder, and name, of the study", metavar="DIR")
+
+    def run(self) -> None:
+        recipe = self.load_recipe()
+        names = [model.name for model in recipe.models]
+        models = names if self.models is None else in_order(self.models, names, recipe.name)
+        dimensions = [parse_over(text) for text in self.over]
+        seeds = [recipe.seed] if self.seeds is None else list(self.seeds)
+        plan = SweepPlan(recipe, models, dimensions, seeds, self.sampler, self.trials)
+        from context_pythia.cli.reported import sweep
+
+        sweep(plan, self.out, storage=self.storage, lang=self.lang, progress=not self.quiet)
