@@ -34,8 +34,9 @@ MODEL_RANKS = {
     "context": 1,
     "cache": 1,
     "attention": 2,
-    "modeling": 3,
-    "__init__": 4,
+    "grouped": 3,
+    "modeling": 4,
+    "__init__": 5,
 }
 
 

@@ -198,7 +198,8 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
     forward once more: that is where its inputs are taken to meet the gradients, so that no others are held meanwhile.
     """
     heads = model.config.num_attention_heads
-    required = [parameter.requires_grad for parameter in model.parameters()]
+    # By name: a tied weight that is read from disk is one parameter before it is read, and two after.
+    required = {name: weight.requires_grad for name, weight in model.named_parameters(remove_duplicate=False)}
     handles = []
     recording = Event()
 
@@ -241,5 +242,5 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
             handle.remove()
         model.eval().activation_checkpointing_disable()
         model.disable_input_require_grads()
-        for parameter, require in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(require)
+        for name, require in required.items():
+            model.get_parameter(name).requires_grad_(require)

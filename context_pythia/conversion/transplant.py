@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import dispatch_model
@@ -18,20 +19,29 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from context_pythia.conversion.factorize import Factors, KeysAndValues
 from context_pythia.errors import UsageError
+from context_pythia.evaluation.pretrained import quantiser_of
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
 # A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
 CHANGING_ROPE = ("dynamic", "longrope")
+# Entries of a configuration that point to code beside it, which a converted model has not.
+OF_ITS_FILES = ("auto_map", "custom_pipelines")
 
 
-def check_family(model_type: str | None, name: str) -> None:
-    """Raises UsageError, in one line, for a model of another family; None is of no family yet."""
+def check_convertible(stored: Mapping[str, Any], name: str) -> None:
+    """Raises UsageError, in one line, for a checkpoint whose `stored_config` says that it is of another family, or
+    quantised. One that names no family is left to its loading."""
+    model_type = stored.get("model_type")
     if model_type == ContextPythiaConfig.model_type:
         raise UsageError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
     if model_type not in (None, GPTNeoXConfig.model_type):
         raise UsageError(
             f"{name} is a {model_type} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
             "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
+        )
+    if quantiser := quantiser_of(stored):
+        raise UsageError(
+            f"{name} is quantised ({quantiser}): give the checkpoint in full precision that it was made of"
         )
 
 
@@ -76,7 +86,7 @@ def context_config(
 ) -> ContextPythiaConfig:
     """The original's configuration with the contexts of its layers."""
     body = original.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
+    for key in ("model_type", "architectures", "transformers_version", *OF_ITS_FILES):
         body.pop(key, None)
     return ContextPythiaConfig(
         **body,

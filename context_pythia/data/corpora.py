@@ -29,7 +29,7 @@ SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
 
 _NO_CORPUS_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _FILE_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _READ_BYTES = 1 << 20
 _LONGEST_PIECE = 1_000_000
 _SHORTEST_PIECE = 200
@@ -37,7 +37,9 @@ _PIECES_OF_A_FILE = 100
 
 
 def documents(options: DataOptions) -> Iterator[str]:
-    """The documents of the corpus `options.data`, in an order that never changes; blank ones are left out.
+    """The documents of the corpus `options.data`, in an order that never changes.
+
+    Blank ones are left out, and halves of surrogate pairs are U+FFFD.
 
     Raises FileNotFoundError for a path that does not exist, UsageError for text that cannot be read (the file and the
     line are named), ConnectionError when a Hub data set cannot be reached.
@@ -52,7 +54,16 @@ def documents(options: DataOptions) -> Iterator[str]:
     else:
         piece = path.stat().st_size // _PIECES_OF_A_FILE
         texts = _file_documents(path, options.text_field, min(max(piece, _SHORTEST_PIECE), _LONGEST_PIECE))
-    return (text for text in texts if text and not text.isspace())
+    return (whole_characters(text) for text in texts if text and not text.isspace())
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair: JSON can write one, and tokenizers and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def corpus_digest(options: DataOptions) -> str:
@@ -75,26 +86,40 @@ def corpus_digest(options: DataOptions) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name`, for which there is no file, can be meant as `NAME` or `OWNER/NAME` on the Hugging Face Hub."""
+    """Whether `name`, for which there is no file, can be meant as `[OWNER/]NAME[@REVISION]` on the Hugging Face Hub."""
     if not _HUB_NAME.fullmatch(name) or name.lower().endswith((*SUFFIXES, *_FILE_SUFFIXES)):
         return False
     return not Path(name.partition("/")[0]).exists()
 
 
-def require_on_hub(kind: str, name: str) -> None:
+def hub_revision(name: str) -> tuple[str, str | None]:
+    """Name and revision (a branch, tag or commit) of `NAME@REVISION`; None is the main branch."""
+    name, _, revision = name.partition("@")
+    return name, revision or None
+
+
+def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
     """Asks the Hub once for the `kind` ("dataset" or "model") `name`, where the loaders would retry for a minute.
 
-    Raises FileNotFoundError if there is none of that name, ConnectionError if the Hub cannot be reached.
+    Raises FileNotFoundError if there is none of that name or revision, or none that may be read, ConnectionError if the
+    Hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=10)
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10)
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"the {kind} {name!r} is gated: accept its terms on the Hugging Face Hub, then log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no {kind} {name!r}: neither a file or folder here nor on the Hugging Face Hub"
+            f"there is no {kind} {name!r}: neither a file or folder here nor on the Hugging Face Hub (for a private "
+            "one log in with `hf auth login`)"
         ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"the {kind} {name!r} on the Hugging Face Hub has no revision {revision!r}") from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
         raise ConnectionError(
             f"cannot reach the Hugging Face Hub for the {kind} {name!r} ({first_line(error)}): "
@@ -108,18 +133,24 @@ def hub_documents(name: str, split: str, text_field: str, config: str | None = N
     Raises what `documents` raises; UsageError also for a split, configuration or field that the data set lacks.
     """
     from datasets import load_dataset
+    from datasets.utils import logging
 
+    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error that it raises
+    revision = None
     if not Path(name).is_dir():
-        require_on_hub("dataset", name)
+        name, revision = hub_revision(name)
+        require_on_hub("dataset", name, revision)
     try:
         try:
-            rows = load_dataset(name, config, split=split, streaming=True)
+            rows = load_dataset(name, config, split=split, streaming=True, revision=revision)
         except ValueError as error:
             raise UsageError(f"data set {name!r}: {' '.join(str(error).split())}") from error
         for number, row in enumerate(rows, 1):
             yield _text_of(row, text_field, f"data set {name!r}, row {number}")
     except UsageError:
         raise
+    except ValueError as error:
+        raise UsageError(f"data set {name!r} cannot be read: {first_line(error)}") from error
     except Exception as error:  # as in require_on_hub
         raise ConnectionError(
             f"data set {name!r} cannot be read ({first_line(error)}): check the network, or name a local file"
@@ -262,10 +293,12 @@ def _parquet_documents(path: Path, text_field: str) -> Iterator[str]:
                 raise UsageError(_no_field(str(path), text_field, names))
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for row in batch.to_pylist():
+                for value in batch.column(0):
                     number += 1
-                    yield _text_of(row, text_field, f"{path}, row {number}")
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                    yield _text_of({text_field: value.as_py()}, text_field, f"{path}, row {number}")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}, row {number}: not UTF-8 text ({error.reason})") from error
+    except pyarrow.ArrowException as error:
         raise UsageError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 

@@ -246,7 +246,7 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _drained(head: list[str]) -> Iterator[str]:

@@ -6,17 +6,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from context_pythia.data.corpora import is_hub_name, require_on_hub
+from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub, whole_characters
 from context_pythia.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 512  # bytes; training takes time quadratic in the length of a word, such as a line of "=" or of DNA
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that `name` names: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name.
+    """The tokenizer that `name` names: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name
+    (`NAME@REVISION` for another revision than the main one).
 
     Raises FileNotFoundError or UsageError if there is none or it cannot mark the end of a text, ConnectionError for a
     Hub name that is neither cached nor reachable.
@@ -37,8 +39,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UsageError(f"{name} holds no tokenizer.json: name a tokenizer with --tokenizer")
     try:
         tokenizer = _auto_tokenizer(name, path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, (ConnectionError, FileNotFoundError)):
+    except Exception as error:  # as above, and whatever a configuration beside it provokes
+        if isinstance(error, ConnectionError | FileNotFoundError | MemoryError):
             raise
         raise UsageError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -49,10 +51,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-NeoX has it: every text can be written and read back, `<|endoftext|>` is token 0."""
+    """Byte-level BPE as GPT-NeoX has it: every text can be written and read back, `<|endoftext|>` is token 0.
+
+    Words of more than `LONGEST_WORD` bytes are cut for the training alone.
+    """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     backend.post_processor = processors.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -62,6 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
         show_progress=progress,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = words
     return _wrapped(backend)
 
 
@@ -79,11 +87,23 @@ def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
 def _auto_tokenizer(name: str, path: Path) -> Any:
     if path.is_dir():
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    name, revision = hub_revision(name)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
-        require_on_hub("model", name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        require_on_hub("model", name, revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Token ids of a text that a model is to go on from, without the end of text that some tokenizers append to any.
+
+    What is no character is read as U+FFFD (see `whole_characters`).
+    """
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    appended = added[::-1].index(0)
+    ids: list[int] = tokenizer(whole_characters(prompt))["input_ids"]
+    return ids[: len(ids) - appended]
 
 
 def vocabulary_rows(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -81,8 +81,9 @@ def run_tasks(
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Failure(f"tasks {', '.join(tasks)} failed: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # whatever files, templates and functions of a task raise
+        causes = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
+        raise Failure(f"tasks {', '.join(tasks)} failed: {' '.join(': '.join(causes).split())[:300]}") from error
     assert found is not None
     return {
         task: {_plain(name): value for name, value in figures.items() if isinstance(value, float)}

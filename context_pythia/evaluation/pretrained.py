@@ -1,23 +1,40 @@
-"""Load a saved model for evaluation, with one clear line for everything that can be wrong with it."""
+"""Load a saved model for evaluation, with one clear line for everything that can be wrong with it.
+
+A model's name is a folder, or `[OWNER/]NAME[@REVISION]` on the Hub; the revision is a branch, tag or commit other than
+the main branch. Whatever fails while a model loads was decided by its files, so every error here is about them.
+"""
 
 import logging as standard_logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 import context_pythia.model  # noqa: F401  registers the model with the Auto classes
-from context_pythia.data.corpora import is_hub_name, require_on_hub
-from context_pythia.errors import Failure, UsageError
+from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub
+from context_pythia.errors import Failure, UsageError, is_failure
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
 
 
 def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
-    """The causal language model in the folder, or of the Hub name, `name`, ready for evaluation.
+    """The causal language model `name`, ready for evaluation.
 
-    Weights are read from safetensors alone; nothing is unpickled.
+    Weights are read from safetensors alone; nothing is unpickled, and no code of the checkpoint runs.
 
     Args:
         device_map: as transformers takes it. Modules on "disk" hold no weights (theirs are meta tensors): accelerate
@@ -26,37 +43,63 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     Raises:
         FileNotFoundError: there is no such folder and no such model.
         ConnectionError: the Hub cannot be reached.
-        Failure: the checkpoint is damaged: unreadable, or with tensors missing, left over or of another shape.
+        UsageError: the checkpoint asks for what is not installed here, a quantiser for one.
+        Failure: the checkpoint is damaged: unreadable, with tensors missing, left over or of another shape, or with a
+            configuration that no model can have.
     """
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{name} holds no config.json: give the folder of one model, such as RUN/models/NAME"
-            )
-    elif is_hub_name(name):
-        try:
-            AutoConfig.from_pretrained(name, local_files_only=True)
-        except OSError:
-            require_on_hub("model", name)
-    else:
-        raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
+    stored = stored_config(name)
+    folder, revision = _place(name)
     if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
         raise FileNotFoundError(f"{name} holds no safetensors: save its weights in that format, no other is read")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
     try:
+        _check_values(stored)
         model, state = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, device_map=device_map
+            folder,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map=device_map,
+            ignore_mismatched_sizes=True,  # which the state below names
+            trust_remote_code=False,
         )
-    except ConnectionError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Failure(f"the checkpoint in {name} is damaged ({reason}): train or download it again") from error
+        if quantiser_of(stored) and device_map is None:
+            # Weights that are not as the quantiser packs them fail when they are used, not when they are read.
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    except Exception as error:
+        if isinstance(error, ConnectionError) or is_failure(error):
+            raise
+        raise _refusal(name, stored, error) from error
     if wrong := [f"{kind.replace('_', ' ')} {sorted(map(str, keys))[0]}" for kind, keys in state.items() if keys]:
         raise Failure(f"the checkpoint in {name} is damaged ({wrong[0]}): train or download it again")
     return model.eval()
+
+
+def stored_config(name: str) -> dict[str, Any]:
+    """What the checkpoint's config.json says, not yet checked; raises what `load_pretrained` raises."""
+    folder, revision = _place(name)
+    try:
+        stored = PreTrainedConfig.get_config_dict(folder, revision=revision)[0]
+        if not isinstance(stored, dict):
+            raise ValueError(f"it holds a {type(stored).__name__}")
+        return stored
+    except Exception as error:
+        if isinstance(error, ConnectionError):
+            raise
+        raise _refusal(name, {}, error) from error
+
+
+def hub_commit(name: str) -> str | None:
+    """The commit of a loaded Hub model's files; None for a folder."""
+    if Path(name).is_dir():
+        return None
+    repository, revision = hub_revision(name)
+    file = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None  # models--OWNER--NAME/snapshots/COMMIT/config.json
 
 
 def check_length(length: int, config: PreTrainedConfig) -> None:
@@ -65,3 +108,67 @@ def check_length(length: int, config: PreTrainedConfig) -> None:
         raise UsageError(
             f"sequence_length {length}: the model has {config.max_position_embeddings} positions, give at most so many"
         )
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    """The folder or Hub name, and the revision on the Hub, after it has been made sure that there is such a model."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{name} holds no config.json: give the folder of one model, such as RUN/models/NAME"
+            )
+        return name, None
+    if not is_hub_name(name):
+        raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
+    repository, revision = hub_revision(name)
+    try:
+        PreTrainedConfig.get_config_dict(repository, revision=revision, local_files_only=True)
+    except OSError:
+        require_on_hub("model", repository, revision)
+    return repository, revision
+
+
+def _check_values(stored: dict[str, Any]) -> None:
+    """Raises ValueError for values that transformers accepts and no model can have."""
+    for name in SIZES:
+        if isinstance(value := stored.get(name), int) and value < 1:
+            raise ValueError(f"{name} {value}: must be at least 1")
+    rope = stored.get("rope_parameters")
+    for name, value in (stored | (rope if isinstance(rope, dict) else {})).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} {value}: must be a finite number")
+        if name in ("rotary_pct", "partial_rotary_factor") and not 0 < value <= 1:
+            raise ValueError(f"{name} {value}: must be above 0 and at most 1")
+        if name in ("dtype", "torch_dtype") and not _is_dtype(value):
+            raise ValueError(f"{name} {value!r}: is none of torch's")
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether a configuration may give it as the weights' type."""
+    known = getattr(torch, str(value).removeprefix("torch."), None)
+    return value is None or value == "auto" or isinstance(known, torch.dtype)
+
+
+def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
+    """What to tell the user of an `error` in loading."""
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    kind = "" if isinstance(cause, OSError | ValueError | ImportError) else f"{type(cause).__name__}: "
+    reason = f"{kind}{' '.join(str(cause).split())[:200]}"
+    if quantiser := quantiser_of(stored):
+        return UsageError(
+            f"{name} is quantised ({quantiser}) and cannot be loaded here ({reason}): install what it needs, or give "
+            "the checkpoint in full precision that it was made of"
+        )
+    if isinstance(cause, ImportError):
+        return UsageError(f"{name} needs what is not here ({reason}): install it, or mend its config.json")
+    if isinstance(cause, OSError | SafetensorError):
+        return Failure(f"the checkpoint in {name} is damaged ({reason}): train or download it again")
+    return Failure(f"{name} cannot be loaded ({reason}): mend its config.json, or train or download it again")
+
+
+def quantiser_of(stored: Mapping[str, Any]) -> str | None:
+    """The method by which a checkpoint with the `stored_config` says that it was quantised."""
+    settings = stored.get("quantization_config")
+    if settings is None:
+        return None
+    return str(settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings)

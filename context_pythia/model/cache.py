@@ -210,8 +210,9 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
         raise ValueError(f"{type(cache).__name__} keeps no recurrent context; make it with config=model.config")
     else:
         return None
-    # Autograd takes no tensor of inference mode.
-    return state.clone() if state.is_inference() and not torch.is_inference_mode_enabled() else state
+    # Autograd takes no tensor of inference mode. A trace, which cannot ask for it, has none.
+    foreign = torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference()
+    return state.clone() if foreign else state
 
 
 def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:

@@ -183,6 +183,13 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         use_onednn(self)
         self.post_init()
 
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
+        """The mask of a compiled forward, made before it. The host's function knows no layer types but its own."""
+        # transformers 5.24 names the cache anew.
+        return create_causal_mask(
+            config, inputs_embeds, attention_mask, kwargs.get("cache", past_key_values), kwargs.get("position_ids")
+        )
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -190,7 +197,8 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         if attention_mask is not None and attention_mask.ndim == 2:
             # With a static cache the host turns the mask into a four-dimensional one, which hides the padding.
             new = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-            inputs["token_mask"] = attention_mask[:, -new.shape[1] :]
+            # In memory of its own, whose strides do not grow with the mask: they would compile each step anew.
+            inputs["token_mask"] = attention_mask[:, -new.shape[1] :].clone(memory_format=torch.contiguous_format)
         return inputs
 
 

@@ -27,7 +27,7 @@ def write_card(folder: Path) -> None:
     lines = [
         "---",
         "library_name: transformers",
-        *([f"base_model: {record['original']}"] if not Path(record["original"]).exists() else []),
+        *([f"base_model: {record['original'].partition('@')[0]}"] if not Path(record["original"]).exists() else []),
         "tags: [context-pythia, kv-cache]",
         "---",
         "",

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 import context_pythia.model
 from context_pythia.config.convert import ConvertOptions
@@ -28,12 +28,12 @@ from context_pythia.config.options import options_of
 from context_pythia.config.recipe import DataOptions, HealOptions
 from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
-from context_pythia.conversion.transplant import check_family, check_rope, read_weight
+from context_pythia.conversion.transplant import check_convertible, check_rope, read_weight
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.memory import process_memory
-from context_pythia.evaluation.pretrained import check_length, load_pretrained
+from context_pythia.evaluation.pretrained import check_length, hub_commit, load_pretrained, stored_config
 from context_pythia.files import read_record, write_json
 from context_pythia.model import AUTO_MAP
 from context_pythia.model.cache import cached_numbers_per_token
@@ -225,16 +225,18 @@ def _convert(
         if control and not healing.teaches_a_control(config):
             raise UsageError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
         width = config.hidden_size if control else checked_width(options, original)
-        if vocabulary_rows(tokenizer) > config.vocab_size:
+        reads_text = width < config.hidden_size or bool(healing.steps)
+        if reads_text and vocabulary_rows(tokenizer) > config.vocab_size:
             raise UsageError(
                 f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
                 f"{config.vocab_size}: give the model's own with --tokenizer"
             )
         _check_weights(original, model)
-        if width < config.hidden_size or healing.steps:
+        if reads_text:
             packed = _load_text(data, config, partial, progress)
         record = {
             "original": model,
+            "original_commit": hub_commit(model),
             "data_fingerprint": packed.summary["fingerprint"] if packed else None,
             "context_dim": None if control else width,
             "numbers_per_token_original": cached_numbers_per_token(config),
@@ -281,10 +283,8 @@ def _ship_code(model: PreTrainedModel, folder: Path) -> None:
 
 def _load_original(model: str) -> GPTNeoXForCausalLM:
     """The model to convert, its weights left on disk; UsageError for other families and kinds."""
-    # The bare file first, which families have that transformers does not know. What is wrong with the name itself is
-    # said where the weights are loaded.
-    with contextlib.suppress(OSError):
-        check_family(PreTrainedConfig.get_config_dict(model)[0].get("model_type"), model)
+    # The bare file first, which families have that transformers does not know.
+    check_convertible(stored_config(model), model)
     # Weights are read from disk as they are needed; on a GPU, a module that stays there makes it the one that computes.
     parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
     parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(best_device()))

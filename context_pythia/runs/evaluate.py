@@ -23,7 +23,7 @@ from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
-from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.pretrained import hub_commit, load_pretrained
 from context_pythia.evaluation.quantised import (
     measure_quantised,
     quantised_cache,
@@ -117,7 +117,9 @@ def evaluate(
         del model
         gc.collect()
     if out is not None:
-        write_json(out / "provenance.json", provenance(device) | {"data_fingerprint": packed.summary["fingerprint"]})
+        facts = {"data_fingerprint": packed.summary["fingerprint"]}
+        facts["hub_commits"] = {path: commit for path in models if (commit := hub_commit(path))}
+        write_json(out / "provenance.json", provenance(device) | facts)
     return metrics
 
 

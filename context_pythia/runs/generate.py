@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import GenerationConfig, set_seed
 
-from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.data.tokenizers import load_tokenizer, prompt_ids
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
@@ -43,9 +43,14 @@ def generate(
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=loaded.device)
     if ids.shape[1] == 0:
         raise UsageError("--prompt is empty: give at least one character")
+    if (last := int(ids.max())) >= loaded.config.vocab_size:
+        raise UsageError(
+            f"--prompt {prompt!r}: has the token {last}, and the model knows {loaded.config.vocab_size}: "
+            "its folder holds another model's tokenizer"
+        )
     positions = loaded.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > positions:
         raise UsageError(

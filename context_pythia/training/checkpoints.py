@@ -144,12 +144,14 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
     Args:
         max_shard_size: of a file of weights. A model whose weights are on disk is read shard by shard.
     """
-    partial = folder / ".saving"
+    partial, tied = folder / ".saving", model.all_tied_weights_keys
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            model.save_pretrained(partial, max_shard_size=max_shard_size)
+            # A tied weight is stored once; of weights that are on disk transformers does not see that they are one.
+            weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+            model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

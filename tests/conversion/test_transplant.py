@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.conversion.factorize import exact_factors
 from context_pythia.conversion.transplant import (
-    check_family,
+    check_convertible,
     check_rope,
     context_config,
     keys_and_values,
@@ -239,5 +239,5 @@ def test_rope_whose_angles_change_with_the_length_is_refused(kind):
 
 def test_other_families_are_refused_by_name():
     with pytest.raises(ValueError, match="NAME is a llama model: only GPT-NeoX checkpoints") as error:
-        check_family("llama", "NAME")
+        check_convertible({"model_type": "llama"}, "NAME")
     assert "\n" not in str(error.value)

@@ -14,6 +14,7 @@ import pytest
 
 from context_pythia.config.recipe import DataOptions
 from context_pythia.data.corpora import corpus_digest, documents, hub_documents
+from context_pythia.errors import UsageError
 
 TEXTS = ["first text\nof two lines", "zweiter Text: äöü 語", "third\u2028text"]
 
@@ -114,10 +115,11 @@ def test_a_hub_name_goes_to_the_hub_with_split_and_configuration(tmp_path, monke
         asked.append((name, config, options))
         return real(str(tmp_path), split="train", streaming=True)
 
-    monkeypatch.setattr("context_pythia.data.corpora.require_on_hub", lambda kind, name: asked.append((kind, name)))
+    monkeypatch.setattr("context_pythia.data.corpora.require_on_hub", lambda *place: asked.append(place))
     monkeypatch.setattr(datasets, "load_dataset", from_disk)
-    assert read("owner/name:config", data_split="validation") == TEXTS
-    assert asked == [("dataset", "owner/name"), ("owner/name", "config", {"split": "validation", "streaming": True})]
+    assert read("owner/name@v2:config", data_split="validation") == TEXTS
+    options = {"split": "validation", "streaming": True, "revision": "v2"}
+    assert asked == [("dataset", "owner/name", "v2"), ("owner/name", "config", options)]
 
 
 def test_without_a_network_a_hub_name_gives_one_line(monkeypatch):
@@ -154,6 +156,22 @@ def test_text_that_is_not_utf8_is_located(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["fine"]) + b'{"text": "\xe4"}\n')
     with pytest.raises(ValueError, match=rf"a\.jsonl: not UTF-8 text at line 2, byte {len(jsonl(['fine'])) + 10};"):
         read(tmp_path / "a.jsonl")
+
+
+def test_halves_of_surrogate_pairs_become_the_replacement_character(tmp_path):
+    lines = rb'{"text": "half \ud83d and more"}' + b"\n" + rb'{"text": "\udc00\ud83d\ude00\ud83d"}' + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert read(tmp_path / name) == ["half \ufffd and more", "\ufffd\U0001f600\ufffd"]
+
+
+def test_parquet_text_that_is_not_utf8_is_located(tmp_path):
+    held = pyarrow.array([b"sound", b"half \xed\xa0\xbd"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, held.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet, row 2: not UTF-8 text"):
+        read(tmp_path / "a.parquet")
 
 
 def test_text_that_ends_inside_a_character_is_not_utf8(tmp_path):

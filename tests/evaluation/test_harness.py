@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from context_pythia.data.tokenizers import train_tokenizer, vocabulary_rows
+from context_pythia.errors import Failure
 from context_pythia.evaluation import harness
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from tests.evaluation.conftest import build
@@ -87,6 +88,16 @@ def test_a_task_whose_data_cannot_be_read_fails_in_one_line(tasks_path):
     with pytest.raises(RuntimeError, match="tasks own_words failed: ") as caught:
         run_tasks(model, tokenizer, ["own_words"], require_tasks(["own_words"], tasks_path))
     assert "\n" not in str(caught.value)
+
+
+@needs_harness
+def test_half_a_surrogate_pair_in_a_tasks_data_is_one_line_with_its_row(tasks_path):
+    with (tasks_path / "data.jsonl").open("a") as file:
+        file.write('\n{"question": "half \\ud83d", "choices": ["a", "b", "c"], "answer": 1}')
+    tokenizer = train_tokenizer([TEXT], 270, progress=False)
+    model = build("pythia", vocab_size=vocabulary_rows(tokenizer))
+    with pytest.raises(Failure, match="tasks own_words failed: .*surrogate pair in string is invalid. in row 9"):
+        run_tasks(model, tokenizer, ["own_words"], require_tasks(["own_words"], tasks_path))
 
 
 @needs_harness

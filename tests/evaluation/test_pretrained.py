@@ -1,10 +1,16 @@
+import json
+import shutil
+
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.memory import measure_generated_cache
-from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.pretrained import hub_commit, load_pretrained
 
 
 @pytest.fixture
@@ -49,6 +55,76 @@ def test_damaged_configuration_is_refused(saved):
     (saved / "config.json").write_text("{")
     with pytest.raises(RuntimeError, match="is damaged"):
         load_pretrained(str(saved), torch.float32)
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_size": -32}, "hidden_size -32: must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0: must be at least 1"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan: must be a finite number"),
+        ({"dtype": "float7"}, "dtype 'float7': is none of torch's"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 2.0}}, "partial_rotary_factor 2.0"),
+        ({"context_dim": 0}, "context_dim 0: must be between 1 and 2 * hidden_size = 64"),
+        ({"hidden_act": "nix"}, "KeyError: 'nix'"),
+        ({"id2label": "x"}, "AttributeError: "),
+        ({"model_type": "nix"}, "has model type `nix`"),
+    ],
+)
+def test_values_that_no_model_can_have_are_refused_in_one_line(saved, values, said):
+    change(saved, **values)
+    with pytest.raises(Failure, match="cannot be loaded .* mend its config.json") as caught:
+        load_pretrained(str(saved), torch.float32)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),  # the weights are not packed
+        ({}, "unknown"),
+    ],
+)
+def test_a_quantiser_that_is_not_here_or_weights_that_it_did_not_pack_are_one_line(saved, settings, method):
+    change(saved, quantization_config=settings)
+    said = rf"is quantised \({method}\) and cannot be loaded here .*in full precision"
+    with pytest.raises(UsageError, match=said) as caught:
+        load_pretrained(str(saved), torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_attention_that_is_not_here_is_one_line(saved):
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=32)).save_pretrained(saved)  # fmt: skip
+    change(saved, attn_implementation="flash_attention_2")
+    with pytest.raises(UsageError, match="needs what is not here .*install it, or mend its config.json"):
+        load_pretrained(str(saved), torch.float32)
+
+
+def test_a_revision_of_a_hub_model_is_that_revisions_weights(saved, tmp_path, monkeypatch):
+    hub = tmp_path / "hub" / "models--owner--name"
+    for commit, revision, value in (("a" * 40, "main", 1.0), ("b" * 40, "step3000", 2.0)):
+        snapshot = hub / "snapshots" / commit
+        shutil.copytree(saved, snapshot)
+        tensors = load_file(snapshot / "model.safetensors")
+        tensors["gpt_neox.final_layer_norm.weight"].fill_(value)
+        save_file(tensors, snapshot / "model.safetensors", {"format": "pt"})
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / revision).write_text(commit)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, value, commit in (("owner/name", 1.0, "a"), ("owner/name@step3000", 2.0, "b")):
+        model = load_pretrained(name, torch.float32)
+        assert (model.gpt_neox.final_layer_norm.weight == value).all() and hub_commit(name) == commit * 40
+    with pytest.raises(ConnectionError, match="cannot reach the Hugging Face Hub for the model 'owner/name'"):
+        load_pretrained("owner/name@step4000", torch.float32)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from context_pythia.model import ContextPythiaConfig
@@ -268,3 +268,18 @@ def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monk
     logits = [step(any_model, part, cache) for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
     torch.testing.assert_close(torch.cat(logits, dim=1), any_model(ids).logits, rtol=0, atol=1e-5)
     assert [layer for layer in cache.layers if layer.keys is not None][-1].keys.device.type == "meta"
+
+
+def test_compiled_decoding_is_one_graph_and_writes_the_same(any_model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
+    expected = any_model.generate(ids, **settings)
+    # fullgraph: a break raises. Without dynamic shapes a stride that grows compiles each step anew.
+    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
+    compiling._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings |= dict(cache_implementation="static", compile_config=compiling)
+    assert any_model.generate(ids, **settings).tolist() == expected.tolist()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

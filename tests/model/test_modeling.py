@@ -3,7 +3,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    CompileConfig,
     DynamicCache,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -105,21 +104,6 @@ def test_generation_with_the_cache_is_generation_without(model, ids, settings):
         torch.manual_seed(7)
         results.append(model.generate(ids, max_new_tokens=15, use_cache=use_cache, **settings).tolist())
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize("source", ["shared", "layer, rotary keys reused"])
-def test_compiled_decoding_is_one_graph_and_writes_the_same(source, ids):
-    model = build(source, num_hidden_layers=1)
-    settings = CompileConfig(backend="eager", mode=None, fullgraph=True)  # fullgraph: a break or a recompilation raises
-    settings._compile_all_devices = True
-    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = model.generate(
-        ids, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=settings
-    )
-    assert compiled.tolist() == expected.tolist()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_assisted_generation_is_greedy(model, ids):

@@ -547,7 +547,48 @@ def test_models_of_other_families_are_named(refused, quarter, tmp_path, tokenize
 def test_a_configuration_that_contradicts_itself(refused, damaged):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
-    assert "damaged" in refused(1, damaged, "--kv-reduction", 0.5, data=False)
+    assert "mend its config.json" in refused(1, damaged, "--kv-reduction", 0.5, data=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "--kv-reduction", "0.5", "--out", "out"),
+        ("info", "--length", "8"),
+        ("generate", "--prompt", "the"),
+        ("eval", "--samples", "20"),
+        ("bench", "--lengths", "32"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_quantised_checkpoint_is_one_line_from_every_command(command, damaged, monkeypatch, capsys):
+    config = json.loads((damaged / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}}
+    (damaged / "config.json").write_text(json.dumps(config | quantised))
+    monkeypatch.chdir(damaged.parent)
+    assert cli.main([command[0], str(damaged), *command[1:]]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "is quantised (gptq)" in line and "the checkpoint in full precision" in line
+
+
+def test_entries_that_point_to_the_originals_own_files_are_left_behind(run, damaged, tmp_path):
+    config = json.loads((damaged / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.Config"}, "custom_pipelines": {"own": {"impl": "own.Pipeline"}}}
+    (damaged / "config.json").write_text(json.dumps(config | own))
+    assert run(damaged, tmp_path / "out", "--kv-reduction", 0.5, data=False) == 0
+    assert not own.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("options", [("--kv-reduction", 0.5), BELOW], ids=["half", "below"])
+def test_tied_embeddings_stay_one_weight(options, run, save, tmp_path, ids):
+    model = save(tmp_path / "tied", tie_word_embeddings=True)
+    assert run(model, tmp_path / "out", *options) == 0
+    before, converted = load(model), load(tmp_path / "out")
+    assert converted.lm_head.weight is converted.gpt_neox.embed_in.weight
+    assert torch.equal(converted.lm_head.weight, before.lm_head.weight)
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    if options != BELOW:
+        torch.testing.assert_close(converted(ids).logits, before(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_a_folder_without_a_configuration(refused, damaged):
@@ -559,10 +600,12 @@ def test_a_model_that_is_not_there(refused, tmp_path):
     assert "no such model" in refused(2, tmp_path / "nowhere", "--kv-reduction", 0.5, data=False)
 
 
-def test_a_tokenizer_that_the_model_has_no_rows_for(refused, save, tmp_path):
+def test_a_tokenizer_that_the_model_has_no_rows_for(refused, run, save, tmp_path):
     model = save(tmp_path / "small", vocab_size=200)
     line = refused(2, model, *BELOW)
     assert "280" in line and "200" in line
+    # An exact conversion reads no text.
+    assert run(model, tmp_path / "half", "--kv-reduction", 0.5, data=False) == 0
 
 
 @pytest.fixture
