@@ -18,6 +18,7 @@ RANKS = {
     "data": 3,
     "model": 3,
     "evaluation": 4,
+    "serving": 4,
     "training": 5,
     "conversion": 6,
     "runs": 7,
