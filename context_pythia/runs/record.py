@@ -219,8 +219,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
         **machine(device),
         "commit": _commit(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join([_program(Path(sys.argv[0])), *map(without_password, sys.argv[1:])]),
     }
+
+
+def without_password(text: str) -> str:
+    """`text` with `***` for what a URL in it keeps secret: a password, a user that is a token, an option named so."""
+    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
+    text = re.sub(r"://[^:/@\s]+@", "://***@", text)
+    return re.sub(r"([?&](?:password|passwd|pwd|token|secret|key)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def _program(path: Path) -> str:
@@ -276,12 +283,18 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that the package runs from, `None` if it runs from an installation."""
+    """Commit of the source tree that the package runs from, `None` if it runs from an installation.
+
+    An environment may lie inside some other repository, which does not track this file.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from context_pythia.errors import UsageError, first_line
+from context_pythia.runs.record import without_password
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -72,14 +73,9 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
             # Two workers that make the tables of a new database at one moment get in each other's way once.
             if attempt == OPENINGS or not isinstance(error, DBAPIError):
                 reason = first_line(error)
-                raise UsageError(f"--storage {_without_password(url)}: cannot be opened ({reason})") from None
+                raise UsageError(f"--storage {without_password(url)}: cannot be opened ({reason})") from None
         time.sleep(0.5)
     raise AssertionError
-
-
-def _without_password(url: str) -> str:
-    before, at, after = url.rpartition("@")
-    return f"{before.rpartition(':')[0]}:***@{after}" if at and before.count(":") > 1 else url
 
 
 def _journal_lock(path: str) -> Any:

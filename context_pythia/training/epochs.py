@@ -19,6 +19,7 @@ from context_pythia.config.recipe import TrainOptions
 
 EARLY_STOP, ALL_EPOCHS, ALL_TOKENS = "early stop", "all epochs", "all tokens"
 EVALUATIONS_OF_PASS = 10
+LOOK_STEPS = 16  # after how many several processes ask one another about ctrl-C, which takes a network's way
 
 
 @dataclass
@@ -58,11 +59,12 @@ class EpochReport(TrainerCallback, ExportableState):
         self.started: float | None = None
         self.train_loss: float | None = None
         self.asked_to_stop = threading.Event()
+        self.stopping = False  # what the processes know together
 
     @property
     def interrupted(self) -> bool:
-        """Whether ctrl-C was pressed, as far as this process knows."""
-        return self.asked_to_stop.is_set()
+        """Whether ctrl-C was pressed in a process; several learn of it together, at their next look."""
+        return self.asked_to_stop.is_set() if processes.count() == 1 else self.stopping
 
     def state(self) -> dict[str, Any]:
         attributes = {"loss_sum": float(self.loss_sum), "steps": self.steps, "seconds": self.seconds}
@@ -110,8 +112,8 @@ class EpochReport(TrainerCallback, ExportableState):
         self.steps += 1
         if self.bar is not None:
             self.bar.update()
-        if processes.highest(int(self.interrupted)):
-            self.asked_to_stop.set()
+        if state.global_step % LOOK_STEPS == 0 or at_epoch_end(state):
+            self.stopping = bool(processes.highest(int(self.asked_to_stop.is_set())))
         if self.options.tokens is not None and state.global_step in pass_evaluations(state.max_steps):
             self.on_epoch_end(args, state, control)
             # The best weights can only be kept where each evaluation has a checkpoint.

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaForCausalLM
 from context_pythia.cli.reported import compare
 from context_pythia.config.recipe_files import load_recipe
+from context_pythia.errors import Failure
 from context_pythia.runs import train as module
 from context_pythia.runs.build import build_model
 from context_pythia.runs.record import Run, provenance
@@ -194,7 +195,7 @@ def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_pat
 
     def fail_with_context(model, *args, **kwargs):
         if isinstance(model, ContextPythiaForCausalLM):
-            raise RuntimeError("the loss became nan at step 3")
+            raise Failure("the loss became nan at step 3")
         return whole(model, *args, **kwargs)
 
     monkeypatch.setattr(module, "train_language_model", fail_with_context)

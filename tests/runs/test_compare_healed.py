@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaForCausalLM, processes
 from context_pythia.cli.reported import compare
 from context_pythia.config.convert import ConvertOptions
+from context_pythia.errors import Failure
 from context_pythia.report.figures import series_of
 from context_pythia.runs import train as module
 from context_pythia.runs.convert import convert
@@ -138,7 +139,7 @@ def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
 def test_healing_that_failed_may_be_tried_with_other_options(folder, tmp_path, monkeypatch):
     recipe = alone(healing_recipe(folder, {**HEAL, "learning_rate": 1e9}), "Pythia", "Converted")
     with pytest.raises(RuntimeError, match="1 of 2 models failed"):
-        monkeypatch.setattr(module, "convert", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("nan")))
+        monkeypatch.setattr(module, "convert", lambda *args, **kwargs: (_ for _ in ()).throw(Failure("nan")))
         compare(recipe, tmp_path, progress=False)
     assert Run(tmp_path, healing_recipe(folder)).finished("Pythia")
 
@@ -160,7 +161,7 @@ def test_a_failed_healing_is_recorded_and_made_up_for(folder, run, tmp_path, mon
     recipe, real = alone(healing_recipe(folder), "Pythia", "Converted"), module.convert
 
     def fail(*arguments, **named):
-        raise RuntimeError("loss became nan at or before step 3")
+        raise Failure("loss became nan at or before step 3")
 
     monkeypatch.setattr(module, "convert", fail)
     with pytest.raises(RuntimeError, match="1 of 2 models failed: Converted: loss became nan"):

@@ -12,6 +12,7 @@ import pytest
 from context_pythia.cli import command_line as cli
 from context_pythia.cli import reported
 from context_pythia.config.recipe_files import load_recipe
+from context_pythia.errors import Failure
 from context_pythia.report.formats import change, perplexity
 from context_pythia.report.report import write_report
 from context_pythia.report.sweep import write_sweep
@@ -301,7 +302,7 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(tmp_pa
         if recipe.train.learning_rate == 0.1:
             monkeypatch.setattr(
                 "context_pythia.runs.train.train_language_model",
-                lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("training loss became nan at step 3")),
+                lambda *args, **kwargs: (_ for _ in ()).throw(Failure("training loss became nan at step 3")),
             )
         whole(recipe, folder, progress=progress)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
-from context_pythia.training import oacd_run
+from context_pythia.training import epochs, oacd_run
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport
 from context_pythia.training.oacd import sweep_tokens
@@ -101,6 +101,7 @@ def make_samples():
 
 
 def train_phase2(folder, source, interrupt_at):
+    epochs.LOOK_STEPS = 7  # the training has few
     model = make_language_model(source)
     if interrupt_at and processes.index() == 1:
         step_end = EpochReport.on_step_end

@@ -1,0 +1,49 @@
+"""What a record says of a call, and what it never says."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_pythia.runs import record
+from context_pythia.runs.record import provenance, without_password
+
+
+@pytest.mark.parametrize(
+    ("text", "recorded"),
+    [
+        ("postgresql://user:pass@host/db", "postgresql://user:***@host/db"),
+        (
+            "--storage=postgresql+psycopg://user:p:a@s/s@host:5432/db",
+            "--storage=postgresql+psycopg://user:***@host:5432/db",
+        ),
+        ("https://hf_token@host/x", "https://***@host/x"),
+        ("mysql://host/db?user=me&password=secret&ssl=1", "mysql://host/db?user=me&password=***&ssl=1"),
+        ("sqlite:///runs/s.db", "sqlite:///runs/s.db"),
+        ("EleutherAI/pythia-70m@step3000", "EleutherAI/pythia-70m@step3000"),
+    ],
+)
+def test_no_password_is_recorded(text, recorded, monkeypatch):
+    assert without_password(text) == recorded
+    monkeypatch.setattr(sys, "argv", ["context-pythia", "sweep", "--storage", text])
+    assert recorded in provenance(torch.device("cpu"))["command"]
+    assert "secret" not in str(provenance(torch.device("cpu"))) and "pass@" not in str(provenance(torch.device("cpu")))
+
+
+def test_the_commit_is_that_of_our_own_repository_alone(tmp_path, monkeypatch):
+    file = tmp_path / "environment" / "record.py"
+    file.parent.mkdir()
+    shutil.copyfile(record.__file__, file)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(record, "__file__", str(file))
+    assert provenance(torch.device("cpu"))["commit"] is None
+    subprocess.run([*git, "add", str(file)], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert provenance(torch.device("cpu"))["commit"] == head
+    assert Path(record.__file__) == file
