@@ -30,8 +30,9 @@ RANKS = {
 MODEL_RANKS = {
     "configuration": 0,
     "flash_decoding": 0,
-    "linear": 0,
+    "positions": 0,
     "scan": 0,
+    "shortcuts": 0,
     "context": 1,
     "cache": 1,
     "attention": 2,

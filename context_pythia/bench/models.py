@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,19 @@ import torch
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set_seed
 
-from context_pythia.bench.options import COMPILED, ONEDNN, SIZES, Source
+from context_pythia.bench.options import COMPILED, SIZES, Source
 from context_pythia.bench.speed import Subject
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.evaluation.quantised import require_quantiser
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.model.linear import use_onednn
 from context_pythia.runs.build import build_model, expected_rows
 
 PEER = "GPT-NeoX (random weights)"
 LABELS = {
     "dynamic": "DynamicCache",
     "static": "StaticCache",
-    ONEDNN: "StaticCache, our linear maps",
     "int4": "int4 cache",
     COMPILED: "StaticCache, compiled",
 }
@@ -109,30 +106,16 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
         except UsageError as error:
             caches.remove("int4")
             notes.append(f"no row with an int4 cache: {error}")
-    first = next(filter(is_peer, models.values()))
-    if ONEDNN in caches and (first.device.type, first.dtype) != ("cpu", torch.float32):
-        caches.remove(ONEDNN)
-        notes.append(f"no row with linear maps by oneDNN: all are torch's own in {first.dtype} on {first.device.type}")
     found = []
     for name, model in models.items():
         model.eval().requires_grad_(False)
         if is_peer(model):
-            found += [
-                Subject(f"{name}, {LABELS[cache]}", _with_our_maps(model) if cache == ONEDNN else model, cache)
-                for cache in caches
-            ]
+            found += [Subject(f"{name}, {LABELS[cache]}", model, cache) for cache in caches]
         else:
             found.append(Subject(name, model))
             if COMPILED in caches:
                 found.append(Subject(f"{name}, {LABELS[COMPILED]}", model, COMPILED))
     return found, notes
-
-
-def _with_our_maps(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its own parameters and the linear maps of a Context-Pythia, whose gain is then not the cache's."""
-    other = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    use_onednn(other)
-    return other
 
 
 def _context(source: Source, size: str) -> dict[str, Any]:

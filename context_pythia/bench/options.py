@@ -10,8 +10,7 @@ from context_pythia.config.options import Options, option, suggestion
 from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
 from context_pythia.errors import UsageError
 
-ONEDNN = "onednn"  # a static cache and the linear maps of a Context-Pythia (model/linear.py)
-CACHES = ("dynamic", "static", ONEDNN, "int4")
+CACHES = ("dynamic", "static", "int4")
 COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
 CONVERSATION = 2048  # tokens of the conversations that are counted into a given memory
 FORMS = ("heads", "exact")

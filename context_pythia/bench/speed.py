@@ -31,8 +31,8 @@ FAILURES = (RuntimeError, MemoryError)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static` (`onednn` for a
-    model with our linear maps), `int4`, or `compiled`, a static cache and a compiled decoding step."""
+    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static`, `int4`, or
+    `compiled`, a static cache and a compiled decoding step."""
 
     name: str
     model: PreTrainedModel
@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def is_static(self) -> bool:
-        return self.cache in ("static", "onednn", "compiled")
+        return self.cache in ("static", "compiled")
 
     @property
     def decoding_step(self) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F =
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from .cache import bring_back
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
-from .linear import only_values
+from .shortcuts import is_plain, only_values
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -48,22 +49,44 @@ class RotaryUp(nn.Module):
         self.pairs = pairs
         self.weight = nn.Parameter(torch.empty(num_heads, sum(pairs), 2))
 
-    def frequencies(self) -> list[int]:
-        """The frequency of each pair, `[P]`."""
-        return [frequency for frequency, count in enumerate(self.pairs) for _ in range(count)]
+    def forward(self, keys: torch.Tensor) -> torch.Tensor:
+        """Turned pairs `[B, T, R]` -> keys of the heads `[B, H, T, d]`; both have real parts first."""
+        return torch.einsum("btr,hdr->bhtd", keys, self.maps())
 
-    def forward(self) -> torch.Tensor:
-        """The maps of the heads, `[H, d, R]`; rotary keys and pairs alike have real parts first."""
-        own = self.weight.new_zeros(len(self.pairs), self.weight.shape[1])
-        own[self.frequencies(), range(own.shape[1])] = 1
+    def maps(self) -> torch.Tensor:
+        """The maps of the heads, `[H, d, R]`."""
+        frequencies = len(self.pairs)
+        own = self.at_pairs(torch.eye(frequencies, dtype=self.weight.dtype, device=self.weight.device))
         real, imaginary = (part.unsqueeze(1) * own for part in self.weight.unbind(-1))
         return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=1)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times the maps of `forward`, which are not built."""
-        real, imaginary = (part[..., self.frequencies()] for part in query.chunk(2, dim=-1))
+        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times `maps`, which are not built."""
+        real, imaginary = map(self.at_pairs, query.chunk(2, dim=-1))
         up_real, up_imaginary = self.weight.unsqueeze(1).unbind(-1)
         return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
+
+    def at_pairs(self, table: torch.Tensor) -> torch.Tensor:
+        """`[..., F]` -> `[..., P]`, for each pair what `table` has at its frequency."""
+        columns = zip(table.split(1, dim=-1), self.pairs, strict=True)
+        return torch.cat([column.expand(*table.shape[:-1], count) for column, count in columns], dim=-1)
+
+
+class Contexts:
+    """What layers hand on: for the index of a layer the context it made, `[B, 1, T, W]`.
+
+    No Mapping, for the hooks of accelerate and FSDP rebuild those among a layer's arguments, and what the layer wrote
+    into one would be lost.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, Any] = {}
+
+    def __setitem__(self, layer_idx: int, context: Any) -> None:
+        self._made[layer_idx] = context
+
+    def __getitem__(self, layer_idx: int) -> Any:
+        return self._made[layer_idx]
 
 
 class ContextAttention(GPTNeoXAttention):
@@ -99,12 +122,11 @@ class ContextAttention(GPTNeoXAttention):
         attention_mask: torch.Tensor | None,
         layer_past: Cache | None = None,
         position_embeddings: PositionEmbeddings | None = None,
-        contexts: MutableMapping[int, torch.Tensor] | None = None,
+        contexts: Contexts | None = None,
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`contexts` maps the index of a layer to the context it made, `[B, 1, T, W]`, for the layers that share it;
-        with `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys, `[1 or B, T, R]` or, where
+        """With `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys, `[1 or B, T, R]` or, where
         the rotary keys are made of pairs, `[1 or B, T, d]`."""
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
@@ -115,15 +137,21 @@ class ContextAttention(GPTNeoXAttention):
             if not self.reuse_rotary_keys:
                 new = turn_rotary_keys(new, self.num_rotary_keys, self.columns(position_embeddings))
             contexts[self.layer_idx] = cache_context(new, layer_past, self.layer_idx)
-        context = contexts[self.context_layer]
+        context = contexts[self.context_layer].to(query.device)
 
         # Rebuilding keys and values costs W (d_k + d_v) a cached token, attending to the contexts W for each query and
         # head: fewer queries than a head has dims are cheaper absorbed. Without a mask, several queries mean a causal
         # prefill, which the expanded form leaves to the kernel.
         decoding = context.shape[2] > length and (length == 1 or attention_mask is not None)
-        attend = self.absorbed if decoding and length <= self.head_size else self.expanded
+        attend = self.absorbed if decoding and length <= self.head_size and self.is_plain else self.expanded
         output, weights = attend(query, context, attention_mask, key_positions, **kwargs)
         return self.dense(output), weights
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the maps to keys and values may be absorbed, which are then not called."""
+        maps = [("key_up", nn.Linear), ("value_up", nn.Linear), ("rotary_up", RotaryUp)]
+        return all(is_plain(getattr(self, name), kind) for name, kind in maps if hasattr(self, name))
 
     def expanded(
         self,
@@ -133,7 +161,8 @@ class ContextAttention(GPTNeoXAttention):
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Training and prefill: rebuild keys and values `[B, H, T, D]`, then attend as GPT-NeoX does.
+        """Training, prefill, and maps that must be called: rebuild keys and values `[B, H, T, D]`, then attend as
+        GPT-NeoX does.
 
         Args:
             query: `[B, H, Q, D]`, rotary dims turned.
@@ -153,7 +182,7 @@ class ContextAttention(GPTNeoXAttention):
             )
             rotary = turn_rotary_keys(rotary, self.num_rotary_keys, (cos, sin))
         if hasattr(self, "rotary_up"):
-            key = torch.einsum("btr,hdr->bhtd", rotary, self.rotary_up())
+            key = self.rotary_up(rotary)
         else:
             key = rotary.view(batch, length, self.num_rotary_keys, self.rotary_ndims).transpose(1, 2)
             key = key.expand(-1, self.num_heads, -1, -1)
@@ -217,9 +246,9 @@ class ContextAttention(GPTNeoXAttention):
         """Those of a cached rotary key's pairs, if it is made of pairs."""
         if not hasattr(self, "rotary_up"):
             return position_embeddings
-        columns = self.rotary_up.frequencies() * 2
-        cos, sin = position_embeddings
-        return cos[..., columns], sin[..., columns]
+        halves = (self.rotary_up.at_pairs(table[..., : self.rotary_ndims // 2]) for table in position_embeddings)
+        cos, sin = (torch.cat([half, half], dim=-1) for half in halves)
+        return cos, sin
 
     def _interface(self, query, key, value, attention_mask, **kwargs):
         # Only absorbed attention has the same tensor for both.
@@ -256,7 +285,7 @@ def turned_scores(
     is done to a cached number are two products with tables that the sequences share.
     """
     queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
-    if not only_values():
+    if keys.device.type != "cpu" or not only_values():
         cos, sin = position_embeddings
         return queries @ torch.cat([keys * cos, keys * sin], dim=-1).transpose(1, 2)
     batch, length, width = keys.shape

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from .configuration import ContextPythiaConfig
-from .linear import only_values
+from .shortcuts import only_values
 
 
 class ContextLayer(DynamicLayer):

@@ -8,13 +8,13 @@ fixed-point pass, what phase 1 iterates; T sweeps over T tokens equal the scan).
 Shapes: B batch, T tokens, C context_dim, E width of the token embeddings.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .scan import Recurrence
+from .shortcuts import is_plain
 
 
 class ContextLinear(nn.Linear):
@@ -39,10 +39,19 @@ class ContextBlockLayer(nn.Module):
         """The contexts' half of the product, `[C, C]`."""
         return self.dense.weight[:, : self.norm.normalized_shape[0]]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the two halves of the weight, and the norm's, may be read in place of calling the modules."""
+        return is_plain(self.dense, ContextLinear) and is_plain(self.norm, nn.LayerNorm)
+
     def forward(self, contexts: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` contexts and `[..., C]` projected embeddings (see `project`) -> `[..., C]`."""
+        """`[..., C]` contexts and `[..., C]` projected embeddings (see `project`) -> `[..., C]`, of a plain layer."""
         product = nn.functional.linear(contexts, self.recurrent_weight)
         return self.norm(contexts + nn.functional.gelu(product + projected))
+
+    def step(self, contexts: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """`[..., C]` contexts and `[..., E]` embeddings -> `[..., C]`, by calling the modules, whatever they are."""
+        return self.norm(contexts + nn.functional.gelu(self.dense(torch.cat([contexts, embeddings], dim=-1))))
 
 
 class ContextBlock(nn.Module):
@@ -62,18 +71,15 @@ class ContextBlock(nn.Module):
         self.context_dim = context_dim
         self.layers = nn.ModuleList(ContextBlockLayer(context_dim, embedding_dim, eps) for _ in range(num_layers))
 
-    def _project(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        layers: Iterable[Any] = self.layers
-        return [layer.project(embeddings) for layer in layers]
-
-    def _refine(self, contexts: torch.Tensor, projected: list[torch.Tensor]) -> torch.Tensor:
-        for layer, embedding in zip(self.layers, projected, strict=True):
-            contexts = layer(contexts, embedding)
-        return contexts
+    @property
+    def _layers(self) -> list[Any]:
+        return list(self.layers)
 
     def step(self, previous: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """Previous contexts `[..., C]`, embeddings `[..., E]` -> contexts `[..., C]`."""
-        return self._refine(previous, self._project(embeddings))
+        for layer in self._layers:
+            previous = layer.step(previous, embeddings)
+        return previous
 
     def sweep(
         self,
@@ -98,28 +104,50 @@ class ContextBlock(nn.Module):
         return self.step(previous if noise is None else previous + noise, embeddings)
 
     def scan(
-        self, embeddings: torch.Tensor, initial: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        embeddings: torch.Tensor,
+        initial: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The exact recurrence over a sequence; equal to as many `step`s.
 
         Args:
             embeddings: `[B, T, E]`.
             initial: context before the first token `[B, C]`, zero if absent.
-            mask: `[B, T]`, false where a token is padding: its context is zero, so the next one starts afresh.
+            mask: `[B, T]`, false where a token is padding, which keeps the context of the token before it.
+            starts: `[B or 1, T]`, true where a text begins anew, from a context of zero.
 
         Returns:
             contexts `[B, T, C]`.
         """
-        initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim) if initial is None else initial
-        if embeddings.shape[1] == 1:
-            context = self.step(initial, embeddings[:, 0])
-            return (context if mask is None else context * mask.to(context.dtype)).unsqueeze(1)
-        layers: list[Any] = list(self.layers)
+        if initial is None:
+            initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim)
+        initial = initial.to(embeddings.dtype)
+        at_once = embeddings.shape[1] > 1 and all(layer.is_plain for layer in self._layers)
+        return (self._scan_at_once if at_once else self._scan_by_steps)(embeddings, initial, mask, starts)
+
+    def _scan_by_steps(
+        self, embeddings: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None, starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        contexts = []
+        for t, embedding in enumerate(embeddings.unbind(1)):
+            previous = context if starts is None else context.masked_fill(starts[:, t, None], 0)
+            context = self.step(previous, embedding)
+            if mask is not None:
+                context = torch.where(mask[:, t, None], context, previous)
+            contexts.append(context)
+        return torch.stack(contexts, dim=1)
+
+    def _scan_at_once(
+        self, embeddings: torch.Tensor, initial: torch.Tensor, mask: torch.Tensor | None, starts: torch.Tensor | None
+    ) -> torch.Tensor:
         # The recurrence runs in the weights' own dtype: under autocast it would round the state at each token.
-        dtype = layers[0].norm.weight.dtype
-        projected = torch.stack([part.transpose(0, 1) for part in self._project(embeddings)]).to(dtype)
-        keep = None if mask is None else mask.t().unsqueeze(-1).to(dtype)
-        parameters = [p for layer in layers for p in (layer.recurrent_weight, layer.norm.weight, layer.norm.bias)]
+        norm = self._layers[0].norm
+        dtype = norm.weight.dtype
+        projected = torch.stack([layer.project(embeddings).transpose(0, 1) for layer in self._layers]).to(dtype)
+        keep, carry = (None if m is None else m.t().unsqueeze(-1) for m in (mask, None if starts is None else ~starts))
+        parameters = [p for layer in self._layers for p in (layer.recurrent_weight, layer.norm.weight, layer.norm.bias)]
         with torch.autocast(embeddings.device.type, enabled=False):
-            contexts = Recurrence.apply(projected, initial.to(dtype), keep, layers[0].norm.eps, *parameters)
+            contexts = Recurrence.apply(projected, initial.to(dtype), keep, carry, norm.eps, *parameters)
         return contexts.transpose(0, 1)

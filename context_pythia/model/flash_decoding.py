@@ -42,9 +42,11 @@ def attend_in_splits(
         `[B, Q, 1, W]`.
     """
     if attention_mask is not None:
+        least = torch.finfo(query.dtype).min
         if attention_mask.dtype == torch.bool:
-            none = query.new_zeros(())
-            attention_mask = torch.where(attention_mask, none, torch.finfo(query.dtype).min)
+            attention_mask = torch.where(attention_mask, query.new_zeros(()), least)
+        # A part that is masked by -inf has a sum of 0, whose logarithm the kernel gives as 0.
+        attention_mask = attention_mask.clamp(min=least)
         attention_mask = attention_mask.expand(query.shape[0], 1, query.shape[2], -1)
     cut = context.shape[2] // splits * splits
     parts = [_parts(query, context, attention_mask, scaling, slice(0, cut), splits)]

@@ -6,8 +6,7 @@ arXiv 1911.02150), which consecutive layers may share (cross-layer attention, ar
 Shapes: B batch, Q queries, T keys, H heads, G heads of keys and values, D head size.
 """
 
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
 
-from .attention import PositionEmbeddings, turn_rotary_keys
+from .attention import Contexts, PositionEmbeddings, turn_rotary_keys
 from .configuration import ContextPythiaConfig
 
 
@@ -48,11 +47,10 @@ class GroupedAttention(GPTNeoXAttention):
         attention_mask: torch.Tensor | None,
         layer_past: Cache | None = None,
         position_embeddings: PositionEmbeddings | None = None,
-        contexts: MutableMapping[int, Any] | None = None,
+        contexts: Contexts | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`contexts` maps the index of a layer to its keys and values, `[B, G, T, D]` twice, for layers that share
-        them."""
+        """`contexts` holds a layer's keys and values, `[B, G, T, D]` twice, for the layers that share them."""
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
@@ -65,7 +63,8 @@ class GroupedAttention(GPTNeoXAttention):
                 key, value = layer_past.update(key, value, self.layer_idx)
             contexts[self.layer_idx] = key, value
         group = self.num_heads // self.key_value_heads
-        key, value = (heads.repeat_interleave(group, dim=1) for heads in contexts[self.context_layer])
+        shared = (heads.to(query.device) for heads in contexts[self.context_layer])
+        key, value = (heads.repeat_interleave(group, dim=1) for heads in shared)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -1,11 +1,12 @@
 """Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
 
-from collections import UserDict
-from collections.abc import Mapping
-from typing import Unpack, cast
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -23,12 +24,12 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ContextAttention, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
+from .attention import ContextAttention, Contexts, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
 from .cache import keep_context, previous_context
 from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
 from .grouped import GroupedAttention
-from .linear import use_onednn
+from .positions import positions_in_cache, text_masks
 
 
 class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -48,6 +49,13 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        # The reentrant form gives gradients to a layer's first argument alone, none to the contexts of other layers.
+        gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
 
 class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
     def __init__(self, config: ContextPythiaConfig):
@@ -65,7 +73,6 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 layer.attention = attention(config, layer_idx)
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
-        use_onednn(self)
         self.post_init()
 
     def embed_context_input(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -84,7 +91,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         use_cache: bool | None = None,
         token_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # of a package without types
     ) -> BaseModelOutputWithPast:
         """As GPT-NeoX.
 
@@ -103,12 +110,12 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             inputs_embeds = self.embed_in(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], cache is not None)
+        given_positions = position_ids
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
-        if token_mask is None and attention_mask is not None and attention_mask.ndim == 2:
-            token_mask = attention_mask[:, -inputs_embeds.shape[1] :]
 
         # By place: transformers 5.24 names the fourth argument anew.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
@@ -116,19 +123,22 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         key_positions = position_embeddings
         if self.config.reuse_rotary_keys:
             if cache is not None:
-                position_embeddings, key_positions = self._positions_in_cache(inputs_embeds, cache)
+                position_embeddings, key_positions = self._positions_in_cache(
+                    inputs_embeds, cache, causal_mask, given_positions
+                )
             if self.config.rotary_pairs is None:
                 cos, sin = (table.repeat(1, 1, self.config.num_rotary_keys) for table in key_positions)
                 key_positions = cos, sin
 
-        # Layers hand their contexts on in a UserDict: FSDP rebuilds a plain dict among the arguments, and what a layer
-        # wrote into it would be lost.
-        contexts: UserDict[int, torch.Tensor] = UserDict()
+        contexts = Contexts()
         # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
         hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):
             context = self.context_block.scan(
-                self.embedding_norm(hidden_states), previous_context(self.config, cache), token_mask
+                self.embedding_norm(hidden_states),
+                previous_context(self.config, cache),
+                is_text if token_mask is None else token_mask.bool(),
+                starts,
             )
             keep_context(cache, context)
             if self.config.context_source == "input":
@@ -153,16 +163,16 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             )
         return BaseModelOutputWithPast(self.final_layer_norm(hidden_states), cache)
 
-    def _positions_in_cache(self, states: torch.Tensor, cache: Cache) -> tuple[PositionEmbeddings, PositionEmbeddings]:
-        """Position embeddings of the new tokens and of all that will be in the cache, by their places there.
-
-        Tokens that attend to each other are cached in a row, and RoPE knows only distances: one table serves all
-        sequences, padded or not.
-        """
+    def _positions_in_cache(
+        self, states: torch.Tensor, cache: Cache, causal_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[PositionEmbeddings, PositionEmbeddings]:
+        """Position embeddings of the new tokens and of all that will be in the cache, which keeps no positions."""
         length, _ = cache.get_mask_sizes(states.shape[1], 0)
-        places = torch.arange(length, device=states.device).unsqueeze(0)
-        cos, sin = self.rotary_emb(states, position_ids=places)
         new = torch.arange(states.shape[1], device=states.device) + cache.get_seq_length()
+        positions = torch.arange(length, device=states.device).unsqueeze(0)
+        if position_ids is not None:
+            positions = positions_in_cache(position_ids, causal_mask, length, new)
+        cos, sin = self.rotary_emb(states, position_ids=positions)
         return (cos[:, new], sin[:, new]), (cos, sin)
 
 
@@ -180,7 +190,6 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         PreTrainedModel.__init__(self, config)
         self.gpt_neox = ContextPythiaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        use_onednn(self)
         self.post_init()
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):

@@ -19,12 +19,15 @@ aten = torch.ops.aten
 
 
 class Recurrence(torch.autograd.Function):
-    """`c_t = keep_t * f_N(... f_1(c_{t-1}))` with `f_i(c) = LN_i(c + GELU(W_i c + p_{i,t}))`.
+    """`c_t = f_N(... f_1(b_t))`, or `c_t = b_t` where a token is padding.
+
+    Here `b_t = c_{t-1}`, or 0 where a text begins anew, and `f_i(c) = LN_i(c + GELU(W_i c + p_{i,t}))`.
 
     Arguments of `apply`:
         projected: `p`, `[N, T, B, C]`.
         initial: context before the first token, `[B, C]`.
-        keep: `[T, B, 1]`, 0 where a token is padding and 1 elsewhere, or None.
+        keep: `[T, B, 1]`, false where a token is padding, or None.
+        carry: `[T, B or 1, 1]`, false where a text begins anew, or None.
         eps: of the norms.
         parameters: `W_1` `[C, C]`, the first norm's weight and bias `[C]`, and so on: 3 N tensors.
 
@@ -34,32 +37,39 @@ class Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, projected: Tensor, initial: Tensor, keep: Tensor | None, eps: float, *parameters: Tensor
+        ctx: Any,
+        projected: Tensor,
+        initial: Tensor,
+        keep: Tensor | None,
+        carry: Tensor | None,
+        eps: float,
+        *parameters: Tensor,
     ) -> Tensor:
         weights, norms = parameters[::3], list(zip(parameters[1::3], parameters[2::3], strict=True))
         transposed = [weight.t().contiguous() for weight in weights]
         # The products W c + p, and what the norms take in.
         products, residuals = torch.empty_like(projected), torch.empty_like(projected)
         contexts = torch.empty_like(projected[0])
-        kept = None if keep is None else keep.unbind(0)
+        kept, carried = (None if mask is None else mask.unbind(0) for mask in (keep, carry))
         views = [tensor.flatten(0, 1).unbind(0) for tensor in (projected, products, residuals)]
         tokens, width = contexts.shape[0], contexts.shape[-1:]
         context = initial
         for t, out in enumerate(contexts.unbind(0)):
+            context = previous = context if carried is None else context * carried[t]
             for i, (weight, bias) in enumerate(norms):
                 p, product, residual = (view[i * tokens + t] for view in views)
                 torch.addmm(p, context, transposed[i], out=product)
                 torch.add(context, aten.gelu(product), out=residual)
                 context = aten.native_layer_norm(residual, width, weight, bias, eps)[0]
-            context = out.copy_(context) if kept is None else torch.mul(context, kept[t], out=out)
-        ctx.save_for_backward(products, residuals, contexts, initial, keep, *parameters)
+            context = out.copy_(context) if kept is None else torch.where(kept[t], context, previous, out=out)
+        ctx.save_for_backward(products, residuals, contexts, initial, keep, carry, *parameters)
         ctx.eps = eps
         return contexts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        products, residuals, contexts, initial, keep, *parameters = ctx.saved_tensors
+        products, residuals, contexts, initial, keep, carry, *parameters = ctx.saved_tensors
         weights, norms = parameters[::3], list(zip(parameters[1::3], parameters[2::3], strict=True))
         width = contexts.shape[-1:]
         normed = [
@@ -68,7 +78,7 @@ class Recurrence(torch.autograd.Function):
         ]
         # Gradients of the norms' outputs, and of the products.
         of_outputs, of_products = torch.empty_like(residuals), torch.empty_like(products)
-        kept = None if keep is None else keep.unbind(0)
+        kept, carried = (None if mask is None else mask.unbind(0) for mask in (keep, carry))
         views = [
             [tensors.unbind(0) for tensors in stacked]
             for stacked in (
@@ -84,7 +94,7 @@ class Recurrence(torch.autograd.Function):
         for t in reversed(range(len(contexts))):
             flow = flow + gradient[t]
             if kept is not None:
-                flow = flow * kept[t]
+                past, flow = flow * ~kept[t], flow * kept[t]
             for i in reversed(range(len(norms))):
                 residual, product, mean, rstd, of_output, of_product = (view[i][t] for view in views)
                 of_output.copy_(flow)
@@ -93,10 +103,15 @@ class Recurrence(torch.autograd.Function):
                 )[0]
                 aten.gelu_backward.grad_input(flow, product, grad_input=of_product)
                 flow = torch.addmm(flow, of_product, weights[i])
-        before = [torch.cat([initial.unsqueeze(0), contexts[:-1]])] + [output for output, _, _ in normed[:-1]]
+            if kept is not None:
+                flow = flow + past
+            if carried is not None:
+                flow = flow * carried[t]
+        previous = torch.cat([initial.unsqueeze(0), contexts[:-1]])
+        before = [previous if carry is None else previous * carry] + [output for output, _, _ in normed[:-1]]
         of_parameters: list[Tensor | None] = []
         for i, (weight, bias) in enumerate(norms):
-            first = 4 + 3 * i
+            first = 5 + 3 * i
             needs_weight, needs_norm = ctx.needs_input_grad[first], any(ctx.needs_input_grad[first + 1 : first + 3])
             of_parameters.append(of_products[i].flatten(0, 1).t() @ before[i].flatten(0, 1) if needs_weight else None)
             of_norm: Any = (None, None, None)
@@ -105,4 +120,4 @@ class Recurrence(torch.autograd.Function):
                     of_outputs[i], residuals[i], width, *normed[i][1:], weight, bias, [False, True, True]
                 )
             of_parameters += of_norm[1:]
-        return of_products, flow, None, None, *of_parameters
+        return of_products, flow, None, None, None, *of_parameters

@@ -16,8 +16,7 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "prefill takes as with DynamicCache). Cache: measured on the one that generate() filled; 1 MB = 1,024 × 1,024 "
         "bytes. Peak: weights, cache and what generate() took besides, prefill included; on a CPU that is the "
         "process's resident memory, whose high-water mark is set back before each model. Weights and cache in "
-        "{dtype}, attention by {attention}. On a CPU in float32 a Context-Pythia's linear maps are oneDNN's, not "
-        "torch's default; the row “our linear maps” is GPT-NeoX with these, which tells their share from the cache's.",
+        "{dtype}, attention by {attention}.",
         "model": "Model",
         "prefill": "Prefill, s",
         "prefill_ratio": "× time",
@@ -92,9 +91,7 @@ BENCH_TRANSLATIONS: dict[str, dict[str, str]] = {
         "DynamicCache に対するプリフィル時間の倍率）。キャッシュは generate() が実際に埋めたものの実測値（1 MB = "
         "1,024 × 1,024 バイト）。ピークは重みとキャッシュ、およびプリフィルを含む generate() の作業メモリで、CPU では"
         "プロセスの常駐メモリの最高値をモデルごとにリセットして測っています。重みとキャッシュは {dtype}、"
-        "アテンションは {attention}。CPU の float32 では Context-Pythia の線形写像は torch 既定のものではなく "
-        "oneDNN で計算されます。「our linear maps」の行は同じ線形写像を使う GPT-NeoX で、その効果とキャッシュの効果を"
-        "分けます。",
+        "アテンションは {attention}。",
         "model": "モデル",
         "prefill": "プリフィル（秒）",
         "prefill_ratio": "× 時間",

@@ -16,8 +16,8 @@ from context_pythia.bench.options import SIZES, BenchOptions, Source, parse_sour
 from context_pythia.cli import command_line as cli
 from context_pythia.cli.reported import bench
 from context_pythia.config.recipe import ArchitectureOptions
+from context_pythia.errors import UsageError
 from context_pythia.model.cache import cache_bytes
-from context_pythia.model.linear import Linear
 from context_pythia.report.bench_tables import cell_table, crossover, paired_ratio, step_figures
 from context_pythia.report.bench_translations import BENCH_TRANSLATIONS
 from context_pythia.report.report import write_report
@@ -171,27 +171,13 @@ def test_words_that_no_option_takes_are_refused(argv, capsys):
 
 def test_without_hqq_the_int4_row_is_left_out_and_said(tiny_size, monkeypatch):
     def missing():
-        raise ValueError("a quantised cache needs HQQ")
+        raise UsageError("a quantised cache needs HQQ")
 
     monkeypatch.setattr(bench_models, "require_quantiser", missing)
     models = sized_models("pythia-14m", SOURCES, 32, torch.float32)
     found, notes = subjects(models, ("dynamic", "static", "int4"))
     assert [one.cache for one in found] == ["dynamic", "static", "dynamic", "dynamic"]
     assert notes == ["no row with an int4 cache: a quantised cache needs HQQ"]
-
-
-@torch.no_grad()
-def test_a_gpt_neox_with_our_linear_maps_stands_beside_the_plain_one():
-    models = sized_models("pythia-14m", SOURCES[:1], 32, torch.float32)
-    dynamic, ours, _ = subjects(models, ("dynamic", "onednn"))[0]
-    assert ours.name.endswith("our linear maps") and ours.is_static and is_peer(ours.model)
-    kinds = [{type(m) for m in one.model.modules() if isinstance(m, torch.nn.Linear)} for one in (dynamic, ours)]
-    assert kinds == [{torch.nn.Linear}, {Linear}]
-    assert all(p is q for p, q in zip(dynamic.model.parameters(), ours.model.parameters(), strict=True))
-    ids = torch.arange(6).unsqueeze(0)
-    torch.testing.assert_close(dynamic.model(ids).logits, ours.model(ids).logits, rtol=0, atol=1e-5)
-    found, notes = subjects({"half": models["pythia-14m"].to(torch.bfloat16)}, ("dynamic", "onednn"))
-    assert len(found) == 1 and "torch's own in torch.bfloat16 on cpu" in notes[0]
 
 
 @torch.no_grad()

@@ -39,24 +39,33 @@ def test_scan_is_step_by_step_gradients_included(block, embeddings, padded, froz
     block.requires_grad_(not frozen)
     embeddings.requires_grad_()
     initial = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, :3] = mask[1, 5] = not padded
+    mask, starts = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
+    if padded:  # before, between and after texts, two of which begin at padding
+        mask[0, :3] = mask[0, 6] = mask[1, 5:7] = mask[1, 8] = False
+        starts[0, 4] = starts[0, 6] = starts[1, 2] = starts[1, 5] = True
 
     def steps():
         context, contexts = initial, []
         for t in range(9):
-            context = block.step(context, embeddings[:, t]) * mask[:, t, None]
+            previous = context * ~starts[:, t, None]
+            context = torch.where(mask[:, t, None], by_formula(block, previous, embeddings[:, t]), previous)
             contexts.append(context)
         return torch.stack(contexts, 1)
 
     weights = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     inputs = [embeddings, initial, *(() if frozen else block.parameters())]
+    masks = (mask, starts) if padded else (None, None)
     results = []
-    for run in (steps, lambda: block.scan(embeddings, initial, mask if padded else None)):
+    for run in (
+        steps,
+        lambda: block.scan(embeddings, initial, *masks),
+        lambda: block._scan_by_steps(embeddings, initial, *masks),
+    ):
         contexts = run()
         results.append([contexts.detach(), *torch.autograd.grad((contexts * weights).sum(), inputs)])
-    for plain, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+    for plain, at_once, by_steps in zip(*results, strict=True):
+        torch.testing.assert_close(at_once, plain, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(by_steps, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_under_autocast_the_state_is_not_rounded(block, embeddings):
@@ -77,13 +86,20 @@ def test_scan_goes_on_from_a_state(block, embeddings):
     torch.testing.assert_close(block.scan(embeddings[:, 4:], head[:, -1]), whole[:, 4:], rtol=0, atol=1e-10)
 
 
-def test_scan_starts_afresh_after_padding(block, embeddings):
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[0, :3] = False
+def test_scan_carries_its_state_over_padding(block, embeddings):
+    mask = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0, 0], [1] * 9], dtype=torch.bool)
     contexts = block.scan(embeddings, mask=mask)
+    text = block.scan(embeddings[:1, mask[0]])[0]
     assert contexts[0, :3].abs().max() == 0
-    torch.testing.assert_close(contexts[:1, 3:], block.scan(embeddings[:1, 3:]), rtol=0, atol=1e-10)
+    torch.testing.assert_close(contexts[0, 3:], text[[0, 1, 1, 2, 2, 2]], rtol=0, atol=1e-10)
     torch.testing.assert_close(contexts[1:], block.scan(embeddings[1:]), rtol=0, atol=1e-10)
+
+
+def test_scan_starts_anew_where_a_text_begins(block, embeddings):
+    starts = torch.zeros(1, 9, dtype=torch.bool)
+    starts[0, 4] = True
+    parts = [block.scan(embeddings[:, :4]), block.scan(embeddings[:, 4:])]
+    torch.testing.assert_close(block.scan(embeddings, starts=starts), torch.cat(parts, 1), rtol=0, atol=1e-10)
 
 
 def test_as_many_sweeps_as_tokens_are_the_scan(block, embeddings):

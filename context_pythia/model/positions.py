@@ -1,0 +1,85 @@
+"""What attention masks and `position_ids` say of texts: where they are padded, where they begin, where they stand.
+
+Shapes: B batch, Q new tokens, T tokens in the cache once they are there.
+"""
+
+import torch
+
+TextMasks = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """A four-dimensional mask as booleans: which keys a query sees."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def text_masks(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, queries: int, has_cache: bool
+) -> TextMasks:
+    """What the recurrence must know of the new tokens.
+
+    Texts that are packed into one row are told apart as attention tells them apart: by `position_ids` that do not go
+    on, where there is neither a mask nor a cache (so does transformers), or by a four-dimensional mask.
+
+    Args:
+        attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, as the model was given it.
+        position_ids: `[B or 1, Q]` or None, as the model was given them.
+
+    Returns:
+        `[B, Q]` false where a token is padding, or None where none is; `[B or 1, Q]` true where a text begins anew,
+        or None where none does.
+    """
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return attention_mask[:, -queries:].bool(), None
+    if has_cache:
+        return None, None
+    if attention_mask is not None:
+        sees = visible(attention_mask[:, 0])
+        is_text = sees.diagonal(dim1=-2, dim2=-1)
+        return is_text, is_text & ~sees.tril(-1).any(dim=-1)
+    if position_ids is not None:
+        return None, position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return None, None
+
+
+def positions_in_cache(
+    position_ids: torch.Tensor, causal_mask: torch.Tensor | None, length: int, new: torch.Tensor
+) -> torch.Tensor:
+    """Positions of all tokens in a cache, old and new, `[B or 1, T]`, but for a number common to a row: RoPE knows only
+    distances.
+
+    The cache keeps no positions. Tokens stand either at their places in the cache (padding counts) or as `generate()`
+    counts them (it does not); which of both, `position_ids` tell.
+
+    Args:
+        position_ids: of the new tokens, `[B or 1, Q]`.
+        causal_mask: `[B, 1, Q, T]` or None where nothing is padded.
+        length: T.
+        new: places of the new tokens, `[Q]`.
+
+    Raises:
+        ValueError: positions that are neither (not looked for while a graph is compiled).
+    """
+    places = torch.arange(length, device=new.device).unsqueeze(0)
+    if causal_mask is None:
+        by_place = by_count = (position_ids == places[:, new]).all(dim=-1, keepdim=True)
+        counts = places
+    else:
+        is_text = visible(causal_mask[:, 0]).any(dim=-2)
+        counts = is_text.cumsum(dim=-1) - 1
+        padding = ~is_text[:, new]
+        by_place, by_count = (
+            (padding | (position_ids == wanted[:, new])).all(dim=-1, keepdim=True) for wanted in (places, counts)
+        )
+    if torch.compiler.is_compiling():
+        return places if causal_mask is None else torch.where(by_place, places, counts)
+    if not (by_place | by_count).all():
+        raise ValueError(
+            "position_ids: neither the tokens' places in the cache nor counted without padding. This model "
+            "(reuse_rotary_keys) caches no positions, so give none, or those that generate() gives"
+        )
+    if causal_mask is None or by_place.all():
+        return places
+    # Where padding stands only before and after a text, places give the same distances in one table for all rows.
+    begins = is_text[:, 1:] & ~is_text[:, :-1]
+    return torch.where(by_place, places, counts) if (begins.sum(dim=-1) + is_text[:, 0] > 1).any() else places

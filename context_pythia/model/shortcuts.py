@@ -1,0 +1,30 @@
+"""When a shortcut gives what the long way gives: reading a module's parameters, and writing in place.
+
+Absorbed attention and the ContextBlock's scan take a map's matrix and never call the map. That is right only where the
+matrix is all there is: an adapter, a quantised or offloaded weight, a parametrization or a hook needs the call.
+"""
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is a `kind` and no more: `weight` and `bias` are ordinary parameters, and it has no hooks."""
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    # accelerate hangs its hooks on by a `forward` of the instance's own.
+    if type(module) is not kind or hooks or "forward" in vars(module):
+        return False
+    parameters = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
+    return all(type(p) is nn.Parameter and p.layout == torch.strided and not p.is_meta for p in parameters)
+
+
+def only_values() -> bool:
+    """Whether nothing but values is computed now: no derivative of either kind, no batch by vmap, no trace."""
+    return not (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
