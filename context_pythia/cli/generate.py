@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from context_pythia.cli.command import Command, required
+from context_pythia.cli.command import ModelCommand, required
 from context_pythia.config.options import option
 from context_pythia.config.recipe import PRECISIONS
 
 
 @dataclass(kw_only=True)
-class Generate(Command):
+class Generate(ModelCommand):
     summary = "write text with a trained model"
     examples = (
         'generate runs/quick/models/shared --prompt "def main(" --stats',

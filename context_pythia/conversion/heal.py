@@ -98,7 +98,7 @@ def heal(
     if options.steps == 0:
         raise UsageError("heal.steps 0: nothing to heal, give at least 1")
     if teacher is student:
-        raise ValueError("the teacher is the student itself: give a copy, or None for cross-entropy alone")
+        raise UsageError("the teacher is the student itself: give a copy, or None for cross-entropy alone")
     ce_weight = 1.0 if teacher is None else options.ce_weight
     identity = {"parameters": options.parameters, "ce_weight": ce_weight, "student_crc32": fingerprint(student)}
     make_trainer: Callable[..., LanguageModelTrainer] = LanguageModelTrainer

@@ -18,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from context_pythia.conversion.factorize import Factors, KeysAndValues
-from context_pythia.errors import UsageError
+from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.pretrained import quantiser_of
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
@@ -143,7 +143,7 @@ def transplant(
         dtype: of the converted model.
 
     Raises:
-        RuntimeError: a weight of the original has no place, or a place has no weight.
+        Failure: a weight of the original has no place, or a place has no weight.
     """
     files: dict[str, Path] = {}
     for layer_idx, layer_factors in enumerate(factors):
@@ -156,7 +156,7 @@ def transplant(
         model = ContextPythiaForCausalLM(config).to(dtype)
     places = set(model.state_dict())
     if wrong := sorted((kept | files.keys()) ^ places):
-        raise RuntimeError(f"{wrong[0]} has no {'weight in the original' if wrong[0] in places else 'place'}")
+        raise Failure(f"{wrong[0]} has no {'weight in the original' if wrong[0] in places else 'place'}")
     model.tie_weights()
     # Not among the weights, so still on the meta device.
     model.gpt_neox.rotary_emb = type(model.gpt_neox.rotary_emb)(config)

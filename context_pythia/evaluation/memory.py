@@ -36,9 +36,6 @@ def measure_generated_cache(
         length: cached tokens, at least 1.
         batch_size: sequences.
         decoded: tokens of `length` that are not of the prompt; half of them if absent.
-
-    Raises:
-        RuntimeError: `generate()` cached another number of tokens.
     """
     prompt = max(1, length // 2 if decoded is None else length - decoded)
     ids = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
@@ -54,8 +51,7 @@ def measure_generated_cache(
     finally:
         model.generation_config.eos_token_id = own
     measured = measure_cache(output.past_key_values)
-    if measured.length != length:
-        raise RuntimeError(f"generate() cached {measured.length} tokens, {length} were asked for")
+    assert measured.length == length, f"generate() cached {measured.length} tokens, {length} were asked for"
     return measured
 
 

@@ -125,7 +125,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         # By `from_pretrained`, because a file's names need not be the module's: GPT-NeoX saves lm_head as embed_out.
         loaded, mended = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
         if wrong := {key: names for key, names in mended.items() if names}:
-            raise ValueError(f"{wrong}")
+            raise Failure(f"{wrong}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Failure(f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again") from error
     if processes.divide_model():

@@ -242,6 +242,15 @@ def test_info_takes_a_model_or_a_recipe_with_overrides(run):
     assert asked["model"] is None and asked["recipe"] == load_recipe("report", {"model.context_dim": 300})
 
 
+def test_a_revision_is_that_of_all_hub_models_named(run, tmp_path, capsys):
+    assert run("generate", "a/b", "--prompt", "x", "--revision", "step1")["model"] == "a/b@step1"
+    asked = run("eval", "a/b", str(tmp_path), "c@main", "--revision", "step1")
+    assert asked["models"] == ["a/b@step1", str(tmp_path), "c@main"] and asked["data"].tokenizer == "a/b@step1"
+    for argv in (["info", str(tmp_path)], ["info", "--recipe", "quick"], ["bench", str(tmp_path)]):
+        assert cli.main([*argv, "--revision", "step1"]) == 2
+        assert "--revision step1: is for models of the Hub" in capsys.readouterr().err
+
+
 def test_eval_takes_models_data_and_the_first_models_tokenizer(run):
     asked = run("eval", "a", "b")
     assert (asked["models"], asked["data"]) == (["a", "b"], DataOptions(tokenizer="a"))
