@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import operator
 import types
@@ -123,6 +124,11 @@ class Options:
 
 def options_of(owner: type[Options]) -> list[Option]:
     """What the fields that `option` made declare, in order."""
+    return _declared(owner)  # type: ignore[arg-type]  # a class can be hashed, whatever its instances are
+
+
+@functools.cache
+def _declared(owner: type[Options]) -> list[Option]:
     hints = get_type_hints(owner)
     declared = []
     for f in dataclasses.fields(owner):

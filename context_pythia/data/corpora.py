@@ -8,6 +8,7 @@ stands alone is cut into about a hundred documents, since one document could not
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import hashlib
 import io
@@ -76,9 +77,16 @@ def corpus_digest(options: DataOptions) -> str:
         kind, files = "folder", _files(path)
     else:
         kind, files = "file", [path]
+    stats = [file.stat() for file in files]
+    return _digest(kind, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
+
+
+@functools.lru_cache
+def _digest(kind: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """The same files, by size and date, are read once: a sweep asks for each of its trainings."""
     digest = hashlib.blake2b(f"{kind}\n".encode(), digest_size=16)
-    for file in files:
-        digest.update(f"{_suffix(file)} {file.stat().st_size}\n".encode())
+    for file, size, _ in files:
+        digest.update(f"{_suffix(file)} {size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_READ_BYTES):
                 digest.update(chunk)

@@ -158,7 +158,7 @@ class Run:
             held = read_metrics(self.folder / "metrics.json")["models"]
         if (self.folder / "recipe.yaml").exists():
             healed = any(entry.get("from_baseline") for entry in held)
-            self.recipe = _merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder, healed)
+            self.recipe = merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder, healed)
         entries = {entry["name"]: entry for entry in held} | self._entries
         order = [model.name for model in self.recipe.models]
         self.metrics["models"] = [entries[name] for name in order if name in entries]
@@ -235,7 +235,7 @@ def _program(path: Path) -> str:
     return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
-def _merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
+def merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
     """The wanted recipe with the held models before its own, if the two agree on all that decides results.
 
     Options of healing do where something is `healed`.

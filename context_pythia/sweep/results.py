@@ -7,60 +7,50 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from context_pythia.config.recipe_files import recipe_to_dict
-from context_pythia.sweep.options import KEYS, MODEL, Setting, SweepPlan, by_logarithm
-from context_pythia.sweep.study import ERROR, RESULT, SEED, Queue
+from context_pythia.sweep.options import MODEL, Setting, SweepPlan
+from context_pythia.sweep.study import distribution
 
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-STATES = {"COMPLETE": "complete", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 TRIALS_AT_LEAST = 4  # with a result, for importances
 BEST_AT_LEAST, BEST_SHARE, BEST_AT_MOST = 5, 0.1, 0.5  # trials that count as good, and their share of all
 
 
-def sweep_metrics(plan: SweepPlan, queue: Queue, folder_of: Callable[[Setting], str]) -> dict[str, Any]:
+def sweep_metrics(plan: SweepPlan, name: str, trials: Sequence[tuple[Setting, str, dict[str, Any]]]) -> dict[str, Any]:
     """The content of a sweep's metrics.json.
 
     Args:
-        folder_of: the name of a setting's run folder.
+        name: of the study.
+        trials: each training's setting, its state, and what the study keeps of it.
     """
-    found = queue.trials()
     searched = [one.path for one in plan.dimensions]
     # Another call may have searched something else in the same study.
-    searched += sorted({path for trial in found for path in trial.params} - {MODEL, *searched})
-    trials = []
-    for trial in found:
-        setting = plan.setting(trial.params, trial.user_attrs[SEED])
-        values = trial.values or (None, None)
-        trials.append(
-            {
-                "number": trial.number,
-                "state": STATES[trial.state.name],
-                "folder": folder_of(setting),
-                "model": setting.recipe.models[0].name,
-                "baseline": setting.recipe.models[0].is_baseline,
-                "setting": {path: setting.value(path) for path in searched},
-                "seed": setting.recipe.seed,
-                "val_ppl": values[0],
-                "cache_bytes": None if values[1] is None else round(values[1]),
-                "error": trial.user_attrs.get(ERROR),
-                **(trial.user_attrs.get(RESULT) or {}),
-            }
-        )
+    searched += sorted({path for setting, *_ in trials for path in setting.params} - {MODEL, *searched})
+    rows = [
+        {
+            "number": number,
+            "state": state,
+            "folder": setting.name,
+            "model": setting.model.name,
+            "baseline": setting.model.is_baseline,
+            "setting": {path: setting.value(path) for path in searched},
+            "seed": setting.recipe.seed,
+            **({"val_ppl": None, "cache_bytes": None, "error": None} | kept),
+        }
+        for number, (setting, state, kept) in enumerate(trials)
+    ]
     return {
         "kind": "sweep",
-        "study": queue.study.study_name,
+        "study": name,
         "sampler": plan.sampler,
-        "seeds": sorted({trial["seed"] for trial in trials}),
+        "seeds": sorted({row["seed"] for row in rows}),
         "searched": searched,
         "recipe": recipe_to_dict(plan.recipe),
-        "trials": trials,
-        "settings": settings_over_seeds(trials),
-        "importance": importances(trials, searched),
+        "trials": rows,
+        "settings": settings_over_seeds(rows),
+        "importance": importances(rows, searched),
     }
 
 
@@ -153,7 +143,8 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
         return {"reason": "nothing was searched: each option has one value"}
     import optuna
 
-    ranges = {name: _common_range(name, values) for name, values in varied.items()}
+    given = {name: [value for value in values if value is not None] for name, values in varied.items()}
+    ranges = {name: distribution(name, sorted(set(values), key=str)) for name, values in given.items()}
     study = optuna.create_study(direction="minimize")
     for i, trial in enumerate(done):
         params = {name: values[i] for name, values in varied.items() if values[i] is not None}
@@ -168,15 +159,3 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
         warnings.simplefilter("ignore")  # of options that few trials have: the report shows how many there are
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {"evaluator": "PED-ANOVA", "quantile": quantile, "trials": len(done), "shares": shares}
-
-
-def _common_range(name: str, values: Sequence[Any]) -> BaseDistribution:
-    """One range or list of choices for all trials; calls that searched other values left others in the storage."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    given = [value for value in values if value is not None]
-    if name == MODEL or not all(type(value) in (int, float) for value in given):
-        return CategoricalDistribution(sorted(set(given), key=str))
-    log = by_logarithm(KEYS[name][1])
-    kind = IntDistribution if all(type(value) is int for value in given) else FloatDistribution
-    return kind(min(given), max(given), log=log)

@@ -1,313 +1,205 @@
-"""The Optuna study behind a sweep: trials are added once, taken by one worker at a time, and ended exactly once.
+"""The Optuna studies behind a sweep: trials are added once, and workers anywhere take them until all have ended.
 
-A trial is taken under a lock on a file of the sweep's folder, which the kernel lets go when the process dies: on one
-machine a dead worker's trial is free at once. Workers elsewhere cannot see that lock, so a worker also renews a sign of
-life in the storage; one that stays the same for `GRACE` seconds, by the clock of whoever looks, is a dead worker's.
-Whatever goes wrong between them, the storage takes only the first end of a trial.
+A trial waits in the study until a worker's `study.optimize` takes it. Optuna's heartbeats tell a dead worker, whose
+trial Optuna adds once more. So a training may have several trials, one after another: what counts is its run folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import threading
 import time
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from context_pythia.errors import UsageError, first_line
 from context_pythia.runs.record import without_password
+from context_pythia.sweep.options import KEYS, MODEL, Dimension, SweepPlan, by_logarithm
 
 if TYPE_CHECKING:
-    from filelock import BaseFileLock
-    from optuna.distributions import BaseDistribution
-    from optuna.storages import BaseStorage
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, TrialState
+    from collections.abc import Sequence
 
-GRACE = 120.0  # seconds without a new sign of life after which a worker on another machine counts as dead
-BEAT = 20.0
-OPENINGS = 4
-JOURNAL = "journal.log"
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+HEARTBEAT, GRACE = 20, 60  # seconds between two heartbeats, and without one until a worker counts as dead
+POLL = 1.0  # seconds between two looks at trials of other workers
 OBJECTIVES = ("best validation perplexity", "measured cache bytes")
-# What the trials' user attributes are called.
-SIGN, IDENTITY, SEED, RESULT, ERROR = "sign_of_life", "identity", "seed", "result", "error"
-SURPLUS = "surplus"
+SEEDS, RESULTS, SEARCHED = "seeds", "results", "searched"  # attributes of trials, beside MODEL, and of a study
+RANDOM_AT_MOST = 10  # settings a model that are drawn at random before TPE has seen enough, half of the budget at most
 
 
 def require_optuna() -> None:
-    """Raise `ValueError` where the extra is not installed; else let Optuna print warnings alone."""
+    """Raise `UsageError` where the extra is not installed; else let Optuna print errors alone."""
     if find_spec("optuna") is None:
         raise UsageError("sweep needs Optuna: pip install 'context-pythia[sweep]'")
     import optuna
 
-    optuna.logging.set_verbosity(logging.WARNING)
+    optuna.logging.set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-def open_storage(url: str | None, folder: Path) -> BaseStorage:
-    """The storage at an Optuna URL, or the journal in `folder`.
+def open_studies(plan: SweepPlan, folder: Path, url: str | None) -> list[Study]:
+    """The studies of the sweep in `folder`: one of a grid; of TPE one a model.
 
-    Raises:
-        ValueError: the storage cannot be opened.
-    """
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-    from sqlalchemy.exc import DBAPIError
-
-    if url is None:
-        path = str(folder / JOURNAL)
-        return JournalStorage(JournalFileBackend(path, lock_obj=_journal_lock(path)))
-    if url.startswith("redis"):
-        raise UsageError("--storage redis: Optuna unpickles what it finds there; give a database, such as postgresql")
-    # A server may have closed a connection while a training ran; SQLite's file may be locked by another worker.
-    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in range(1, OPENINGS + 1):
-        try:
-            return RDBStorage(url, engine_kwargs=options)
-        except Exception as error:  # whatever the database's driver raises
-            # Two workers that make the tables of a new database at one moment get in each other's way once.
-            if attempt == OPENINGS or not isinstance(error, DBAPIError):
-                reason = first_line(error)
-                raise UsageError(f"--storage {without_password(url)}: cannot be opened ({reason})") from None
-        time.sleep(0.5)
-    raise AssertionError
-
-
-def _journal_lock(path: str) -> Any:
-    """The lock of the journal. Optuna's own outlive a killed process, and are then broken after half a minute."""
-    from filelock import FileLock
-    from optuna.storages.journal import JournalFileOpenLock
-
-    class JournalLock(JournalFileOpenLock):
-        def __init__(self) -> None:
-            self.lock = FileLock(f"{path}.flock")
-
-        def acquire(self) -> bool:
-            self.lock.acquire()
-            _drop_torn_line(path)
-            return True
-
-        def release(self) -> None:
-            self.lock.release()
-
-    return JournalLock()
-
-
-def _drop_torn_line(path: str) -> None:
-    """Cut off what a process that was killed while it wrote left of its line: the next would make it unreadable."""
-    with open(path, "rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        position = end
-        while position:
-            step = min(4096, position)
-            file.seek(position - step)
-            newline = file.read(step).rfind(b"\n")
-            if newline >= 0:
-                position += newline + 1 - step
-                break
-            position -= step
-        if position < end:
-            file.truncate(position)
-
-
-class Queue:
-    """The trials of one study, and which of them this process may work on.
+    TPE (Bergstra et al. 2011) sees the trials of one model alone, and each model gets as many: so the baseline is tuned
+    with the budget of the others, and its results mislead nobody else's search.
 
     Args:
-        name: the study's name in the storage; processes that give the same one share it.
-        folder: of the sweep, where the locks are; processes that share it know at once of one another's end.
-        limit: trials in all, if the sampler decides on them one after another; those beyond it are closed unrun.
+        url: an Optuna storage (default: an SQLite file in `folder`). Who opens a new one has the folder's lock.
+
+    Raises:
+        UsageError: the storage cannot be opened.
     """
+    import optuna
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+    from sqlalchemy import URL
 
-    def __init__(self, storage: BaseStorage, name: str, folder: Path, limit: int | None = None):
-        import optuna
-        from filelock import FileLock
-
-        self.storage, self.limit = storage, limit
-        self.locks = folder / ".locks"
-        self.locks.mkdir(parents=True, exist_ok=True)
-        self.exclusive: BaseFileLock = FileLock(self.locks / "folder.lock")
-        self.place = _place(folder)
-        self._seen: dict[int, tuple[Any, float]] = {}
-        with self.exclusive:
-            self.study: Study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                directions=["minimize"] * len(OBJECTIVES),
-                sampler=optuna.samplers.RandomSampler(),
-                load_if_exists=True,
-            )
-            if not self.study.metric_names:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    self.study.set_metric_names(list(OBJECTIVES))
-        self._study_id = storage.get_study_id_from_name(name)
-
-    def trials(self) -> list[FrozenTrial]:
-        """The trials that count, in their order; those that two machines added twice at one moment count once."""
-        return [trial for trial, counts in self._judged() if counts]
-
-    def _judged(self) -> Iterator[tuple[FrozenTrial, bool]]:
-        seen: set[str] = set()
-        for trial in self.study.get_trials(deepcopy=False):
-            identity = trial.user_attrs[IDENTITY]
-            open_to_it = self.limit is None or len(seen) < self.limit
-            # One that was closed unrun stays so: a larger limit adds its setting anew.
-            counts = identity not in seen and open_to_it and not trial.user_attrs.get(SURPLUS)
-            seen |= {identity} if counts else set()
-            yield trial, counts
-
-    def add(
-        self, identity: str, seed: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
-    ) -> None:
-        """Add a trial, ready to be taken; within `exclusive`, after a look at what is there.
-
-        Raises:
-            ValueError: the study has the same parameters with other choices.
-        """
-        import optuna
-
-        attributes = {IDENTITY: identity, SEED: seed}
-        waiting = optuna.trial.create_trial(
-            state=optuna.trial.TrialState.WAITING,
-            params=dict(params),
-            distributions=dict(distributions),
-            user_attrs=attributes,
+    # Rendered, since a path may hold characters that mean something in a URL.
+    url = url or URL.create("sqlite", database=str(folder.resolve() / "study.db")).render_as_string()
+    # SQLite's file may be locked by another worker; a server may have closed a connection while a training ran.
+    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    name = folder.resolve().name
+    try:
+        storage = RDBStorage(
+            url,
+            engine_kwargs=options,
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
-        self.study.add_trial(waiting)
-
-    def take(
-        self, ready: Callable[[FrozenTrial, Mapping[str, TrialState]], bool] = lambda trial, states: True
-    ) -> Claim | None:
-        """The first `ready` trial that nobody works on, now this process's own; None where there is none.
-
-        Args:
-            ready: whether a trial can begin where the trials of these identities are in these states.
-        """
-        from optuna.trial import TrialState
-
-        judged = list(self._judged())
-        states = {trial.user_attrs[IDENTITY]: trial.state for trial, counts in judged if counts}
-        for trial, counts in judged:
-            if trial.state.is_finished() or (counts and not ready(trial, states)):
-                continue
-            claim = self._claim(trial)
-            if claim is None:
-                continue
-            if counts:
-                return claim
-            with claim:
-                claim.end(None, {SURPLUS: True}, TrialState.PRUNED)
-        return None
-
-    def _claim(self, trial: FrozenTrial) -> Claim | None:
-        from filelock import FileLock, Timeout
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        lock = FileLock(self.locks / f"{trial.user_attrs[IDENTITY]}.lock")
-        with contextlib.suppress(Timeout, UpdateFinishedTrialError), contextlib.ExitStack() as undo:
-            lock.acquire(blocking=False)
-            undo.callback(lock.release)
-            # Only now, under the lock, what was read before is sure to hold.
-            number = self.storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
-            held = self.storage.get_trial(number)
-            claim = Claim(self, held, number, lock)
-            if held.state == TrialState.WAITING:
-                # Signed before it runs: a worker that is killed in between leaves no trial without an owner.
-                claim.sign()
-                if not self.storage.set_trial_state_values(number, TrialState.RUNNING):
-                    return None
-            elif held.state.is_finished() or not self._is_dead(held):
-                return None
-            claim.sign()
-            undo.pop_all()
-            return claim
-        return None
-
-    def _is_dead(self, trial: FrozenTrial) -> bool:
-        """Whether nobody works on a running trial whose lock this process holds."""
-        sign, now = trial.user_attrs.get(SIGN), time.monotonic()
-        if sign is not None and sign["place"] == self.place:
-            return True
-        last, since = self._seen.get(trial.number, (None, now))
-        if trial.number not in self._seen or last != sign:
-            self._seen[trial.number], since = (sign, now), now
-        return now - since > GRACE
-
-    def unfinished(self) -> int:
-        """How many trials have not ended, in the hands of other workers for the most part."""
-        return sum(not trial.state.is_finished() for trial, _ in self._judged())
+        studies = []
+        for one in [name] if plan.sampler == "grid" else [f"{name} {model}" for model in plan.models]:
+            startup = max(1, min(RANDOM_AT_MOST, _budget(plan) // 2))
+            sampler = optuna.samplers.TPESampler(n_startup_trials=startup, constant_liar=True)
+            known: dict[str, Any] = {"storage": storage, "study_name": one, "load_if_exists": True}
+            study = optuna.create_study(**known, sampler=sampler, directions=["minimize"] * len(OBJECTIVES))
+            study.set_metric_names(list(OBJECTIVES))
+            studies.append(study)
+    except Exception as error:  # whatever the database's driver raises
+        reason = first_line(error).replace(url, without_password(url))
+        raise UsageError(f"--storage {without_password(url)}: cannot be opened ({reason})") from None
+    return studies
 
 
-def _place(folder: Path) -> str:
-    """What two processes share exactly if a lock on a file in `folder` holds between them: kernel and directory."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    kernel = boot.read_text().strip() if boot.exists() else f"{uuid.getnode():x}"
-    where = folder.stat()
-    return f"{kernel}:{where.st_dev:x}:{where.st_ino:x}"
+def _budget(plan: SweepPlan) -> int:
+    """TPE's settings a model; each is trained with every seed."""
+    return (plan.trials or 0) // len(plan.models) // len(plan.seeds)
 
 
-class Claim:
-    """A trial that this process works on, until it leaves the `with` block: then it has ended, or waits again."""
+def distribution(path: str, values: Sequence[Any]) -> BaseDistribution:
+    """What the storage, the dashboard and the importances know of an option's values.
 
-    def __init__(self, queue: Queue, trial: FrozenTrial, trial_id: int, lock: BaseFileLock):
-        self.queue, self.trial, self.trial_id, self.lock = queue, trial, trial_id, lock
-        self.token, self.beats, self.ended = uuid.uuid4().hex, 0, False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._live, daemon=True)
+    Numbers are a range, which another call may widen; choices are all that the option has.
+    """
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    def sign(self) -> None:
-        """Leave a new sign of life."""
-        self.beats += 1
-        sign = {"place": self.queue.place, "token": self.token, "beat": self.beats}
-        self.queue.storage.set_trial_user_attr(self.trial_id, SIGN, sign)
+    option = KEYS[path][1] if path != MODEL else None
+    if option is not None and all(type(value) in (int, float) for value in values):
+        kind = IntDistribution if option.kind is int else FloatDistribution
+        return kind(min(values), max(values), log=by_logarithm(option))
+    if option is not None and option.choices:
+        return CategoricalDistribution([None, *option.choices] if option.optional else list(option.choices))
+    return CategoricalDistribution([False, True] if option is not None and option.kind is bool else list(values))
 
-    def _live(self) -> None:
-        while not self._stop.wait(BEAT):
-            # A storage that cannot be reached just now must not end the training; the next sign may get through.
-            with contextlib.suppress(Exception):
-                if self.queue.storage.get_trial(self.trial_id).user_attrs[SIGN]["token"] != self.token:
-                    return
-                self.sign()
 
-    def end(self, values: Sequence[float] | None, attributes: Mapping[str, Any], state: Any = None) -> bool:
-        """Record the end of the trial: its values, or that it has none because of its `state`, and further attributes.
+def suggest(trial: Trial, dimension: Dimension) -> Any:
+    """The value that the study's sampler gives the trial."""
+    if not dimension.ranged:
+        return trial.suggest_categorical(dimension.path, dimension.values)
+    ask = trial.suggest_int if dimension.option.kind is int else trial.suggest_float
+    return ask(dimension.path, *dimension.values, log=dimension.log)
 
-        Returns False where another worker was first, whose word stands.
-        """
-        from optuna.exceptions import UpdateFinishedTrialError
 
-        self.ended = True
+def of_sweep(trial: FrozenTrial) -> bool:
+    """Whether the trial was added by a worker, and not to be done again by another one."""
+    from optuna.trial import TrialState
+
+    return MODEL in trial.user_attrs and (trial.state != TrialState.FAIL or RESULTS in trial.user_attrs)
+
+
+def add_missing(plan: SweepPlan, studies: Sequence[Study]) -> None:
+    """Add the plan's trials that the studies do not hold; under the folder's lock.
+
+    Raises:
+        UsageError: the study was searched in a way that does not fit.
+    """
+    import optuna
+
+    if plan.sampler == "tpe":
+        searched = [f"{one.path}={'log:' if one.log else ''}{one.values}" for one in plan.dimensions]
+        for model, study in zip(plan.models, studies, strict=True):
+            if study.user_attrs.get(SEARCHED, searched) != searched:
+                raise UsageError(
+                    f"--over: the sweep searches {', '.join(study.user_attrs[SEARCHED])}: choose another --out"
+                )
+            study.set_user_attr(SEARCHED, searched)
+            for _ in range(sum(map(of_sweep, study.trials)), _budget(plan)):
+                study.enqueue_trial({}, user_attrs={MODEL: model, SEEDS: list(plan.seeds)})
+        return
+    (study,) = studies
+    held = [(trial.params, trial.user_attrs[SEEDS]) for trial in study.trials if of_sweep(trial)]
+    values: dict[str, list[Any]] = {MODEL: [model.name for model in plan.recipe.models]}
+    values |= {one.path: list(one.values) for one in plan.dimensions}
+    for setting in plan.settings:
+        params, seeds = dict(setting.params), [setting.recipe.seed]
+        if (params, seeds) not in held:
+            ranges = {path: distribution(path, values[path]) for path in params}
+            attributes = {MODEL: setting.model.name, SEEDS: seeds}
+            waiting = optuna.trial.TrialState.WAITING
+            try:
+                study.add_trial(optuna.trial.create_trial(
+                    state=waiting, params=params, distributions=ranges, user_attrs=attributes
+                ))  # fmt: skip
+            except ValueError as error:
+                raise UsageError(
+                    f"--over: the sweep has other choices ({first_line(error)}): choose another --out"
+                ) from None
+
+
+def take_all(studies: Sequence[Study], objective: Callable[[Trial], Sequence[float]]) -> None:
+    """Take trials until all have ended, those of other workers too."""
+    import optuna
+    from optuna.trial import TrialState
+
+    looks: Counter[tuple[str, int]] = Counter()
+    waited = 0
+    while True:
+        if any(_take(study, objective) for study in studies):
+            continue
+        running = [(s, t) for s in studies for t in s.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+        if not running:
+            return
+        if len(running) != waited:
+            waited = len(running)
+            print(f"waiting for {waited} trials of other workers", flush=True)
+        time.sleep(POLL)
+        for study, trial in running:
+            looks[study.study_name, trial.number] += 1
+            if looks[study.study_name, trial.number] == 2:
+                # A worker that was killed before its first heartbeat: Optuna judges only who has had one.
+                study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+        for study in studies:
+            optuna.storages.fail_stale_trials(study)
+
+
+def _take(study: Study, objective: Callable[[Trial], Sequence[float]]) -> bool:
+    """Take one trial, if any waits; whether there was one."""
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        return False
+    # A worker that was taken for dead finds its trial ended by another, which has read the run folder: so it stands.
+    with contextlib.suppress(UpdateFinishedTrialError):
         try:
-            for key, value in attributes.items():
-                self.queue.storage.set_trial_user_attr(self.trial_id, key, value)
-            self.queue.study.tell(self.trial.number, values, state=state)
-        except (UpdateFinishedTrialError, ValueError):
-            # `tell` refuses with a ValueError what it finds finished; any other one is a mistake of ours.
-            if not self.queue.storage.get_trial(self.trial_id).state.is_finished():
+            study.optimize(objective, n_trials=1)
+        except ValueError as error:
+            if not str(error).startswith("Cannot tell a "):
                 raise
-            return False
-        return True
-
-    def __enter__(self) -> Claim:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        self._stop.set()
-        self._thread.join(BEAT)
-        try:
-            if not self.ended:
-                with contextlib.suppress(UpdateFinishedTrialError):
-                    self.queue.storage.set_trial_state_values(self.trial_id, TrialState.WAITING)
-        finally:
-            self.lock.release()
+    return True

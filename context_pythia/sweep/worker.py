@@ -1,61 +1,66 @@
-"""`context-pythia sweep`: one worker, of any number, that trains a study's trials until the whole study has ended.
+"""`context-pythia sweep`: one worker, of any number, that trains a sweep's settings until all of them have ended.
 
-A trial is the comparison of a recipe with one model, in a run folder of its own below `trials/`; what it holds is never
-trained again, and a trial that another worker left half done goes on from its checkpoints.
+A training is the comparison of a recipe with one model, in a run folder of its own below `trials/`. Who trains it has
+the folder's lock; who finds it finished reads it, and who finds it half done goes on from its checkpoints.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Mapping
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from context_pythia.config.recipe_files import load_recipe, save_recipe
 from context_pythia.data.packing import load_data
 from context_pythia.errors import Failure, UsageError, first_line
-from context_pythia.files import write_json
+from context_pythia.files import read_record, write_json
 from context_pythia.runs.build import best_device, embedding_rows
-from context_pythia.runs.record import Run, provenance, read_metrics, write_call
+from context_pythia.runs.record import Run, merged, provenance, read_metrics, write_call
 from context_pythia.runs.train import check_training, compare
-from context_pythia.sweep.options import Setting, SweepPlan, trial_values
+from context_pythia.sweep.options import MODEL, Setting, SweepPlan
 from context_pythia.sweep.results import sweep_metrics
-from context_pythia.sweep.search import Search
 from context_pythia.sweep.study import (
-    ERROR,
-    RESULT,
-    SEED,
-    Claim,
-    Queue,
-    open_storage,
+    OBJECTIVES,
+    RESULTS,
+    SEEDS,
+    add_missing,
+    of_sweep,
+    open_studies,
     require_optuna,
+    suggest,
+    take_all,
 )
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial, TrialState
+    from optuna.study import Study
+    from optuna.trial import Trial
 
     from context_pythia.config.recipe import Recipe
 
-POLL = 1.0  # seconds between two looks at trials that other workers hold
-TRIALS, PROVENANCE = "trials", "provenance.json"
-RECIPE = "recipe"  # the study's attribute that says what all its trials share
-TEXT = "text "  # the study's attributes that say which text the options of the data stand for
-# Of a trial's entry in its run folder's metrics, what the study keeps: its report needs no run folder.
-KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch")
+TRIALS, PROVENANCE, METRICS, RECIPE = "trials", "provenance.json", "metrics.json", "recipe.yaml"
+# What the study keeps of a model's entry in its run folder's metrics: the report needs no run folder.
+KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch", "error")
+# States of trials of one training, what says most of it first.
+STATES = {"COMPLETE": "complete", "RUNNING": "running", "WAITING": "waiting"}
 
 
 def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train what of the plan's trials nobody else trains, wait for the others, and return the figures of all.
+    """Train what of the plan nobody else trains, wait for the others, and return the figures of all.
 
     Args:
         out: the sweep's folder; its name is the study's name in `storage`.
-        storage: an Optuna storage URL (default: a journal in `out`).
+        storage: an Optuna storage URL (default: an SQLite file in `out`).
 
     Raises:
-        ValueError: something that cannot be trained as asked, found before any training; or a study of another sweep.
-        RuntimeError: every trial failed, or the storage failed on the way.
-        OSError: a folder that cannot be written. The trial that it met waits for the next worker.
+        UsageError: something that cannot be trained as asked, found before any training; or a folder of another sweep.
+        Failure: every trial failed, or the storage failed on the way.
+        OSError: a folder that cannot be written. The trial that it met is left to the next worker.
     """
     require_optuna()
     from optuna.exceptions import StorageInternalError
@@ -64,200 +69,173 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
         (out / TRIALS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
+    lock = FileLock(out / ".lock")
     try:
-        queue = Queue(open_storage(storage, out), out.resolve().name, out, plan.trials)
-        _check_same_sweep(plan, queue, out)
-        with queue.exclusive:  # the first worker packs the text, the others open what it packed
-            for setting in plan.probes():
-                _check_same_text(queue, setting.recipe, check_setting(setting.recipe, progress), out)
-        metrics = _work(plan, queue, out, progress)
+        with lock:  # the first worker packs the text, the others open what it packed
+            recipe = _same_recipe(plan, out)
+            for setting in plan.settings:
+                _check(setting, out, progress)
+            save_recipe(recipe, out / RECIPE)
+            studies = open_studies(plan, out, storage)
+            add_missing(plan, studies)
+        worker = Worker(plan, out, studies, lock, progress)
+        take_all(studies, worker.objective)
+        metrics = worker.record()
     except StorageInternalError as error:
-        reason = first_line(error.__cause__ or error)
-        raise Failure(f"the storage failed ({reason}): run again to go on") from error
-    failed = [trial for trial in metrics["trials"] if trial["state"] == "failed"]
-    if failed and len(failed) == len(metrics["trials"]):
-        raise Failure(f"all {len(failed)} trials failed: {failed[0]['error']}")
+        raise Failure(f"the storage failed ({first_line(error.__cause__ or error)}): run again to go on") from error
+    trials = metrics["trials"]
+    if not worker.trained:
+        print(f"all {len(trials)} trials have ended, nothing is left to train")
+    if trials and all(trial["state"] == "failed" for trial in trials):
+        raise Failure(f"all {len(trials)} trials failed: {trials[0]['error']}")
     return metrics
 
 
-def _check_same_sweep(plan: SweepPlan, queue: Queue, out: Path) -> None:
-    """Raise `ValueError` where the study holds trials of another recipe or sampler: they would not compare."""
-    wanted = trial_values(plan.recipe) | {"sampler": plan.sampler}
-    del wanted["seed"]
-    with queue.exclusive:
-        held = queue.study.user_attrs.get(RECIPE)
-        if held is None:
-            queue.study.set_user_attr(RECIPE, wanted)
-            return
-    for key in wanted:
-        if held.get(key) != wanted[key]:
-            raise UsageError(f"{out} holds a sweep with another {_difference(key, held.get(key), wanted[key])}: "
-                             "choose another folder with --out")  # fmt: skip
+def _same_recipe(plan: SweepPlan, out: Path) -> Recipe:
+    """The recipe of the folder's trainings; `UsageError` where it or the sampler is another: they would not compare."""
+    if (out / METRICS).exists():
+        if not (out / RECIPE).exists():
+            raise UsageError(f"{out} holds a sweep of an older version: `report` reads it; choose another with --out")
+        if (sampler := read_record(out / METRICS)["sampler"]) != plan.sampler:
+            raise UsageError(f"{out} holds a sweep with sampler {sampler}: choose another folder with --out")
+    if not (out / RECIPE).exists():
+        return plan.recipe
+    held = load_recipe(str(out / RECIPE))
+    return merged(held, dataclasses.replace(plan.recipe, seed=held.seed), out, healed=True)
 
 
-def _difference(key: str, held: Any, wanted: Any) -> str:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        inner = next((name for name in wanted if held.get(name) != wanted[name]), None)
-        return f"{key}.{inner} ({held.get(inner)}, not {wanted.get(inner)})"
-    return key if isinstance(wanted, list) else f"{key} ({held}, not {wanted})"
-
-
-def _check_same_text(queue: Queue, recipe: Recipe, fingerprint: str, out: Path) -> None:
-    """Raise `ValueError` where the study's trials of the same data options are of another text than theirs now.
-
-    A file may have been replaced since, and the built-in corpus is another with another Python.
-    """
-    options = json.dumps(trial_values(recipe)["data"], sort_keys=True)
-    key = TEXT + hashlib.sha256(options.encode()).hexdigest()[:10]
-    with queue.exclusive:
-        held = queue.study.user_attrs.get(key)
-        if held is None:
-            queue.study.set_user_attr(key, fingerprint)
-    if held not in (None, fingerprint):
-        raise _other_text(out, held, fingerprint)
-
-
-def _check_recorded_text(folder: Path, fingerprint: str) -> None:
-    """The same of a trial's run folder, which another study may have left."""
-    path = folder / "metrics.json"
-    held = read_metrics(path)["data"].get("fingerprint") if path.exists() else None
-    if held not in (None, fingerprint):
-        raise _other_text(folder, held, fingerprint)
-
-
-def _other_text(folder: Path, held: str, fingerprint: str) -> UsageError:
-    return UsageError(
-        f"{folder} holds results of data {held}, and the same names here give {fingerprint}: the text has changed, or "
-        "is another on this machine; give what it was, or choose another folder with --out"
-    )
-
-
-def check_setting(recipe: Recipe, progress: bool) -> str:
-    """The fingerprint of the recipe's text; `ValueError` for what cannot be told to be wrong before it is read."""
+def _check(setting: Setting, out: Path, progress: bool) -> None:
+    """Raise `UsageError` for what cannot be trained, or has been trained on other text."""
+    recipe, folder = setting.recipe, out / TRIALS / setting.name
     check_training(recipe)
     data = load_data(recipe.data, progress)
     embedding_rows(recipe, data.summary["vocab_size"])
-    fingerprint: str = data.summary["fingerprint"]
-    return fingerprint
+    if (folder / METRICS).exists():
+        Run(folder, recipe).use_data(data.summary)
 
 
-def _work(plan: SweepPlan, queue: Queue, out: Path, progress: bool) -> dict[str, Any]:
-    search = Search(plan, queue)
-    waiting, called = 0, False
-    while True:
-        claim = queue.take(lambda trial, states: _origin_ended(plan, trial, states))
-        if claim is None:
-            if search.fill():
-                continue
-            if not (unfinished := queue.unfinished()):
-                if not called:
-                    print(f"all {len(queue.trials())} trials ended before, nothing is left to train")
-                return _record(plan, queue, out)
-            if unfinished != waiting:
-                print(f"waiting for {unfinished} of {len(queue.trials())} trials in other workers", flush=True)
-            waiting = unfinished
-            time.sleep(POLL)
-            continue
-        waiting = 0
-        with claim:
-            if not called:
-                called = True
-                with queue.exclusive:
-                    write_call(out / PROVENANCE, provenance(best_device()))
-            _run(plan, claim, out, progress)
-        _record(plan, queue, out)
+@dataclass
+class Worker:
+    """What this process does of a sweep.
 
-
-def _run(plan: SweepPlan, claim: Claim, out: Path, progress: bool) -> None:
-    """Train the trial and record its end; a failure on the way is its end too, unless the machine is to blame."""
-    from optuna.trial import TrialState
-
-    trial, count = claim.trial, plan.trials or len(claim.queue.trials())
-    try:
-        setting = plan.setting(trial.params, trial.user_attrs[SEED])
-        fingerprint = check_setting(setting.recipe, progress)
-        origin = _trained_origin(plan, setting, out)
-    except UsageError as error:
-        claim.end(None, {ERROR: first_line(error)}, TrialState.FAIL)
-        return
-    folder = run_folder(setting, out)
-    _check_same_text(claim.queue, setting.recipe, fingerprint, out)
-    _check_recorded_text(folder, fingerprint)
-    print(f"\ntrial {trial.number + 1} of {count}: {setting.describe()}", flush=True)
-    entry = train_trial(setting, folder, progress, origin)
-    if entry["error"] is not None:
-        claim.end(None, {ERROR: entry["error"]}, TrialState.FAIL)
-        return
-    values = [entry["best_val_ppl"], entry["cache"]["bytes_measured"]]
-    claim.end(values, {RESULT: {key: entry[key] for key in KEPT} | {"phase1": _without_history(entry["phase1"])}})
-
-
-def _without_history(phase1: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if phase1 is None else {key: value for key, value in phase1.items() if key != "history"}
-
-
-def _origin_ended(plan: SweepPlan, trial: FrozenTrial, states: Mapping[str, TrialState]) -> bool:
-    """Whether the trial need not wait for that of the baseline which its model is made of."""
-    try:
-        origin = plan.origin(plan.setting(trial.params, trial.user_attrs[SEED]))
-    except UsageError:  # which the trial's end will tell
-        return True
-    return origin is None or origin.identity not in states or states[origin.identity].is_finished()
-
-
-def _trained_origin(plan: SweepPlan, setting: Setting, out: Path) -> Run | None:
-    """The run with the trained baseline that the model of `setting` is made of, if it is made of one.
-
-    Raises:
-        ValueError: the baseline's training failed.
-        FileNotFoundError: its run folder is not here, so the trial is another worker's.
+    Attributes:
+        lock: of the sweep's folder.
+        trained: whether it has trained anything yet.
     """
-    origin = plan.origin(setting)
-    if origin is None:
-        return None
-    name, folder = origin.recipe.models[0].name, run_folder(origin, out)
-    entry = _entry(folder)
-    if entry is None:
-        raise FileNotFoundError(
-            f"no trained {name} in {folder}: workers that heal must share --out, not only the storage"
-        )
-    if entry["error"] is not None:
-        raise UsageError(f"its baseline {name} failed: {entry['error']}")
-    return Run(folder, origin.recipe)
 
+    plan: SweepPlan
+    out: Path
+    studies: list[Study]
+    lock: FileLock
+    progress: bool
+    trained: bool = False
 
-def run_folder(setting: Setting, out: Path) -> Path:
-    """The trial's run folder: one of the same identity that is there already, whatever else was searched then."""
-    return next((out / TRIALS).glob(f"*_{setting.identity}"), out / TRIALS / setting.folder)
+    def objective(self, trial: Trial) -> list[float]:
+        """Train the trial's setting with its seeds: the means of perplexity and cache bytes, NaN if all have failed."""
+        import optuna
 
-
-def train_trial(setting: Setting, folder: Path, progress: bool, origin: Run | None = None) -> dict[str, Any]:
-    """The trial's entry in its run folder's metrics, a failure included: trained now, or recorded there before.
-
-    Args:
-        origin: see `compare`.
-    """
-    if (entry := _entry(folder)) is None:
+        if MODEL not in trial.user_attrs:
+            raise optuna.TrialPruned  # it was made since another worker took the last one that waited
         try:
-            compare(setting.recipe, folder, progress=progress, origin=origin)
-        except Failure:
-            if _entry(folder) is None:
-                raise
-        entry = _entry(folder)
-    assert entry is not None
-    return entry
+            entries = dict(self._entries(trial))
+        except optuna.TrialPruned:
+            raise
+        except BaseException:
+            # Interrupted, or the machine is to blame: left to the next worker.
+            held = trial.study.get_trials(deepcopy=False)[trial.number]
+            optuna.storages.RetryHeartbeatStaleTrialCallback()(trial.study, held)
+            raise
+        trial.set_user_attr(RESULTS, entries)
+        self.record()
+        done = [(entry["val_ppl"], entry["cache_bytes"]) for entry in entries.values() if entry["error"] is None]
+        return [statistics.fmean(column) for column in zip(*done, strict=True)] or [math.nan] * len(OBJECTIVES)
+
+    def _entries(self, trial: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the study keeps of each of the trial's trainings, by name."""
+        import optuna
+
+        searched = (
+            {} if self.plan.sampler == "grid" else {one.path: suggest(trial, one) for one in self.plan.dimensions}
+        )
+        for seed in trial.user_attrs[SEEDS]:
+            try:
+                setting = self.plan.setting({MODEL: trial.user_attrs[MODEL]} | trial.params | searched, seed)
+            except UsageError as error:  # values that are valid one by one, but not together
+                print(f"trial {trial.number} is left out: {first_line(error)}", flush=True)
+                raise optuna.TrialPruned from None
+            try:
+                if self.plan.sampler != "grid":
+                    _check(setting, self.out, self.progress)
+                entry = self.train(setting)
+            except UsageError as error:
+                entry = {"error": first_line(error)}
+            kept = {key: entry.get(key) for key in KEPT} | {"val_ppl": None, "cache_bytes": None, "phase1": None}
+            if entry["error"] is None:
+                kept |= {"val_ppl": entry["best_val_ppl"], "cache_bytes": entry["cache"]["bytes_measured"]}
+                kept["phase1"] = entry["phase1"] and {k: v for k, v in entry["phase1"].items() if k != "history"}
+            yield setting.name, kept
+
+    def train(self, setting: Setting) -> dict[str, Any]:
+        """The model's entry in its run folder's metrics, a failure included: trained now, or recorded there before.
+
+        Raises:
+            UsageError: the folder holds something else, or the model is made of a baseline whose training failed.
+        """
+        origin = None
+        if baseline := self.plan.origin(setting):
+            if (error := self.train(baseline)["error"]) is not None:
+                raise UsageError(f"its baseline {baseline.model.name} failed: {error}")
+            origin = Run(self.out / TRIALS / baseline.name, baseline.recipe)
+        folder = self.out / TRIALS / setting.name
+        folder.mkdir(exist_ok=True)
+        with FileLock(folder / ".training.lock"):
+            if (entry := _recorded(folder)) is not None:
+                return entry
+            if not self.trained:
+                self.trained = True
+                with self.lock:
+                    write_call(self.out / PROVENANCE, provenance(best_device()))
+            print(f"\n{setting.name}", flush=True)
+            try:
+                compare(setting.recipe, folder, progress=self.progress, origin=origin)
+            except Failure:
+                if _recorded(folder) is None:
+                    raise
+            entry = _recorded(folder)
+        assert entry is not None
+        end = f"perplexity {entry['best_val_ppl']:,.2f}" if entry["error"] is None else f"failed: {entry['error']}"
+        print(f"{setting.name}: {end}", flush=True)
+        return entry
+
+    def record(self) -> dict[str, Any]:
+        """Write the sweep's metrics, as the studies have them now."""
+        with self.lock:
+            metrics = sweep_metrics(self.plan, self.out.resolve().name, self._trials())
+            write_json(self.out / METRICS, metrics)
+            if not (self.out / PROVENANCE).exists():
+                write_call(self.out / PROVENANCE, provenance(best_device()))
+        return metrics
+
+    def _trials(self) -> list[tuple[Setting, str, dict[str, Any]]]:
+        """Each training once: its setting, its state, and what the study keeps of it."""
+        found: dict[str, tuple[Setting, str, dict[str, Any]]] = {}
+        order = ["complete", "failed", "running", "waiting"]
+        for trial in (trial for study in self.studies for trial in study.trials if of_sweep(trial)):
+            if trial.state.name == "PRUNED" or (
+                self.plan.sampler != "grid" and len(trial.params) < len(self.plan.dimensions)
+            ):
+                continue  # nothing was trained of it, or it has no values yet
+            for seed in trial.user_attrs[SEEDS]:
+                setting = self.plan.setting({MODEL: trial.user_attrs[MODEL]} | trial.params, seed)
+                kept = trial.user_attrs.get(RESULTS, {}).get(setting.name)
+                state = STATES.get(trial.state.name, "waiting")
+                if kept:
+                    state = "complete" if kept["error"] is None else "failed"
+                if setting.name not in found or order.index(state) < order.index(found[setting.name][1]):
+                    found[setting.name] = (setting, state, kept or {})
+        return list(found.values())
 
 
-def _entry(folder: Path) -> dict[str, Any] | None:
-    path = folder / "metrics.json"
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    path = folder / METRICS
     return next(iter(read_metrics(path)["models"]), None) if path.exists() else None
-
-
-def _record(plan: SweepPlan, queue: Queue, out: Path) -> dict[str, Any]:
-    """Write the sweep's metrics and provenance, as the study has them now."""
-    with queue.exclusive:
-        metrics = sweep_metrics(plan, queue, lambda setting: run_folder(setting, out).name)
-        write_json(out / "metrics.json", metrics)
-        if not (out / PROVENANCE).exists():
-            write_call(out / PROVENANCE, provenance(best_device()))
-    return metrics
