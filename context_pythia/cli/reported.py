@@ -34,7 +34,7 @@ def sweep(plan: Any, out: Path, lang: str = "en", **options: Any) -> dict[str, A
 def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`bench.decode.bench`, with its tables, and the report, also of an interrupted one."""
     from context_pythia.bench import decode
-    from context_pythia.report.bench_tables import show
+    from context_pythia.report.bench import show
 
     with _reported(out, lang, after=BaseException):
         return decode.bench(*args, **options | {"out": out, "show": show})
@@ -42,7 +42,7 @@ def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any)
 
 def evaluate(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`runs.evaluate.evaluate`, the table, and the report."""
-    from context_pythia.report.evaluation_report import console_table
+    from context_pythia.report.evaluation import console_table
     from context_pythia.runs import evaluate
 
     with _reported(out, lang):

@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from context_pythia.files import read_record
-from context_pythia.report.figures import COLOURS, drawing_style, new_figure, png
+from context_pythia.files import read_record, write_bytes
+from context_pythia.report.figures import draw_spectra, png
 
-SPECTRUM = "spectrum.png"
+RECORD, SPECTRUM = "conversion.json", "spectrum.png"
 
 
-def write_card(folder: Path) -> None:
-    """README.md of a converted model's folder, as Hugging Face shows it, and the picture, from its conversion.json."""
-    record = read_record(folder / "conversion.json")
-    if record.get("layers"):
-        write_spectrum(folder, record)
+def write_card(folder: Path) -> list[Path]:
+    """README.md of a converted model's folder, as Hugging Face shows it, and the picture, from its conversion.json.
+
+    Returns the paths written. Raises FileNotFoundError or UsageError for a record that is missing or damaged.
+    """
+    record = read_record(folder / RECORD)
+    written = [write_bytes(folder / "README.md", "\n".join(_card(record)).encode())]
+    if any(value > 0 for layer in record.get("layers") or () for value in layer["spectrum"]):
+        written.append(write_bytes(folder / SPECTRUM, png(draw_spectra, record["layers"])))
+    return written
+
+
+def _card(record: dict[str, Any]) -> list[str]:
     cache, settings = record["cache"], record["settings"]
     control = record["context_dim"] is None
     name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction(record):.1%} less cache")
@@ -24,7 +32,7 @@ def write_card(folder: Path) -> None:
     if shipped:
         load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
     option = ", trust_remote_code=True" if shipped else ""
-    lines = [
+    return [
         "---",
         "library_name: transformers",
         *([f"base_model: {record['original'].partition('@')[0]}"] if not Path(record["original"]).exists() else []),
@@ -52,7 +60,6 @@ def write_card(folder: Path) -> None:
         "The settings, and what each layer keeps, are in `conversion.json`.",
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _what(record: dict[str, Any]) -> list[str]:
@@ -91,30 +98,6 @@ def _layers(record: dict[str, Any]) -> list[str]:
     ]
     head = ["| layer | width | rotary | pairs by frequency | latent |", "| --- | ---: | ---: | --- | ---: |"]
     return [*head, *rows, ""]
-
-
-def write_spectrum(folder: Path, record: dict[str, Any]) -> None:
-    """The picture: what each direction of a layer's input is worth, and how many the latent keeps."""
-    positive = [value for layer in record["layers"] for value in layer["spectrum"] if value > 0]
-    if not positive:
-        return
-    from matplotlib.ticker import FuncFormatter
-
-    with drawing_style():
-        figure = new_figure(height=4.9)
-        axes = figure.subplots()
-        for number, layer in enumerate(record["layers"]):
-            spectrum, colour = layer["spectrum"], COLOURS[number % len(COLOURS)]
-            axes.plot(range(1, len(spectrum) + 1), spectrum, color=colour, linewidth=1.2, label=f"layer {number}")
-            if 0 < layer["latent"] <= len(spectrum):
-                axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=colour)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
-        axes.set_ylim(bottom=max(positive) * 1e-9)
-        axes.set_xlabel("direction of the input, rotary keys aside (dot: last kept)")
-        axes.set_ylabel("error where it is left out")
-        axes.legend(fontsize=8, ncols=2)
-        (folder / SPECTRUM).write_bytes(png(figure))
 
 
 def reduction(record: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 
 from context_pythia.files import write_bytes
 
@@ -76,13 +77,8 @@ def to_html(blocks: Sequence[Block], lang: str, pictures: Mapping[str, bytes]) -
     """One HTML page that loads nothing: the style is inline, and `pictures` (file -> PNG) become data URIs."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
     body = "\n".join(_html_block(block, pictures) for block in blocks)
-    return (
-        f'<!doctype html>\n<html lang="{escape(lang)}">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        "</body>\n</html>\n"
-    )
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return page.substitute(lang=escape(lang), title=escape(title), body=body)
 
 
 def to_console(table: Table) -> str:
@@ -144,7 +140,8 @@ def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
 def _html_table(table: Table) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         marks = ["" if column < table.text_columns else ' class="number"' for column in range(len(cells))]
-        return "<tr>" + "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True)) + "</tr>"
+        shown = (_unbroken(c) if m and tag == "td" else escape(c) for c, m in zip(cells, marks, strict=True))
+        return "<tr>" + "".join(f"<{tag}{m}>{c}</{tag}>" for c, m in zip(shown, marks, strict=True)) + "</tr>"
 
     kind = "facts" if table.text_columns >= len(table.head) else "figures"
     rows = "\n".join(line(row, "td") for row in table.rows)
@@ -154,42 +151,6 @@ def _html_table(table: Table) -> str:
     )
 
 
-_STYLE = """
-:root { --paper: #fff; --ink: #1c2330; --faint: #5b6575; --line: #d9dee6; --tint: #f4f6f9; --accent: #0b63b5;
-  --alert: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181f; --ink: #e4e8ee; --faint: #9aa5b5; --line: #323b48; --tint: #1d232d; --accent: #6cb4f5;
-    --alert: #ff8a80; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 1rem/1.6 system-ui, "Hiragino Sans", "Yu Gothic", "Noto Sans CJK JP", "Noto Sans JP", sans-serif; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.8rem; line-height: 1.25; margin: .5rem 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .5rem; overflow-wrap: anywhere; }
-p { max-width: 48rem; overflow-wrap: anywhere; }
-.lead { font-size: 1.15rem; padding: .75rem 1rem; border-left: .25rem solid var(--accent); background: var(--tint); }
-.note, .alert { padding: .5rem 1rem; border-left: .25rem solid var(--line); color: var(--faint); }
-.alert { border-color: var(--alert); color: var(--alert); }
-.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
-.number { text-align: right; }
-.figures th, .figures td { padding-inline: .55rem; }
-.figures th { word-break: keep-all; }
-.figures td.number { white-space: nowrap; }
-.figures td:not(.number) { min-width: 6rem; max-width: 16rem; }
-.figures th:first-child, .figures td:first-child { position: sticky; left: 0; background: var(--paper);
-  overflow-wrap: anywhere; font-weight: 600; }
-.facts td:first-child { color: var(--faint); min-width: 7rem; }
-.facts td:last-child { overflow-wrap: anywhere; }
-pre { overflow-x: auto; margin: .5rem 0 1rem; padding: .75rem 1rem; border-radius: .4rem; background: var(--tint);
-  font: .8rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre code { font: inherit; }
-figure { margin: 1rem 0 1.5rem; max-width: 46rem; }
-img { display: block; width: 100%; height: auto; padding: .5rem; border-radius: .4rem; background: #fff; }
-figcaption { margin-top: .4rem; font-size: .875rem; color: var(--faint); }
-@media print { main { max-width: none; } .scroll { overflow: visible; } }
-"""
+def _unbroken(figure: str) -> str:
+    """In a narrow column a figure breaks before a bracket or after a stroke alone."""
+    return escape(figure).replace(" ", "&nbsp;").replace("&nbsp;(", " (").replace("/&nbsp;", "/ ")

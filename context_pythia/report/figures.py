@@ -1,4 +1,4 @@
-"""The pictures of a report: learning curves, perplexity by position, and perplexity against the bytes of the cache.
+"""Draws the pictures of reports: curves over an axis, perplexity against the cache, and bars.
 
 Labels are English in every language, because matplotlib brings no Japanese font. Figures are made by matplotlib's
 object interface, so that no window system and no global figure is touched; matplotlib loads when a picture is drawn.
@@ -8,199 +8,226 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from context_pythia.report.formats import finite
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
-BASELINE_COLOUR = "#3c4350"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
+_GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
+_LINE = "#b5bcc8"
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _FAR = 4.0  # an arrow stands for a model that is so many times as far above the best as the worst that none beats
 _LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is logarithmic
+_ROWS_AT_MOST = 30  # of a picture with a line a setting
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Series:
-    """What the pictures show of one model: (x, y) points a curve, its perplexity by position and against its cache."""
+class Panel:
+    """Curves over one axis.
+
+    Attributes:
+        curves: (x, y) points by the model's name.
+        stars: a point to mark, by the model's name.
+        edges: of bands, whose numbers are the curves' x; none where x is a number of its own.
+        level: where a dotted line goes.
+        scaled: the axes ("x", "y", "xy") that are logarithmic where their values span much; x in powers of 2.
+    """
+
+    title: str
+    x: str
+    curves: Mapping[str, Points]
+    y: str = ""
+    stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    edges: Sequence[float] = ()
+    level: float | None = None
+    share: bool = False
+    scaled: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model, or a setting of it, with a cache of `size` bytes; `low` and `high` are the ends of its whiskers."""
 
     name: str
-    baseline: bool
-    perplexity: Sequence[tuple[float, float]]
-    train_loss: Sequence[tuple[float, float]]
-    convergence: Sequence[tuple[float, float]] = ()
-    best: tuple[float, float] | None = None  # (epoch, perplexity)
-    cache_bytes: float | None = None
-    positions: Sequence[Mapping[str, float]] = ()  # as `perplexity_by_position` gives them
+    model: str
+    size: float
+    perplexity: float
+    label: str
+    low: float | None = None
+    high: float | None = None
+    group: str = ""  # only points of the same group compare
 
 
-def is_baseline(entry: Mapping[str, Any]) -> bool:
-    """Whether a model's entry is that of a GPT-NeoX trained from its first weights; older runs do not record it."""
-    return entry.get("baseline", entry["context_source"] is None and not entry.get("from_baseline"))
+def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figure:
+    """One panel below the other, with a legend of the models that have a curve.
 
-
-def series_of(model: Mapping[str, Any]) -> Series:
-    """The finite figures of one entry of metrics.json's models."""
-
-    def points(entries: Sequence[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-        return [(entry[x], entry[y]) for entry in entries if finite(entry[y])]
-
-    history, phase1, cache = model["history"] or [], model["phase1"] or {}, model["cache"] or {}
-    # What is made of the trained baseline goes on where that ended.
-    origin = model.get("from_baseline")
-    start = origin["best_epoch"] if origin else 0
-    epoch, best = model["best_epoch"], model["best_val_ppl"]
-    return Series(
-        name=model["name"],
-        baseline=is_baseline(model),
-        perplexity=[(start + x, y) for x, y in points(history, "epoch", "val_ppl")],
-        # The loss of healing is another one.
-        train_loss=[] if origin else points(history, "epoch", "train_loss"),
-        convergence=points(phase1.get("history") or [], "iteration", "convergence_rate"),
-        best=(start + epoch, best) if finite(epoch) and finite(best) else None,
-        cache_bytes=cache.get("bytes_measured"),
-        positions=model.get("val_ppl_by_position") or (),
-    )
-
-
-def learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> bytes:
-    """PNG of validation perplexity and training loss by epoch, of the difference to the baseline where there is one and
-    another model, and of phase 1's convergence where a model had it."""
-    with drawing_style():
-        return png(draw_learning_curves(series, wanted_convergence))
-
-
-def draw_learning_curves(series: Sequence[Series], wanted_convergence: float | None = None) -> Figure:
-    """The figure of `learning_curves`."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    shown = [
-        (one, colour)
-        for one, colour in zip(series, _colours(series), strict=True)
-        if one.perplexity or one.train_loss or one.convergence
-    ]
-    base = next((one for one, _ in shown if one.baseline and one.perplexity), None) if len(shown) > 1 else None
-    perplexity, loss, phase1 = "Validation perplexity (star: best epoch)", "Training loss", "Phase 1: converged tokens"
-    difference = "" if base is None else f"Difference to {short(base.name)} at the same epoch (%)"
-    titles = [title for title in (perplexity, difference, loss) if title]
-    if any(one.convergence for one, _ in shown):
-        titles.append(phase1)
-    figure, panels = _panels(shown, len(titles))
-    axes = dict(zip(titles, panels, strict=True))
-    for title, ax in axes.items():
-        ax.set_title(title)
-        ax.set_xlabel("iteration" if title == phase1 else "epoch")
-    for one, colour in shown:
-        _curve(axes[perplexity], one.perplexity, colour)
-        if one.best:
-            axes[perplexity].plot(*one.best, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=4)
-        _curve(axes[loss], one.train_loss, colour)
-        if base is not None:
-            held = dict(base.perplexity)
-            _curve(axes[difference], [(x, 100 * (y / held[x] - 1)) for x, y in one.perplexity if x in held], colour)
-        if one.convergence:
-            axes[phase1].plot(*zip(*one.convergence, strict=True), color=colour)
-    scale(axes[perplexity], "y", [y for one, _ in shown for _, y in one.perplexity])
-    if difference:
-        axes[difference].set_xlim(axes[perplexity].get_xlim())
-    if phase1 in axes:
-        axes[phase1].set_ylim(0, 1.03)
-        axes[phase1].yaxis.set_major_formatter(PercentFormatter(1.0))
-        if wanted_convergence is not None:
-            axes[phase1].axhline(wanted_convergence, color=BASELINE_COLOUR, linestyle=":", linewidth=1.2)
-    for ax in axes.values():
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    return figure
-
-
-def position_curves(series: Sequence[Series]) -> bytes:
-    """PNG of perplexity by position and, where there is a baseline and another model, the difference to it."""
-    with drawing_style():
-        return png(draw_positions(series))
-
-
-def draw_positions(series: Sequence[Series]) -> Figure:
-    """The figure of `position_curves`: a point a band, between the band's edges, all bands equally wide."""
-    from matplotlib.ticker import FixedFormatter, FixedLocator
-
-    shown = [(one, colour) for one, colour in zip(series, _colours(series), strict=True) if one.positions]
-    base = next((one for one, _ in shown if one.baseline), None)
-    rows = 2 if base is not None and len(shown) > 1 else 1
-    figure, axes = _panels(shown, rows)
-    for one, colour in shown:
-        _curve(axes[0], list(enumerate(band["perplexity"] for band in one.positions)), colour)
-        if rows == 2 and base is not None:
-            pairs = zip(one.positions, base.positions, strict=True)
-            changes = [100 * (band["perplexity"] / other["perplexity"] - 1) for band, other in pairs]
-            _curve(axes[1], list(enumerate(changes)), colour)
-    scale(axes[0], "y", [band["perplexity"] for one, _ in shown for band in one.positions])
-    axes[0].set_title("Perplexity by position in the sample")
-    if rows == 2 and base is not None:
-        axes[1].set_title(f"Difference to {short(base.name)} (%)")
-    bands = shown[0][0].positions
-    edges = [bands[0]["from"], *(band["to"] for band in bands)]
-    for ax in axes:
-        ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(edges))]))
-        ax.xaxis.set_major_formatter(FixedFormatter([str(edge) for edge in edges]))
-        ax.set_xlim(-0.5, len(bands) - 0.5)
-        ax.set_xlabel("position (tokens)")
-    return figure
-
-
-def frontier(series: Sequence[Series]) -> bytes:
-    """PNG of best perplexity against measured cache bytes; models without both are left out."""
-    with drawing_style():
-        return png(draw_frontier(series))
-
-
-def draw_frontier(series: Sequence[Series]) -> Figure:
-    """The figure of `frontier`: a labelled point a model, and the line of those that no other model beats.
-
-    A model far above that line is an arrow at the upper edge, with its perplexity, so that the others stay apart.
+    Args:
+        baselines: the names of all models, and whether they are a baseline, which is grey and dashed.
     """
-    figure = new_figure(height=4.9)
-    ax = figure.subplots()
-    points = [
-        (one, colour, one.cache_bytes / 1024, one.best[1])
-        for one, colour in zip(series, _colours(series), strict=True)
-        if one.cache_bytes and one.best
-    ]
-    unbeaten: list[tuple[float, float]] = []
-    for _, _, size, perplexity in sorted(points, key=lambda point: point[2:]):
-        if not unbeaten or perplexity < unbeaten[-1][1]:
-            unbeaten.append((size, perplexity))
-    ax.plot(*zip(*unbeaten, strict=True), color="#b5bcc8", linestyle="--", linewidth=1.2, zorder=1)
-    ceiling = math.inf
-    if len(unbeaten) > 1:
-        worst, best = unbeaten[0][1], unbeaten[-1][1]
-        ceiling = best + _FAR * (worst - best)
-    labels = []
-    for one, colour, size, perplexity in points:
-        shown, name, marker = min(perplexity, ceiling), short(one.name), "D" if one.baseline else "o"
-        if perplexity > ceiling:
-            name, marker = f"{name}: {perplexity:,.4g}", "^"
-        ax.plot(size, shown, marker=marker, markersize=9, color=colour, zorder=3)
-        labels.append((name, colour, size, shown))
-    scale(ax, "x", [size for _, _, size, _ in labels], base=2)
-    scale(ax, "y", [shown for _, _, _, shown in labels])
-    ax.margins(0.18)
-    ax.set_xlabel("measured KV cache (KB)")
-    ax.set_ylabel("best validation perplexity")
-    ax.set_title("Perplexity against cache (lower left is better)")
-    figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
-    label_points(ax, labels)
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
+
+    colours = model_colours(baselines)
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.8, "linestyle": "--" if grey else "-"}
+        for (name, colour), grey in zip(colours.items(), baselines.values(), strict=True)
+    }
+    names = [name for name in baselines if any(panel.curves.get(name) for panel in panels)]
+    columns = max(1, min(3, 66 // (7 + max(len(short(name)) for name in names))))
+    figure = _figure(0.25 * math.ceil(len(names) / columns) + 2.9 * len(panels))
+    handles = [Line2D([], [], **styles[name]) for name in names]
+    figure.legend(handles, list(map(short, names)), loc="outside upper left", ncols=columns, frameon=False)
+    for ax, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        drawn = [(name, points) for name, points in panel.curves.items() if points]
+        for name, points in drawn:
+            ax.plot(*zip(*points, strict=True), **styles[name])
+        for name, point in panel.stars.items():
+            ax.plot(*point, marker="*", markersize=15, color=colours[name], markeredgecolor="white", zorder=4)
+        ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
+        if panel.edges:
+            ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(panel.edges))]))
+            ax.xaxis.set_major_formatter(FixedFormatter([f"{edge:,}" for edge in panel.edges]))
+            ax.set_xlim(-0.5, len(panel.edges) - 1.5)
+        elif "x" not in panel.scaled:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        for axis in panel.scaled:
+            _scale(ax, axis, [point["xy".index(axis)] for _, points in drawn for point in points])
+        if panel.share:
+            ax.set_ylim(0, 1.03)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if panel.level is not None:
+            ax.axhline(panel.level, color=_GREYS[0], linestyle=":", linewidth=1.2)
     return figure
+
+
+def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title: str) -> Figure:
+    """Perplexity against measured cache, with a line through the points that no other of their group beats in both.
+
+    A point far above that line, where there are no whiskers, is an arrow at the upper edge with its perplexity, so that
+    the others stay apart.
+    """
+    colours, figure = model_colours(baselines), _figure(4.9)
+    ax = figure.subplots()
+    lines = [unbeaten([point for point in points if point.group == group]) for group in {p.group: 0 for p in points}]
+    ceiling = math.inf
+    if len(lines) == 1 and len(lines[0]) > 1 and all(point.low is None for point in points):
+        worst, best = lines[0][0].perplexity, lines[0][-1].perplexity
+        ceiling = best + _FAR * (worst - best)
+    for line in lines:
+        xy = [(point.size / 1024, point.perplexity) for point in line]
+        ax.plot(*zip(*xy, strict=True), color=_LINE, linestyle="--", linewidth=1.2, zorder=1)
+    labels = []
+    for point in points:
+        x, y, label = point.size / 1024, min(point.perplexity, ceiling), short(point.label)
+        marker = "D" if baselines[point.model] else "o"
+        if point.perplexity > ceiling:
+            label, marker = f"{label}: {point.perplexity:,.4g}", "^"
+        if point.low is not None and point.high is not None:
+            ax.vlines(x, point.low, point.high, color=colours[point.model], linewidth=1.2)
+        ax.plot(x, y, marker=marker, markersize=8, color=colours[point.model], zorder=3)
+        labels.append((label, colours[point.model], x, y))
+    _scale(ax, "x", [x for *_, x, _ in labels], base=2)
+    _scale(ax, "y", [y for *_, y in labels])
+    ax.margins(0.18)
+    ax.set(title=title, xlabel="measured KV cache (KB)", ylabel="best validation perplexity")
+    if any(point.label != point.model for point in points):
+        for name, colour in colours.items():
+            ax.plot([], [], "D" if baselines[name] else "o", color=colour, label=short(name))
+        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
+    _label_points(ax, labels)
+    return figure
+
+
+def unbeaten(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both perplexity and size, the smallest cache first."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.size, point.perplexity)):
+        if not best or point.perplexity < best[-1].perplexity:
+            best.append(point)
+    return best
+
+
+def draw_settings(
+    points: Sequence[Point], seeds: Sequence[Sequence[float]], baselines: Mapping[str, bool], title: str
+) -> Figure:
+    """The best settings of a sweep, one a line: the mean perplexity, and a small dot for each seed."""
+    shown, colours = points[:_ROWS_AT_MOST], model_colours(baselines)
+    baseline = next((point for point in points if baselines[point.model]), None)
+    figure = _figure(1.2 + 0.3 * len(shown))
+    ax = figure.subplots()
+    if baseline:
+        ax.axvline(baseline.perplexity, color=_GREYS[0], linestyle=":", linewidth=1.2, zorder=1)
+    for y, point in enumerate(shown):
+        colour = colours[point.model]
+        ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=colour, markersize=4, alpha=0.5, zorder=2)
+        ax.plot(point.perplexity, y, "D" if baselines[point.model] else "o", color=colour, markersize=8, zorder=3)
+    ax.set_yticks(range(len(shown)), [short(point.name) for point in shown])
+    ax.set_ylim(len(shown) - 0.5, -0.5)
+    _scale(ax, "x", [value for values in seeds[: len(shown)] for value in values])
+    ax.set_title(title if len(shown) == len(points) else f"{title} (best {len(shown)} of {len(points)})")
+    ax.set_xlabel("mean, and each seed (small)" + ("; dotted: the baseline's best" if baseline else ""))
+    return figure
+
+
+def draw_bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) -> Figure:
+    """A bar a model: its values of each kind, one after another."""
+    figure = _figure(1.5 + 0.45 * len(models))
+    ax = figure.subplots()
+    starts = [0.0] * len(models)
+    for kind, colour in zip(next(iter(models.values())), (*_COLOURS[:5], _LINE), strict=False):
+        widths = [kinds[kind] for kinds in models.values()]
+        ax.barh(list(map(short, models)), widths, left=starts, color=colour, label=kind.replace("_", " "))
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.set_axisbelow(True)
+    ax.grid(axis="y", visible=False)
+    ax.set(title=title, xlabel=unit)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """What each direction of a layer's input is worth to a conversion, and how many its latent keeps."""
+    from matplotlib.ticker import FuncFormatter
+
+    figure = _figure(4.9)
+    axes = figure.subplots()
+    for number, layer in enumerate(layers):
+        spectrum, colour = layer["spectrum"], _COLOURS[number % len(_COLOURS)]
+        axes.plot(range(1, len(spectrum) + 1), spectrum, color=colour, linewidth=1.2, label=f"layer {number}")
+        if 0 < layer["latent"] <= len(spectrum):
+            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=colour)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.set_ylim(bottom=1e-9 * max(value for layer in layers for value in layer["spectrum"]))
+    axes.set_xlabel("direction of the input, rotary keys aside (dot: last kept)")
+    axes.set_ylabel("error where it is left out")
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def png(draw: Any, *args: Any) -> bytes:
+    """The figure that `draw` makes of the arguments, as a PNG file of few colours, a third as large as one of all."""
+    from PIL import Image  # matplotlib brings it
+
+    drawn, reduced = io.BytesIO(), io.BytesIO()
+    with _drawing_style():
+        draw(*args).savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(96).save(reduced, format="png", optimize=True)
+    return reduced.getvalue()
 
 
 @contextmanager
-def drawing_style() -> Iterator[None]:
+def _drawing_style() -> Iterator[None]:
     import matplotlib
     from matplotlib.font_manager import get_font_names
 
@@ -221,7 +248,7 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float) -> Figure:
+def _figure(height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -230,50 +257,24 @@ def new_figure(height: float) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _colours(series: Sequence[Series]) -> list[str]:
-    colours = model_colours({one.name: one.baseline for one in series})
-    return [colours[one.name] for one in series]
-
-
 def model_colours(baselines: Mapping[str, bool]) -> dict[str, str]:
-    """A colour for each model's name, the same in all pictures; the names tell which models are baselines."""
-    contexts = [name for name, baseline in baselines.items() if not baseline]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(contexts)}
-    return {name: colours.get(name, BASELINE_COLOUR) for name in baselines}
+    """A colour for each model's name, the same in all pictures; baselines are grey."""
+    colours: dict[str, str] = {}
+    for kind, palette in ((True, _GREYS), (False, _COLOURS)):
+        names = [name for name, baseline in baselines.items() if baseline == kind]
+        colours |= {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    return {name: colours[name] for name in baselines}
 
 
 def short(name: str) -> str:
     return name if len(name) <= 32 else name[:31] + "…"
 
 
-def _curve(ax: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
-    if points:
-        ax.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=5, linewidth=1.8)
-
-
-def _panels(shown: Sequence[tuple[Series, str]], rows: int) -> tuple[Figure, list[Axes]]:
-    """A figure of so many axes one below the other, with a legend of the models and their colours above."""
-    from matplotlib.lines import Line2D
-
-    names = [short(one.name) for one, _ in shown]
-    columns = max(1, min(3, 66 // (7 + max(map(len, names)))))
-    figure = new_figure(height=0.25 * math.ceil(len(shown) / columns) + 2.9 * rows)
-    handles = [Line2D([], [], color=colour, marker="o", markersize=5, linewidth=1.8) for _, colour in shown]
-    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False)
-    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
-
-
-def scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int = 10) -> None:
+def _scale(ax: Axes, which: str, values: Collection[float], base: int | None = None) -> None:
     """Makes an axis logarithmic where its values span more than `_LOG_FROM`; its numbers are plain either way."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis, base = (ax.xaxis, base or 2) if which == "x" else (ax.yaxis, 10)
     if values and min(values) > 0 and max(values) / min(values) > _LOG_FROM:
         ax.set(**{f"{which}scale": "log"})
         axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if base == 10 else (1,)))
@@ -281,18 +282,18 @@ def scale(ax: Axes, which: Literal["x", "y"], values: Sequence[float], base: int
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
+def _label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
     """Writes each point's name at the nearest place that is free of points and of other names."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    pixels = ax.transData.transform([(x, y) for _, _, x, y in points])
+    pixels = ax.transData.transform([(x, y) for *_, x, y in points])
     taken = [Bbox.from_bounds(px - 12, py - 12, 24, 24) for px, py in pixels]
     room = ax.get_window_extent()
     for name, colour, x, y in points:
         label = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=11)
         label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible where it crosses the line
-        for dx, dy, horizontal, vertical in _PLACES:
+        for dx, dy, horizontal, vertical in _places():
             label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
             box = label.get_window_extent()
             if room.containsx(box.x0) and room.containsx(box.x1) and not box.count_overlaps(taken):
@@ -301,11 +302,9 @@ def label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> N
 
 
 def _places() -> Iterator[tuple[float, float, str, str]]:
+    """Offsets in points and the label's alignment there, the nearest first."""
     for distance in range(9, 90, 7):
-        yield from ((distance, 0, "left", "center"), (-distance, 0, "right", "center")) if distance < 20 else ()
-        yield from ((0, distance, "center", "bottom"), (0, -distance, "center", "top"))
-        yield from ((distance, distance, "left", "bottom"), (-distance, distance, "right", "bottom"))
-        yield from ((distance, -distance, "left", "top"), (-distance, -distance, "right", "top"))
-
-
-_PLACES = tuple(_places())  # offsets in points and the label's alignment there, nearest first
+        for x, horizontal in ((0, "center"), (distance, "left"), (-distance, "right")):
+            for y, vertical in ((0, "center"), (distance, "bottom"), (-distance, "top")):
+                if (x or y) and (y or distance < 20):
+                    yield x, y, horizontal, vertical

@@ -1,32 +1,30 @@
-"""Writes the report of a run: Markdown, one self-contained HTML page and its pictures, in English or Japanese.
+"""Writes the report of a folder: Markdown, one self-contained HTML page and its pictures, in English or Japanese.
 
-It reads the run folder's metrics.json and provenance.json and nothing else, so a report can be made again at any
-time, in another language, or of a run that is still unfinished. `context-pythia report RUN` knows the folders of
-`sweep`, `bench` and `eval` too.
+It reads the folder's JSON and nothing else, so a report can be made again at any time, in another language, or of a run
+that is still unfinished. Folders are those of `compare`, `sweep`, `bench`, `eval` and `convert`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from context_pythia.errors import UsageError
 from context_pythia.files import damaged, read_record
-from context_pythia.report.bench import write_bench
-from context_pythia.report.card import write_card
+from context_pythia.report.bench import DecodeReport, TrainReport
+from context_pythia.report.card import RECORD, write_card
 from context_pythia.report.document import write_document
-from context_pythia.report.evaluation_report import write_evaluation
-from context_pythia.report.sections import Report
-from context_pythia.report.sweep import write_sweep
-from context_pythia.report.translations import TRANSLATIONS
+from context_pythia.report.evaluation import EvaluationReport
+from context_pythia.report.run import RunReport
+from context_pythia.report.sweep import SweepReport
+from context_pythia.report.texts import Texts
 
-# By the kind of record; a run of `compare` names none.
-WRITERS: dict[str, Callable[[Path, str], list[Path]]] = {
-    "sweep": write_sweep,
-    "train": write_bench,
-    "decode": write_bench,
-    "evaluation": write_evaluation,
+# The report and the prefix of its texts, by the kind of record.
+REPORTS: dict[str, tuple[Any, str]] = {
+    "run": (RunReport, "run"),
+    "sweep": (SweepReport, "sweep"),
+    "train": (TrainReport, "bench"),
+    "decode": (DecodeReport, "bench"),
+    "evaluation": (EvaluationReport, "eval"),
 }
 
 
@@ -38,22 +36,24 @@ def report(run: Path, lang: str = "en") -> None:
 def write_report(run: Path, lang: str = "en") -> list[Path]:
     """Writes report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `run`.
 
-    Returns the paths written; a picture for which no model has figures yet is left out. Raises ValueError for an
-    unknown language or a damaged metrics.json or provenance.json, FileNotFoundError where one is missing.
+    A converted model's folder gets a card instead, README.md, in English. Returns the paths written; a picture for
+    which no model has figures yet is left out. Raises UsageError for an unknown language or a damaged metrics.json or
+    provenance.json, FileNotFoundError where one is missing.
     """
-    if lang not in TRANSLATIONS:
-        raise UsageError(f"unknown report language {lang!r}: choose one of {', '.join(TRANSLATIONS)}")
+    if (run / RECORD).is_file():
+        return write_card(run)
     metrics = read_record(run / "metrics.json")
-    kind = metrics.get("kind")
-    if kind in WRITERS:
-        return WRITERS[kind](run, lang)
-    _check(metrics, run / "metrics.json")
-    provenance = read_record(run / "provenance.json")
-    for folder in sorted((run / "models").glob("*/conversion.json")):
-        write_card(folder.parent)
-    composed = Report(metrics, provenance, TRANSLATIONS[lang])
+    # Records of a run, and of an older evaluation, name no kind.
+    kind = metrics.get("kind") or ("evaluation" if "settings" in metrics else "run")
+    if kind not in REPORTS:
+        raise damaged(run / "metrics.json", f"its kind is {kind!r}")
+    if kind == "run":
+        _check(metrics, run / "metrics.json")
+    compose, prefix = REPORTS[kind]
+    composed = compose(metrics, read_record(run / "provenance.json"), Texts(lang, prefix))
     pictures = composed.pictures()
-    return write_document(run, composed.blocks(pictures), lang, pictures)
+    written = write_document(run, composed.blocks(pictures), lang, pictures)
+    return written + [path for record in sorted(run.glob(f"models/*/{RECORD}")) for path in write_card(record.parent)]
 
 
 def _check(metrics: dict[str, Any], path: Path) -> None:
@@ -61,12 +61,5 @@ def _check(metrics: dict[str, Any], path: Path) -> None:
         if not isinstance(metrics.get(key), kind):
             raise damaged(path, f"it has no {key!r}")
     for number, model in enumerate(metrics["models"], start=1):
-        missing = sorted(_KEYS - set(model)) if isinstance(model, dict) else ["name"]
-        if missing:
-            raise damaged(path, f"model {number} has no {missing[0]!r}")
-
-
-_KEYS = {
-    "best_epoch", "best_val_ppl", "cache", "context_dim", "context_sharing", "context_source", "error", "history",
-    "name", "parameters", "phase1", "seconds_per_epoch", "stop_reason", "trainable_parameters", "val_accuracy",
-}  # fmt: skip
+        if not isinstance(model, dict) or "name" not in model:
+            raise damaged(path, f"model {number} has no 'name'")

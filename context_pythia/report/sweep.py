@@ -1,172 +1,167 @@
-"""Writes the report of a sweep's folder: Markdown, HTML and pictures, in English or Japanese.
-
-It reads metrics.json and provenance.json of the folder and nothing else, so it needs neither Optuna nor the study.
-"""
+"""The report of a sweep: settings over seeds, perplexity against the cache, and what matters to perplexity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
-from context_pythia.files import read_record
-from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table, write_document
-from context_pythia.report.figures import Series, position_curves
-from context_pythia.report.formats import DASH, calls, change, kilobytes, percent, perplexity, plain
-from context_pythia.report.positions import POSITIONS, position_blocks
-from context_pythia.report.sweep_figures import pareto, perplexities
-from context_pythia.report.sweep_translations import SWEEP_TRANSLATIONS
-from context_pythia.report.translations import TRANSLATIONS
+from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
+from context_pythia.report.figures import Point, draw_frontier, draw_settings, png, short
+from context_pythia.report.formats import DASH, change, kilobytes, percent, perplexity
+from context_pythia.report.sections import Series, facts, failures, position_picture, positions, provenance
+from context_pythia.report.texts import Texts
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
-
-
-def write_sweep(folder: Path, lang: str = "en") -> list[Path]:
-    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `folder`.
-
-    Raises:
-        FileNotFoundError, ValueError: metrics.json or provenance.json is missing or damaged.
-    """
-    metrics, provenance = read_record(folder / "metrics.json"), read_record(folder / "provenance.json")
-    pictures = _pictures(metrics)
-    text = TRANSLATIONS[lang] | SWEEP_TRANSLATIONS[lang]
-    return write_document(folder, _blocks(metrics, provenance, text, pictures), lang, pictures)
-
-
-def _blocks(
-    metrics: dict[str, Any], provenance: dict[str, Any], text: dict[str, str], pictures: dict[str, bytes]
-) -> Iterator[Block]:
-    trials, searched = metrics["trials"], metrics["searched"]
-    rows = sorted(metrics["settings"], key=lambda row: (row["mean"] is None, row["mean"]))
-    counts = {state: sum(trial["state"] == state for trial in trials) for state in _STATES}
-    yield Heading(text["title"].format(recipe=metrics["recipe"]["name"]), level=1)
-    yield Paragraph(_headline(rows, text), "lead")
-    yield Paragraph(text["counts"].format(total=len(trials), settings=len(rows), **counts), "note")
-    if PARETO in pictures:
-        yield Picture(PARETO, text["pareto"])
-    yield Heading(text["best_of_each"])
-    best = _best_of_each(rows)
-    yield _table(best, searched, text)
-    budgets = {name: sum(trial["model"] == name for trial in trials) for name in {row["model"] for row in rows}}
-    yield from _healed(rows, metrics["recipe"], text)
-    yield Paragraph(text["budget"].format(budgets=", ".join(f"{name} {n}" for name, n in sorted(budgets.items()))))
-    yield Heading(text["all_settings"])
-    if PERPLEXITIES in pictures:
-        yield Picture(PERPLEXITIES, text["perplexities"])
-    yield _table(rows, searched, text)
-    yield Paragraph(text["table_note"])
-    for trial in trials:
-        if trial["state"] == "failed":
-            yield Paragraph(text["failure"].format(name=trial["folder"], error=trial["error"]), "alert")
-    for series in _comparable(best):
-        yield from position_blocks(series, text, pictures)
-    yield from _importance(metrics["importance"], text)
-    yield Heading(text["settings"])
-    facts = {
-        "searched": ", ".join(searched) or DASH,
-        "sampler": metrics["sampler"],
-        "seeds": ", ".join(map(str, metrics["seeds"])),
-        "study": metrics["study"],
-        "device": str(provenance.get("device")),
-        "versions": ", ".join(f"{name} {number}" for name, number in provenance.get("versions", {}).items()),
-        "commit": plain(provenance.get("commit")),
-        "created": str(provenance.get("created")),
-        "command": str(provenance.get("command")),
-    }
-    yield Table([text["setting"], text["value"]], [[text[key], value] for key, value in facts.items()], text_columns=2)
-    # Any number of workers give the same command: each is named once, when it came first.
-    first = {call.get("command"): call for call in reversed(provenance.get("earlier", []))}
-    first.pop(provenance.get("command"), None)
-    if first:
-        yield Paragraph(text["earlier_calls"])
-        yield Code(calls(list(reversed(first.values()))))
-    yield Paragraph(text["where"])
-    yield Heading(text["rest"])
-    yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
-
-
-def _healed(rows: list[dict[str, Any]], recipe: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
-    """What the models that are made of the trained baseline lose against the control of the same setting."""
-    sources = {model["name"]: model["context_source"] for model in recipe["models"] if model.get("from_baseline")}
-    healed = [row for row in rows if row["model"] in sources and row["n"]]
-    if not healed:
-        return
-    yield Paragraph(text["healed"].format(names=", ".join(dict.fromkeys(row["model"] for row in healed))), "note")
-    controls = {_around_model(row): row for row in healed if sources[row["model"]] is None}
-    for row in healed:
-        control = controls.get(_around_model(row))
-        if control is not None and control is not row and row["seeds"] == control["seeds"]:
-            facts = {"name": _figures(row)["name"], "control": _figures(control)["name"]}
-            yield Paragraph(
-                text["against_control"].format(change=change(row["mean"] / control["mean"] - 1, 2), **facts), "note"
-            )
-
-
-def _around_model(row: dict[str, Any]) -> str:
-    """A row's setting without the options of its model."""
-    return repr({path: value for path, value in row["setting"].items() if not path.startswith("model.")})
-
-
-def _best_of_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each model's best of the rows, which are in order, the best of them first."""
-    best = {row["model"]: row for row in reversed(rows) if row["n"]}
-    return sorted(best.values(), key=lambda row: row["mean"])
-
-
-def _comparable(rows: list[dict[str, Any]]) -> list[list[Series]]:
-    """The rows by their bands of positions: samples of different lengths, if those were searched, do not compare."""
-    groups: dict[tuple[float, ...], list[Series]] = {}
-    for row in rows:
-        positions = row.get("positions") or []  # older sweeps have none
-        one = Series(_figures(row)["name"], row["baseline"], [], [], positions=positions)
-        groups.setdefault(tuple(band["to"] for band in positions), []).append(one)
-    return [series for bands, series in groups.items() if bands]
-
-
-def _pictures(metrics: dict[str, Any]) -> dict[str, bytes]:
-    searched = metrics["searched"]
-    rows = sorted((row for row in metrics["settings"] if row["n"]), key=lambda row: row["mean"])
-    if not rows:
-        return {}
-    labels = [_label(row["setting"]) for row in rows]
-    names = [": ".join(filter(None, (row["model"], label))) for row, label in zip(rows, labels, strict=True)]
-    seeds = [
-        [
-            trial["val_ppl"]
-            for trial in metrics["trials"]
-            if trial["state"] == "complete" and all(trial[key] == row[key] for key in ("model", "setting"))
-        ]
-        for row in rows
-    ]
-    meaning = ", ".join(map(_name, searched))
-    pictures = {PARETO: pareto(rows, labels, meaning), PERPLEXITIES: perplexities(rows, seeds, names, meaning)}
-    comparable = _comparable(_best_of_each(rows))
-    if len(comparable) == 1:
-        pictures[POSITIONS] = position_curves(comparable[0])
-    return pictures
-
-
 _STATES = ("complete", "failed", "running", "waiting")
+Row = dict[str, Any]
 
 
-def _headline(rows: list[dict[str, Any]], text: dict[str, str]) -> str:
-    finished = [row for row in rows if row["n"]]
-    if not finished:
-        return text["nothing"]
-    best = finished[0]
-    smaller = [row for row in finished if (row["reduction"] or 0) > 0]
-    headline = text["best"].format(**_figures(best))
-    if smaller and smaller[0] is not best:
-        gap = "" if headline.endswith("。") else " "
-        headline += gap + text["best_smaller"].format(**_figures(smaller[0]))
-    return headline
+class SweepReport:
+    """The document and the pictures of a sweep; its rows are a model and a setting each, the best first."""
+
+    def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
+        self.metrics, self.provenance, self.text = metrics, record, text
+        self.searched: list[str] = metrics["searched"]
+        self.rows: list[Row] = sorted(metrics["settings"], key=lambda row: (row["mean"] is None, row["mean"]))
+        self.finished = [row for row in self.rows if row["n"]]
+        best = {row["model"]: row for row in reversed(self.finished)}
+        self.best_of_each = sorted(best.values(), key=lambda row: row["mean"])
+
+    def pictures(self) -> dict[str, bytes]:
+        if not self.finished:
+            return {}
+        baselines = {row["model"]: row["baseline"] for row in sorted(self.finished, key=lambda row: row["model"])}
+        points, seeds = [], []
+        for row in self.finished:
+            values = row["setting"].values()
+            label = "" if set(values) <= {None} else ", ".join(map(_value, values))
+            points.append(
+                Point(
+                    name=": ".join(filter(None, (row["model"], label))),
+                    model=row["model"],
+                    size=row["cache_bytes"],
+                    perplexity=row["mean"],
+                    label=label if row["unbeaten"] else "",
+                    low=row["min"],
+                    high=row["max"],
+                    group=_data(row),
+                )
+            )
+            same = [trial for trial in self.metrics["trials"] if all(trial[k] == row[k] for k in ("model", "setting"))]
+            seeds.append([trial["val_ppl"] for trial in same if trial["state"] == "complete"])
+        by = short(", ".join(map(_name, self.searched)))
+        titles = ("Lower left is better" + f" ({by})" * bool(by), "Best validation perplexity" + f" by {by}" * bool(by))
+        pictures = {
+            PARETO: png(draw_frontier, points, baselines, titles[0]),
+            PERPLEXITIES: png(draw_settings, points, seeds, baselines, titles[1]),
+        }
+        comparable = self._comparable()
+        return pictures | (position_picture(comparable[0]) if len(comparable) == 1 else {})
+
+    def blocks(self, pictures: Mapping[str, bytes]) -> Iterator[Block]:
+        text, metrics = self.text, self.metrics
+        trials, rows = metrics["trials"], self.rows
+        counts = {state: sum(trial["state"] == state for trial in trials) for state in _STATES}
+        yield Heading(text("title", recipe=metrics["recipe"]["name"]), level=1)
+        yield Paragraph(self._headline(), "lead")
+        yield Paragraph(text("counts", total=len(trials), settings=len(rows), **counts), "note")
+        if PARETO in pictures:
+            yield Picture(PARETO, text("pareto"))
+        yield Heading(text("best_of_each"))
+        yield self._table(self.best_of_each)
+        yield from self._healed()
+        budgets = [f"{name} {sum(trial['model'] == name for trial in trials)}" for name in {r["model"] for r in rows}]
+        yield Paragraph(text("budget", budgets=", ".join(sorted(budgets))))
+        yield Heading(text("all_settings"))
+        if PERPLEXITIES in pictures:
+            yield Picture(PERPLEXITIES, text("perplexities"))
+        yield self._table(rows)
+        yield Paragraph(text("table_note"))
+        yield from failures({trial["folder"]: trial["error"] for trial in trials if trial["state"] == "failed"}, text)
+        for series in self._comparable():
+            yield from positions(series, text, pictures)
+        yield from self._importance()
+        yield Heading(text("settings"))
+        shown = {
+            "searched": ", ".join(self.searched) or DASH,
+            "sampler": metrics["sampler"],
+            "seeds": ", ".join(map(str, metrics["seeds"])),
+            "study": metrics["study"],
+        }
+        yield facts(shown, text)
+        # Any number of workers give the same command: each is named once, when it came first.
+        first = {call.get("command"): call for call in reversed(self.provenance.get("earlier", []))}
+        first.pop(self.provenance.get("command"), None)
+        yield from provenance(self.provenance, text, list(reversed(first.values())))
+        yield Paragraph(text("where"))
+        yield Heading(text("rest"))
+        yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
+
+    def _headline(self) -> str:
+        if not self.finished:
+            return self.text("nothing")
+        sentences = [self.text("best", **_figures(self.finished[0]))]
+        smaller = next((row for row in self.finished if (row["reduction"] or 0) > 0), None)
+        if smaller and smaller is not self.finished[0]:
+            sentences.append(self.text("best_smaller", **_figures(smaller)))
+        return self.text("between_sentences").join(sentences)
+
+    def _healed(self) -> Iterator[Block]:
+        """What the models that are made of the trained baseline lose against the control of the same setting."""
+        models = self.metrics["recipe"]["models"]
+        sources = {model["name"]: model["context_source"] for model in models if model.get("from_baseline")}
+        healed = [row for row in self.finished if row["model"] in sources]
+        if not healed:
+            return
+        names = ", ".join(dict.fromkeys(row["model"] for row in healed))
+        yield Paragraph(self.text("healed", names=names), "note")
+        controls = {_around_model(row): row for row in healed if sources[row["model"]] is None}
+        for row in healed:
+            control = controls.get(_around_model(row))
+            if control is not None and control is not row and row["seeds"] == control["seeds"]:
+                apart = change(row["mean"] / control["mean"] - 1, 2)
+                shown = {"name": _figures(row)["name"], "control": _figures(control)["name"], "change": apart}
+                yield Paragraph(self.text("against_control", **shown), "note")
+
+    def _comparable(self) -> list[list[Series]]:
+        """The best rows by their bands of positions: samples of different lengths do not compare."""
+        groups: dict[tuple[float, ...], list[Series]] = {}
+        for row in self.best_of_each:
+            bands = row.get("positions") or []  # older sweeps have none
+            series = Series(_figures(row)["name"], row["baseline"], positions=bands)
+            groups.setdefault(tuple(band["to"] for band in bands), []).append(series)
+        return [series for bands, series in groups.items() if bands]
+
+    def _table(self, rows: list[Row]) -> Table:
+        columns = ("n", "mean", "range", "std", "change", "cache", "reduction", "unbeaten")
+        lines = [
+            [row["model"], *(_value(row["setting"][path]) for path in self.searched), f"{row['n']} / {row['trials']}"]
+            + [self.text("failed") if row["failed"] == row["trials"] else perplexity(row["mean"], 2)]
+            + [DASH if row["n"] < 2 else f"{perplexity(row['min'], 2)}–{perplexity(row['max'], 2)}"]
+            + [perplexity(row["std"], 2), change(row["change"], 2), kilobytes(row["cache_bytes"])]
+            + [percent(row["reduction"]), self.text("yes") if row["unbeaten"] else ""]
+            for row in rows
+        ]
+        return Table([self.text("model"), *map(_name, self.searched), *self.text.row(*columns)], lines)
+
+    def _importance(self) -> Iterator[Block]:
+        found = dict(self.metrics["importance"])
+        yield Heading(self.text("importance"))
+        if "reason" in found:
+            yield Paragraph(self.text("no_importance", **found), "note")
+            return
+        rows = [[_name(path), percent(share)] for path, share in found.pop("shares").items()]
+        yield Table(self.text.row("setting", "share"), rows)
+        yield Paragraph(self.text("importance_note", **found | {"quantile": percent(found["quantile"])}))
 
 
-def _figures(row: dict[str, Any]) -> dict[str, str]:
+def _figures(row: Row) -> dict[str, str]:
+    # What does not concern the model is left out.
+    setting = [f"{_name(path)} {_value(value)}" for path, value in row["setting"].items() if value is not None]
     return {
-        "name": ", ".join(filter(None, (row["model"], _words(row)))),
+        "name": ", ".join([row["model"], *setting]),
         "ppl": perplexity(row["mean"], 2),
         "n": str(row["n"]),
         "kb": kilobytes(row["cache_bytes"]),
@@ -175,47 +170,14 @@ def _figures(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _words(row: dict[str, Any]) -> str:
-    """The setting in words; what does not concern the model is left out."""
-    return ", ".join(f"{_name(path)} {_value(v)}" for path, v in row["setting"].items() if v is not None)
+def _data(row: Row) -> str:
+    """What was searched of the data: only rows of the same compare."""
+    return repr({path: value for path, value in row["setting"].items() if path.startswith("data.")})
 
 
-def _label(setting: dict[str, Any]) -> str:
-    """The values alone, for which a picture has room; none where nothing that was searched concerns the model."""
-    values = setting.values()
-    return "" if set(values) <= {None} else ", ".join(map(_value, values))
-
-
-def _table(rows: list[dict[str, Any]], searched: list[str], text: dict[str, str]) -> Table:
-    head = [text["model"], *map(_name, searched)]
-    columns = ("n", "mean", "range", "std", "change", "cache", "reduction", "unbeaten")
-    lines = [
-        [row["model"], *(_value(row["setting"][path]) for path in searched)]
-        + [
-            f"{row['n']} / {row['trials']}",
-            text["failed"] if row["failed"] == row["trials"] else perplexity(row["mean"], 2),
-            DASH if row["n"] < 2 else f"{perplexity(row['min'], 2)}–{perplexity(row['max'], 2)}",
-            perplexity(row["std"], 2),
-            change(row["change"], 2),
-            kilobytes(row["cache_bytes"]),
-            percent(row["reduction"]),
-            text["yes"] if row["unbeaten"] else "",
-        ]
-        for row in rows
-    ]
-    return Table([*head, *(text[key] for key in columns)], lines, text_columns=1)
-
-
-def _importance(importance: dict[str, Any], text: dict[str, str]) -> Iterator[Block]:
-    yield Heading(text["importance"])
-    if "reason" in importance:
-        yield Paragraph(text["no_importance"].format(reason=importance["reason"]), "note")
-        return
-    rows = [[_name(path), percent(share)] for path, share in importance["shares"].items()]
-    yield Table([text["setting"], text["share"]], rows)
-    yield Paragraph(text["importance_note"].format(
-        trials=importance["trials"], evaluator=importance["evaluator"], quantile=percent(importance["quantile"])
-    ))  # fmt: skip
+def _around_model(row: Row) -> str:
+    """A row's setting without the options of its model."""
+    return repr({path: value for path, value in row["setting"].items() if not path.startswith("model.")})
 
 
 def _name(path: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-from string import Formatter
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from context_pythia.cli.reported import bench
 from context_pythia.config.recipe import ArchitectureOptions
 from context_pythia.errors import UsageError
 from context_pythia.model.cache import cache_bytes
-from context_pythia.report.bench_tables import cell_table, crossover, paired_ratio, step_figures
-from context_pythia.report.bench_translations import BENCH_TRANSLATIONS
+from context_pythia.report.bench import DecodeReport, TrainReport, crossover, paired_ratio
 from context_pythia.report.report import write_report
+from context_pythia.report.texts import LANGUAGES, Texts
 from tests.conftest import tiny_recipe
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -262,12 +261,12 @@ def records(rows):
 
 def test_a_cells_table_has_ratios_to_both_peers(tmp_path):
     metrics = records([row("P, DynamicCache", [0.5, 0.5]), row("P, StaticCache", [0.2, 0.2]), row("ours", [0.1, 0.1])])
-    line = cell_table(metrics, metrics["cells"][0]).splitlines()[-1].split("  ")
-    cells = [cell.strip() for cell in line if cell.strip()]
-    assert cells[0] == "ours"
-    assert cells[1:3] == ["0.200 (0.200–0.200)", "0.20"]  # a fifth of the time of DynamicCache's prefill
-    assert cells[3:6] == cells[6:9] == ["100.0 (100.0–100.0)", "5.00", "2.00"]
-    assert cells[9:] == ["160.0", "1.0", "75.0 %", "–"]
+    report = DecodeReport(metrics, {}, Texts("en", "bench"))
+    cells = report.decoding(metrics["cells"][0]).rows[-1]
+    assert cells[0] == "ours" and cells[7] == "160.0"
+    assert cells[1:4] == cells[4:7] == ["100.0 (100.0–100.0)", "5.00", "2.00"]
+    # A fifth of the time of DynamicCache's prefill.
+    assert report.prefill(metrics["cells"][0]).rows[-1][1:] == ["0.200 (0.200–0.200)", "0.20", "1.0", "75.0 %", "–"]
 
 
 def test_a_report_with_failures_can_be_written(tmp_path):
@@ -275,19 +274,10 @@ def test_a_report_with_failures_can_be_written(tmp_path):
     metrics = records([row("P, DynamicCache", [0.5]), row("P, StaticCache", [], error="no"), failed])
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "provenance.json").write_text(json.dumps({"device": "CPU", "versions": {"torch": "2"}}))
-    for lang in BENCH_TRANSLATIONS:
+    for lang in LANGUAGES:
         write_report(tmp_path, lang)  # as the command `report` does, which knows a bench by its record
     assert "out of \\<memory\\>" in (tmp_path / "report.md").read_text()
     assert "out of &lt;memory&gt;" in (tmp_path / "report.ja.html").read_text()
-
-
-def test_languages_say_the_same():
-    def placeholders(text):
-        return {name for _, name, _, _ in Formatter().parse(text) if name}
-
-    english, japanese = BENCH_TRANSLATIONS["en"], BENCH_TRANSLATIONS["ja"]
-    assert list(english) == list(japanese)
-    assert all(placeholders(english[key]) == placeholders(japanese[key]) for key in english)
 
 
 def test_training_is_timed_in_processes_that_take_turns(tmp_path):
@@ -304,7 +294,7 @@ def test_training_is_timed_in_processes_that_take_turns(tmp_path):
         metrics["rows"][1]["rounds"][0][0]["context_block"] > 0 == metrics["rows"][0]["rounds"][0][0]["context_block"]
     )
     assert len(metrics["rates"]["float32"]) == 2 and metrics["tokens_per_step"] == 9 * 16
-    speeds = [line[4] for line in step_figures(metrics, BENCH_TRANSLATIONS["en"]).rows]
+    speeds = [line[4] for line in TrainReport(metrics, {}, Texts("en", "bench")).steps().rows]
     assert speeds[0] == "1.00" and all(float(speed) > 0 for speed in speeds)
     assert {"report.md", "report.html", "parts.png", "metrics.json"} <= {path.name for path in out.iterdir()}
     assert not multiprocessing.active_children()

@@ -1,22 +1,24 @@
 """The report says what the run's records say, in both languages, whatever the state of the run."""
 
-import dataclasses
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from string import Formatter
 
-import numpy as np
 import pytest
 
 from context_pythia.report.document import Code, Paragraph, Table, to_markdown
-from context_pythia.report.figures import Series, draw_frontier, draw_learning_curves, draw_positions, series_of
+from context_pythia.report.figures import Point, draw_frontier, draw_panels, draw_settings, unbeaten
 from context_pythia.report.report import write_report
-from context_pythia.report.sections import Report
-from context_pythia.report.translations import TRANSLATIONS
+from context_pythia.report.run import RunReport, learning_curves
+from context_pythia.report.sections import position_panels
+from context_pythia.report.texts import LANGUAGES, Texts
 
 NASTY = "<b>bad|name</b> $x"
+SECONDS = "s/epoch (× baseline)"
 
 
 def entry(name, source, dim, ppl, numbers, seconds, *, sharing=None, phase1=None, error=None):
@@ -98,7 +100,7 @@ def store(folder: Path, metrics, provenance) -> Path:
 
 def markdown(records, lang: str = "en") -> str:
     """The Markdown of a report whose pictures are not drawn."""
-    return to_markdown(list(Report(*records, TRANSLATIONS[lang]).blocks({})))
+    return to_markdown(list(RunReport(*records, Texts(lang)).blocks({})))
 
 
 def results(text: str) -> dict[str, dict[str, str]]:
@@ -144,8 +146,8 @@ def test_differences_reductions_and_overheads_are_those_to_the_baseline(records)
     assert (worse["Best PPL"], worse["Against baseline"]) == ("470.4", "+70.4 (+17.6 %)")
     assert (better["Against baseline"], better["Reduction"]) == ("−10.0 (−2.5 %)", "75.0 %")
     assert (table["shared 256"]["KV cache"], table["shared 256"]["Reduction"]) == ("136.0 KB", "95.6 %")
-    assert (worse["KV cache"], worse["Reduction"], worse["Overhead"]) == ("3,072.0 KB", "0.0 %", "×1.24")
-    assert (base["Against baseline"], base["Reduction"], base["Overhead"]) == ("–", "–", "×1.00")
+    assert (worse["KV cache"], worse["Reduction"], worse[SECONDS]) == ("3,072.0 KB", "0.0 %", "62.0 (×1.24)")
+    assert (base["Against baseline"], base["Reduction"], base[SECONDS]) == ("–", "–", "50.0 (×1.00)")
     assert better["Parameters, trained / all"] == "70,559,232 / 70,756,608"
     assert better["Accuracy"] == "22.0 %"
 
@@ -156,9 +158,8 @@ def test_seconds_of_another_machine_have_no_overhead(records, lang):
     machine = {"device": "CPU (X)", "processes": 1, "threads": 2}
     baseline["machine"], slower["machine"], same["machine"] = machine, machine | {"threads": 1}, dict(machine)
     document = markdown(records, lang)
-    rows = [[cell.strip() for cell in line.split("|")] for line in document.splitlines() if line.startswith("| ")]
-    overheads = {row[1]: row[-2] for row in rows if row[1] in ("Pythia", "input 256", "shared 256") and len(row) > 10}
-    assert overheads == {"Pythia": "×1.00", "input 256": "–", "shared 256": "×1.20"}
+    seconds = {name: list(row.values())[-1] for name, row in results(document).items()}
+    assert (seconds["Pythia"], seconds["input 256"], seconds["shared 256"]) == ("50.0 (×1.00)", "62.0", "60.0 (×1.20)")
     assert sum("CPU (X)" in line for line in document.splitlines() if "input 256" in line) == 1
 
 
@@ -211,8 +212,9 @@ def test_perplexities_by_position_are_drawn(tmp_path, banded, models):
 
 
 def test_a_picture_by_position_shows_every_band_and_the_difference_in_percent(banded):
-    shown = [series_of(model) for model in banded[0]["models"]]
-    above, below = draw_positions(shown).axes
+    series = RunReport(*banded, Texts()).series
+    panels = position_panels(series)
+    above, below = draw_panels(panels, {one.name: one.baseline for one in series}).axes
     assert [list(line.get_ydata()) for line in above.lines] == [[800, 450, 80], [840, 450, 76], [880, 429.975, 80.4]]
     expected = [[0, 0, 0], [5, 0, -5], [10, -4.45, 0.5]]
     assert [list(line.get_ydata()) for line in below.lines] == [pytest.approx(line) for line in expected]
@@ -224,24 +226,32 @@ def test_a_run_of_an_older_version_has_no_section_by_position(records):
     assert "by position" not in markdown(records)
 
 
-def test_the_formula_is_shown_among_the_results_only_where_it_differs(records):
-    assert "KV cache by formula" not in markdown(records)
-    records[0]["models"][2]["cache"]["bytes_formula"] = 1024
-    table = results(markdown(records))
-    assert table["shared 256"]["KV cache by formula"] == "1.0 KB"
+def curves(records):
+    report = RunReport(*records, Texts())
+    return {panel.title: panel.curves for panel in learning_curves(report.models, report.series, report.recipe)}
 
 
 def test_learning_curves_show_the_difference_to_the_baseline_at_each_epoch(records):
-    baseline, *others = [series_of(model) for model in records[0]["models"]]
-    titles = [ax.get_title() for ax in draw_learning_curves([baseline, *others]).axes]
-    assert titles[1:] == ["Difference to Pythia at the same epoch (%)", "Training loss", "Phase 1: converged tokens"]
-    ours = dataclasses.replace(baseline, name="layer", baseline=False, perplexity=[(1, 400.0), (2, 380.0), (9, 1.0)])
-    difference = draw_learning_curves([baseline, ours]).axes[1]
-    curves = [line.get_xydata() for line in difference.get_lines()]
-    assert curves[0][:, 1].tolist() == [0, 0, 0]
-    assert curves[1] == pytest.approx(np.array([[1, -50], [2, -5]]))  # against 800 and 400; there is no ninth epoch
-    alone = [ax.get_title() for ax in draw_learning_curves([baseline]).axes]
-    assert alone == [titles[0], "Training loss"]
+    baseline, _, _, layer, *_ = records[0]["models"]
+    perplexity, *others = curves(records)
+    assert others == ["Difference to Pythia at the same time (%)", "Training loss", "Phase 1: converged tokens"]
+    layer["history"][2]["epoch"] = 9
+    difference = curves(records)[others[0]]
+    assert difference["Pythia"] == [(1, 0), (2, 0), (3, 0)]
+    assert difference["layer 256"] == [(1, pytest.approx(-2.5)), (2, pytest.approx(-2.5))]  # there is no ninth epoch
+    records[0]["models"] = [baseline]
+    assert list(curves(records)) == [perplexity, "Training loss"]
+
+
+def test_one_pass_is_drawn_over_tokens(records):
+    for model in records[0]["models"]:
+        for row in model["history"] or []:
+            row["tokens"] = 2_000_000 * row["epoch"]
+    records[0]["recipe"]["train"]["tokens"] = 6_000_000
+    perplexity = next(iter(curves(records).values()))
+    assert perplexity["layer 256"] == [(2.0, 780.0), (4.0, 390.0), (6.0, pytest.approx(429.0))]
+    assert "4,000,000 tokens: train_loss=5.0000, val_ppl=400.00" in markdown(records)
+    assert "| Tokens, read once | 6000000 |" in markdown(records)
 
 
 def test_learning_curves_are_logged_line_by_line_with_the_reason_to_stop(records):
@@ -263,8 +273,8 @@ def test_settings_and_provenance_are_listed(records):
     for line in (
         "| Samples, training / validation | 9,000 / 1,000 |",
         "| Sequence length | 128 tokens (129 with the target) |",
-        "| Batch size | 32 × 2 accumulated |",
-        "| Schedule | cosine, warm-up over 5.0 % of the steps |",
+        "| Batches a step | 2 |",
+        "| Warm-up, share of the steps | 5.0 % |",
         "| Learning rate (AdamW) | 0.0001 |",
         "| Phase 1: iterations at most | 100 |",
         "| Versions | python 3.12.1, torch 2.13.0 |",
@@ -296,7 +306,7 @@ def test_a_run_without_a_finished_baseline_has_no_differences(records):
     del records[0]["models"][0]
     text = markdown(records)
     assert "There is no finished baseline" in text
-    assert {(row["Against baseline"], row["Overhead"]) for row in results(text).values()} == {("–", "–")}
+    assert {row["Against baseline"] for row in results(text).values()} == {"–"} and "×" not in text.split("##")[1][300:]
 
 
 def test_a_run_that_has_only_begun_is_reported_without_pictures(tmp_path, records):
@@ -338,8 +348,8 @@ def test_every_language_has_the_same_texts_with_the_same_placeholders():
     def placeholders(texts):
         return {key: {field for _, field, _, _ in Formatter().parse(text) if field} for key, text in texts.items()}
 
-    english, *others = map(placeholders, TRANSLATIONS.values())
-    assert all(other == english for other in others)
+    english, *others = (placeholders(Texts(lang).texts) for lang in LANGUAGES)
+    assert others and all(other == english for other in others)
 
 
 def test_an_unknown_language_is_refused_with_the_choices(run):
@@ -361,7 +371,8 @@ def test_a_missing_record_is_named(run, file):
         ("[]", "no object"),
         ("\x00", "Expecting value"),
         ('{"models": [], "data": {}}', "has no 'recipe'"),
-        ('{"models": [{"name": "x"}], "data": {}, "recipe": {}}', "model 1 has no 'best_epoch'"),
+        ('{"models": [{}], "data": {}, "recipe": {}}', "model 1 has no 'name'"),
+        ('{"kind": "other"}', "its kind is 'other'"),
     ],
 )
 def test_damaged_metrics_are_one_clear_line(run, content, reason):
@@ -373,25 +384,18 @@ def test_damaged_metrics_are_one_clear_line(run, content, reason):
 
 
 def test_names_in_the_frontier_do_not_overlap():
-    crowd = [
-        Series(f"model number {i}", i == 0, (), (), best=(1, 50 + i / 5), cache_bytes=4096 * (1 + i // 4))
-        for i in range(9)
-    ]
-    axes = draw_frontier(crowd).axes[0]
+    names = [f"model number {i}" for i in range(9)]
+    crowd = [Point(name, name, 4096 * (1 + i // 4), 50 + i / 5, name) for i, name in enumerate(names)]
+    axes = draw_frontier(crowd, {name: name == names[0] for name in names}, "").axes[0]
     boxes = [label.get_window_extent() for label in axes.texts]
     assert len(boxes) == 9
     assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
 
 
 def test_a_model_far_above_the_others_is_an_arrow_with_its_perplexity():
-    axes = draw_frontier(
-        [
-            Series(name, i == 0, (), (), best=(1, perplexity), cache_bytes=size)
-            for i, (name, perplexity, size) in enumerate(
-                [("whole", 68.0, 8192), ("half", 69.0, 4096), ("quarter", 71.0, 2048), ("other", 121.5, 2048)]
-            )
-        ]
-    ).axes[0]
+    models = {"whole": (8192, 68.0), "half": (4096, 69.0), "quarter": (2048, 71.0), "other": (2048, 121.5)}
+    points = [Point(name, name, *place, name) for name, place in models.items()]
+    axes = draw_frontier(points, {name: name == "whole" for name in models}, "").axes[0]
     assert [label.get_text() for label in axes.texts] == ["whole", "half", "quarter", "other: 121.5"]
     assert axes.get_ylim()[1] < 90
     assert [line.get_marker() for line in axes.lines[1:]] == ["D", "o", "o", "^"]
@@ -402,3 +406,32 @@ def test_markdown_keeps_odd_texts_in_their_place():
     assert "| a\\|b |\n| :-- |\n| x \\*y\\* \\_z\\_ snake_case |" in text
     assert "````text\n```\n````" in text
     assert r"\<i\> \[l\](u)" in text
+
+
+def test_the_command_reads_a_folder_without_torch(run):
+    code = f"""
+import sys
+sys.argv[0] = "/usr/bin/context-pythia"
+from context_pythia.cli.command_line import main
+assert main(["report", {str(run)!r}]) == 0
+heavy = {{"torch", "transformers", "accelerate", "datasets", "optuna", "pandas", "pyarrow", "scipy"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+ours = {{name.split(".")[1] for name in sys.modules if name.startswith("context_pythia.")}}
+assert not ours & {{"model", "data", "training", "evaluation", "conversion", "runs"}}, ours
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_sweep_shows_the_settings_that_nothing_beats_and_has_a_line_for_each_of_the_best_thirty():
+    def height(count):
+        points = [Point(f"Pythia {i}", "Pythia", 4096, i, "") for i in range(1, count + 1)]
+        figure = draw_settings(points, [[point.perplexity] for point in points], {"Pythia": True}, "")
+        return figure.get_figheight(), figure.axes[0].get_title()
+
+    assert height(2)[0] < height(30)[0] == height(40)[0] and height(40)[1] == " (best 30 of 40)"
+    places = {"a": (2, 5.0), "b": (1, 6.0), "c": (2, 6.0), "d": (4, 5.0)}
+    assert [point.name for point in unbeaten([Point(name, name, *at, name) for name, at in places.items()])] == [
+        "b",
+        "a",
+    ]

@@ -13,7 +13,8 @@ from context_pythia import ContextPythiaForCausalLM, processes
 from context_pythia.cli.reported import compare
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.errors import Failure
-from context_pythia.report.figures import series_of
+from context_pythia.report.run import RunReport, learning_curves
+from context_pythia.report.texts import Texts
 from context_pythia.runs import train as module
 from context_pythia.runs.convert import convert
 from context_pythia.runs.record import Run
@@ -116,12 +117,14 @@ def test_the_report_says_what_the_longer_training_is_worth(run):
 
 
 def test_curves_go_on_where_the_baseline_ended(run):
-    baseline, _, converted = (series_of(entry) for entry in entries(run).values())
-    assert baseline.baseline and not converted.baseline
-    assert [x for x, _ in baseline.perplexity] == [1, 2]
-    assert [x for x, _ in converted.perplexity] == [2, 3, 3.5] and converted.best[0] > 2
+    report = RunReport(json.loads((run / "metrics.json").read_text()), {}, Texts())
+    perplexity, _, loss, *_ = learning_curves(report.models, report.series, report.recipe)
+    baseline, _, converted = entries(run)
+    assert [one.baseline for one in report.series] == [True, False, False]
+    assert [x for x, _ in perplexity.curves[baseline]] == [1, 2]
+    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, 3.5] and perplexity.stars[converted][0] > 2
     # The loss of healing is not that of training.
-    assert baseline.train_loss and not converted.train_loss
+    assert loss.curves[baseline] and not loss.curves[converted]
 
 
 def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):

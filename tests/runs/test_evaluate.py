@@ -16,7 +16,7 @@ from context_pythia.config.recipe_files import load_recipe
 from context_pythia.evaluation import perplexity
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.report import formats
-from context_pythia.report.evaluation_report import console_table, write_evaluation
+from context_pythia.report.evaluation import console_table
 from context_pythia.report.report import write_report
 from context_pythia.runs import evaluate as module
 from context_pythia.runs.evaluate import compare_with_first, evaluate_model
@@ -118,7 +118,7 @@ def test_a_quantised_cache_by_position_is_its_models_times_the_change(evaluated,
     quantised["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
     metrics["models"].append(quantised)
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
-    write_evaluation(tmp_path / "eval")
+    write_report(tmp_path / "eval")
     value = 1.25 * whole["perplexity_by_position"][0]["perplexity"]
     against = formats.change(value / metrics["models"][0]["perplexity_by_position"][0]["perplexity"] - 1)
     line = f"| {whole['name']} + int4 | {formats.perplexity(value)} ({against}) |"
@@ -132,7 +132,7 @@ def test_an_evaluation_of_an_older_version_has_no_section_by_position(evaluated,
         del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "eval" / "positions.png").unlink()
-    write_evaluation(tmp_path / "eval")
+    write_report(tmp_path / "eval")
     assert "by position" not in (tmp_path / "eval" / "report.md").read_text() + console_table(metrics)
     assert not (tmp_path / "eval" / "positions.png").exists()
 
@@ -142,7 +142,7 @@ def test_tasks_stand_in_report_and_table(evaluated, tmp_path):
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     metrics["models"][0]["tasks"] = {"own_words": {"acc": 0.4375, "acc_stderr": 0.1}}
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
-    write_evaluation(tmp_path / "eval")
+    write_report(tmp_path / "eval")
     assert "| pythia | own_words | acc | 0.4375 |" in (tmp_path / "eval" / "report.md").read_text()
     assert "pythia own_words acc 0.4375" in " ".join(console_table(metrics).split())
 
@@ -157,7 +157,7 @@ def test_passes_that_differ_are_reported(evaluated, tmp_path):
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     metrics["models"][3]["cached"] |= {"agrees": False, "perplexity": 78.5, "parallel_perplexity": 77.0}
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
-    write_evaluation(tmp_path / "eval")
+    write_report(tmp_path / "eval")
     line = (
         "> Parallel and token-by-token perplexity on the same 80 tokens differ within 4 digits: layer-12-x2 77 / 78.5."
     )

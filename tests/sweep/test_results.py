@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from context_pythia.report.sweep_figures import pareto, perplexities
 from context_pythia.sweep.results import importances, settings_over_seeds
 
 
@@ -47,7 +46,6 @@ def test_settings_are_compared_where_their_data_is_the_same():
     assert [row["reduction"] for row in rows] == [None, 0.75, None, 0.75]
     assert [row["change"] for row in rows] == [None, pytest.approx(0.05), None, pytest.approx(0.1)]
     assert all(row["unbeaten"] for row in rows)
-    assert pareto(rows, [""] * 4, "sequence_length").startswith(b"\x89PNG")
 
 
 def test_a_setting_s_perplexity_by_position_is_the_mean_over_seeds():
@@ -77,12 +75,3 @@ def test_importance_finds_what_decides():
     assert importances(equal, ["train.learning_rate"]) == {"reason": "all trials have the same perplexity"}
     alone = [trial("layer", float(i), 1) for i in range(4)]
     assert importances(alone, [])["reason"].startswith("nothing was searched")
-
-
-def test_the_picture_of_perplexities_has_a_line_for_each_of_the_best_thirty_settings():
-    def height(count):
-        rows = [{"model": "Pythia", "baseline": True, "mean": i, "min": i, "max": i} for i in range(1, count + 1)]
-        picture = perplexities(rows, [[row["mean"]] for row in rows], ["Pythia"] * count, "learning_rate")
-        return int.from_bytes(picture[20:24], "big")
-
-    assert height(2) < height(30) == height(40)

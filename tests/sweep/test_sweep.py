@@ -1,7 +1,6 @@
 """A small sweep from end to end, with real trainings, some of which go on from the trained baseline; and its report."""
 
 import json
-import re
 import shutil
 import sys
 
@@ -13,7 +12,6 @@ from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import Failure
 from context_pythia.report.formats import change, perplexity
 from context_pythia.report.report import write_report
-from context_pythia.report.sweep_translations import SWEEP_TRANSLATIONS
 from context_pythia.sweep.options import SweepPlan, parse_over
 from tests.runs.test_compare_healed import MODELS, healing_recipe
 
@@ -145,12 +143,3 @@ def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(fini
     report = (tmp_path / "report.md").read_text()
     assert report.count("means over the same seeds") == 1
     assert report.count("## Quality by position") == 2 and not (tmp_path / "positions.png").exists()
-
-
-def test_every_language_has_the_same_texts():
-    def placeholders(text):
-        return sorted(re.findall(r"{(\w+)}", text))
-
-    english = {key: placeholders(text) for key, text in SWEEP_TRANSLATIONS["en"].items()}
-    for texts in SWEEP_TRANSLATIONS.values():
-        assert {key: placeholders(text) for key, text in texts.items()} == english

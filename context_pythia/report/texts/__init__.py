@@ -1,0 +1,41 @@
+"""What reports say, in each language: a YAML file of the same keys and placeholders for each.
+
+Log lines, errors and the labels in pictures stay English, as the console prints them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from context_pythia.errors import UsageError
+
+LANGUAGES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yaml")))
+
+
+class Texts:
+    """The texts of one language, for one kind of report.
+
+    Args:
+        kind: `kind_key` stands in place of `key` where there is such a text.
+
+    Raises:
+        UsageError: there is no such language.
+    """
+
+    def __init__(self, lang: str = "en", kind: str = ""):
+        if lang not in LANGUAGES:
+            raise UsageError(f"unknown report language {lang!r}: choose one of {', '.join(LANGUAGES)}")
+        self.kind = kind
+        self.texts: dict[str, str] = yaml.safe_load(
+            Path(__file__).with_name(f"{lang}.yaml").read_text(encoding="utf-8")
+        )
+
+    def __call__(self, key: str, **facts: object) -> str:
+        text = self.texts.get(f"{self.kind}_{key}") or self.texts[key]
+        return text.format(**facts) if facts else text
+
+    def row(self, *keys: str) -> list[str]:
+        """The texts of the keys, such as the head of a table."""
+        return [self(key) for key in keys]
