@@ -30,6 +30,7 @@ from context_pythia.evaluation.quantised import (
     require_quantiser,
     residual_length,
 )
+from context_pythia.evaluation.recall import recall, require_words
 from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import best_device
@@ -46,6 +47,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     tasks_path: Path | None = None,
     limit: int | None = None,
+    recall_samples: int = 0,
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def evaluate(
         cached_tokens: validation tokens that are also scored token by token.
         caches: quantised caches (`int8`, `int4`) that every model is scored with, too.
         tasks: tasks of lm-evaluation-harness; `tasks_path` holds task files of one's own, `limit` bounds documents.
+        recall_samples: texts for each task and distance of the models' recall, 0 for none.
         out: gets metrics.json after each model, and provenance.json at the end.
 
     Raises:
@@ -72,6 +75,8 @@ def evaluate(
     load = partial(load_pretrained, dtype=getattr(torch, dtype))
     configs = {name: _config_of(load(path), path) for name, path in zip(names, models, strict=True)}
     packed = load_data(data, progress)
+    if recall_samples:
+        require_words(packed.tokenizer, data.sequence_length)
     notes = _check_vocabularies(dict(zip(names, models, strict=True)), configs, packed)
     metrics: dict[str, Any] = {
         "kind": "evaluation",
@@ -87,6 +92,8 @@ def evaluate(
         },
         "notes": notes,
     }
+    if recall_samples:
+        metrics["settings"]["recall_samples"] = recall_samples
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
         _check_same_evaluation(out, names, metrics)
@@ -107,6 +114,10 @@ def evaluate(
         compare_with_first(metrics["models"])
         if out is not None:
             write_json(out / "metrics.json", metrics)
+        if recall_samples:
+            rows[0]["recall"] = recall(
+                model, packed.tokenizer, data.sequence_length, samples=recall_samples, batch_size=batch_size
+            )
         if manager is not None:
             rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
             if out is not None:
@@ -234,6 +245,7 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
         "cached": cached,
         "cache": cache,
         "tasks": None,
+        "recall": None,
         "error": None,
     }
 

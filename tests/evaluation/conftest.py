@@ -7,6 +7,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.data.packing import PackedDataset
+from context_pythia.data.tokenizers import train_tokenizer
 
 BODY = dict(
     vocab_size=61,
@@ -34,6 +35,12 @@ def build(source: str, seed: int = 0, **changes):
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
     return model.eval()
+
+
+def tokenizer_of_words():
+    """A tokenizer with some 300 whole words."""
+    words = [a + b + c for a in "abcdefgh" for b in "abcdefgh" for c in "abcde"]
+    return train_tokenizer([f" {' '.join(words)} is. The sky is wide and the day is long."] * 3, 900, progress=False)
 
 
 @pytest.fixture

@@ -12,15 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from context_pythia.cli import command_line as cli
 from context_pythia.cli.reported import evaluate
+from context_pythia.config.recipe import DataOptions
 from context_pythia.config.recipe_files import load_recipe
+from context_pythia.data.tokenizers import vocabulary_rows
+from context_pythia.errors import UsageError
 from context_pythia.evaluation import perplexity
 from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.recall import recall
 from context_pythia.report import formats
 from context_pythia.report.evaluation import console_table
 from context_pythia.report.report import write_report
 from context_pythia.runs import evaluate as module
 from context_pythia.runs.evaluate import compare_with_first, evaluate_model
-from tests.evaluation.conftest import build
+from tests.evaluation.conftest import build, tokenizer_of_words
 
 NAMES = ("pythia", "input", "shared", "layer-12-x2")
 
@@ -145,6 +149,27 @@ def test_tasks_stand_in_report_and_table(evaluated, tmp_path):
     write_report(tmp_path / "eval")
     assert "| pythia | own_words | acc | 0.4375 |" in (tmp_path / "eval" / "report.md").read_text()
     assert "pythia own_words acc 0.4375" in " ".join(console_table(metrics).split())
+
+
+def test_recall_by_distance_is_recorded(tmp_path):
+    tokenizer, length = tokenizer_of_words(), 48
+    model = build("layer", vocab_size=vocabulary_rows(tokenizer))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    texts = [" ".join(["the day is long", "abc", "bad"] * 40) + f" {i}" for i in range(4)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    data = DataOptions(
+        data=str(tmp_path / "text.jsonl"),
+        tokenizer=str(tmp_path / "model"),
+        samples=3,
+        sequence_length=length,
+        cache_dir=str(tmp_path / "packed"),
+    )
+    metrics = module.evaluate([str(tmp_path / "model")], data, recall_samples=3, progress=False)
+    assert metrics["models"][0]["recall"] == recall(model, tokenizer, length, samples=3)
+    assert [row["distance"] for row in metrics["models"][0]["recall"]] == [32, 44, 32, 46]
+    with pytest.raises(UsageError, match="recall in texts of 20 tokens"):
+        module.evaluate([str(tmp_path / "model")], replace(data, sequence_length=20), recall_samples=3, progress=False)
 
 
 def test_where_it_ran_is_recorded(evaluated, data):

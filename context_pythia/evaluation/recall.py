@@ -1,0 +1,189 @@
+"""Does a model find what it has read? Facts at known distances, in text that is made here from the tokenizer's words.
+
+Two tasks, each a text of as many tokens as a training sample that ends where one word must follow:
+
+    key      facts alone, "KEY is VALUE." with a new key and value each; the last question asks for one of them
+    passkey  one such fact amid sentences that repeat (arXiv 2305.16300)
+
+The distance is that of a value from the token which is to be predicted, in tokens. The answer is the likeliest of the
+values that the task can have (those in the text; of `passkey`, which has only one there, the same number of words), so
+a model that only knows what a value looks like is right by chance.
+
+Papers on caches that layers or heads share report perplexity, which a few lost facts hardly move.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from context_pythia.errors import UsageError
+
+TASKS = ("key", "passkey")
+SHORTEST_DISTANCE = 32
+_FILLER = " The sky is wide and the day is long. We walk here and there, and then we go home."
+
+
+@dataclass(frozen=True)
+class Words:
+    """Token ids of a tokenizer: `keys` and `values` are words of one token each, the rest joins them to text."""
+
+    keys: list[int]
+    values: list[int]
+    joint: list[int]
+    end: list[int]
+    filler: list[int]
+
+    @property
+    def fact_length(self) -> int:
+        """Tokens of a fact: key, joint, value, end."""
+        return 2 + len(self.joint) + len(self.end)
+
+    def fact(self, key: int, value: int) -> list[int]:
+        return [key, *self.joint, value, *self.end]
+
+    def question(self, key: int) -> list[int]:
+        return [key, *self.joint]
+
+
+def choose_words(tokenizer: PreTrainedTokenizerFast, facts: int, seed: int) -> Words:
+    """Keys and values for texts of so many facts, twice as many of both as one text takes.
+
+    Raises:
+        UsageError: the tokenizer has too few whole words.
+    """
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    joint, end, filler = ids(" is"), ids("."), ids(_FILLER)
+    taken = {*joint, *end, *filler, *tokenizer.all_special_ids}
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    words = [i for i, text in enumerate(texts) if re.fullmatch(" [a-z]{3,}", text) and i not in taken]
+    wanted = 4 * facts
+    if len(words) < wanted:
+        raise UsageError(
+            f"the tokenizer has {len(words)} whole words, texts of {facts} facts take {wanted}: "
+            "ask for recall at a shorter length, or train a larger vocabulary"
+        )
+    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [words[i] for i in order[:wanted]]
+    return Words(chosen[: wanted // 2], chosen[wanted // 2 :], joint, end, filler)
+
+
+def require_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
+    """The words of texts of so many tokens; UsageError where they cannot be made."""
+    size = choose_words(tokenizer, 1, seed).fact_length
+    words = choose_words(tokenizer, max(1, length // size), seed)
+    distances(words, TASKS[0], length)
+    return words
+
+
+def recall_texts(
+    words: Words, task: str, distance: int, length: int, samples: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts that ask for a value so many tokens back.
+
+    Args:
+        task: one of `TASKS`.
+        distance: of the value from the token to predict, one of `distances`.
+        length: tokens of a text.
+
+    Returns:
+        ids `[N, length]`, candidates `[N, K]` among which the answer is, and the answers' columns in them `[N]`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = words.fact_length
+    texts, candidates, answers = [], [], []
+    for _ in range(samples):
+        keys = [words.keys[i] for i in torch.randperm(len(words.keys), generator=generator).tolist()]
+        values = [words.values[i] for i in torch.randperm(len(words.values), generator=generator).tolist()]
+        question = words.question(keys[0])
+        facts = (length - len(question)) // size
+        if task == "key":
+            back = distance // size  # facts from the one that is asked for to the end, itself included
+            order = [*range(1, facts - back + 1), 0, *range(facts - back + 1, facts)]
+            body = [token for i in order for token in words.fact(keys[i], values[i])]
+        else:
+            room = length - len(question) - size
+            after = distance - len(question) - len(words.end) - 1
+            filler = words.filler * (room // len(words.filler) + 2)
+            start = int(torch.randint(len(words.filler), (), generator=generator))
+            around = filler[start : start + room]
+            body = [*around[: room - after], *words.fact(keys[0], values[0]), *around[room - after :]]
+        # The front is cut or filled up with the repeating sentences, so that every text has the trained length.
+        front = length - len(question) - len(body)
+        texts.append([*(words.filler * (front // len(words.filler) + 1))[:front], *body, *question])
+        column = int(torch.randint(facts, (), generator=generator))
+        choice = values[1:facts]
+        candidates.append([*choice[:column], values[0], *choice[column:]])
+        answers.append(column)
+    return torch.tensor(texts), torch.tensor(candidates), torch.tensor(answers)
+
+
+def distances(words: Words, task: str, length: int) -> list[int]:
+    """The distances that a task asks at in texts of so many tokens: 32, 64 and so on, and the longest that there is
+    room for. Those of `key` are whole facts.
+
+    Raises:
+        UsageError: none fits.
+    """
+    size = words.fact_length
+    longest = length - len(words.joint) - 1
+    if longest < SHORTEST_DISTANCE:
+        raise UsageError(f"recall in texts of {length} tokens: give {length + SHORTEST_DISTANCE - longest} or more")
+    doubled = [SHORTEST_DISTANCE << i for i in range(longest.bit_length()) if SHORTEST_DISTANCE << i < longest]
+    wanted = [*doubled, longest]
+    if task == "passkey":
+        return wanted
+    return sorted({distance // size * size for distance in wanted})
+
+
+@torch.no_grad()
+def recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    tasks: Sequence[str] = TASKS,
+    samples: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """How often a model finds the value, by task and distance.
+
+    Args:
+        length: tokens of a text, as many as the model was trained on.
+        samples: texts of each task and distance.
+
+    Returns:
+        rows of `task`, `distance`, `accuracy`, `chance` (of a guess among the candidates) and `samples`.
+
+    Raises:
+        UsageError: a text too short for any distance, or a tokenizer without enough words.
+    """
+    model.eval()
+    words = require_words(tokenizer, length, seed)
+    rows = []
+    for task in tasks:
+        for distance in distances(words, task, length):
+            ids, candidates, answers = recall_texts(words, task, distance, length, samples, seed)
+            right = 0
+            for part, choice, answer in zip(*(t.split(batch_size) for t in (ids, candidates, answers)), strict=True):
+                logits = model(input_ids=part.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1].cpu()
+                right += int((logits.gather(1, choice).argmax(-1) == answer).sum())
+            rows.append(
+                {
+                    "task": task,
+                    "distance": distance,
+                    "accuracy": right / samples,
+                    "chance": 1 / candidates.shape[1],
+                    "samples": samples,
+                }
+            )
+    return rows
