@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 # Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection.
 LONGEST_WAIT = timedelta(hours=24)
-# Of accelerate's FSDP: checkpoints are whole ones, and every process reads weights by itself.
-FSDP_SETTINGS = {
-    "fsdp_version": "2",
-    "fsdp_state_dict_type": "FULL_STATE_DICT",
-    "fsdp_cpu_ram_efficient_loading": "false",
-}
 _first_failed: bool | None = None  # known once processes that have joined fail
 
 
@@ -37,11 +31,6 @@ def count() -> int:
 def index() -> int:
     """The number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
-
-
-def divide_model() -> bool:
-    """Whether they divide the model among them (FSDP), where otherwise each holds the whole one."""
-    return count() > 1 and _launched_with("ACCELERATE_USE_FSDP")
 
 
 def is_main() -> bool:
@@ -59,18 +48,15 @@ def joined() -> Iterator[None]:
     """Within it the processes can exchange tensors, and those other than process 0 print nothing on stdout.
 
     Raises:
-        UsageError: more processes on this machine than GPUs, DeepSpeed, or settings of FSDP that are not supported.
+        UsageError: more processes on this machine than GPUs, or accelerate's DeepSpeed or FSDP.
         SystemExit: in a process that failed after another one had said why.
     """
     if count() == 1:
         yield
         return
-    if _launched_with("ACCELERATE_USE_DEEPSPEED"):
-        raise UsageError("accelerate's DeepSpeed is not supported: divide the model with FSDP, or not at all")
-    if divide_model():
-        for setting, wanted in FSDP_SETTINGS.items():
-            if (given := os.environ.get(setting.upper(), "not given")).lower() != wanted.lower():
-                raise UsageError(f"accelerate's {setting} {given} is not supported: give {wanted}")
+    for engine in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
+            raise UsageError(f"accelerate's {engine} is not supported: start without it, each process holds the model")
     import torch
     from torch import distributed
 
@@ -98,10 +84,6 @@ def joined() -> Iterator[None]:
                 raise SystemExit(1) from error
             raise
     distributed.destroy_process_group()
-
-
-def _launched_with(option: str) -> bool:
-    return os.environ.get(option, "false").lower() == "true"
 
 
 def _first_to_fail() -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from context_pythia import processes
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import TrainOptions
 from context_pythia.errors import Failure, UsageError, first_line
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILES = (("optimizer.pt", "without"), ("optimizer.bin", "with"))  # FSDP, which divides the model
+OPTIMIZER_FILE = "optimizer.pt"
 
 
 def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
@@ -60,20 +59,13 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     """The newest sound checkpoint; newer ones that are not sound are removed.
 
     Raises:
-        UsageError: they hold an optimizer that is divided as that of this run is not, or conversely.
         Failure: there are checkpoints, and all of them are damaged.
     """
     found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
     found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    (optimizer, _), (unlike, held) = OPTIMIZER_FILES[:: -1 if processes.divide_model() else 1]
-    for checkpoint in found:
-        if (checkpoint / unlike).exists() and not (checkpoint / optimizer).exists():
-            raise UsageError(
-                f"{checkpoint} was written {held} FSDP: go on {held} it, or delete {checkpoints} to train anew"
-            )
     unsound: dict[Path, str] = {}
     for checkpoint in found:
-        damage = find_damage(checkpoint, optimizer)
+        damage = find_damage(checkpoint)
         if damage is None:
             break
         unsound[checkpoint] = damage
@@ -91,12 +83,8 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
     return next((path for path in found if path not in unsound), None)
 
 
-def find_damage(checkpoint: Path, optimizer: str) -> str | None:
-    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled.
-
-    Args:
-        optimizer: name of the file with the optimizer's state.
-    """
+def find_damage(checkpoint: Path) -> str | None:
+    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled."""
     try:
         best_step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
         weights = [checkpoint / WEIGHTS_FILE]
@@ -106,7 +94,7 @@ def find_damage(checkpoint: Path, optimizer: str) -> str | None:
             # Opening compares the header with the file's length.
             with safe_open(path, framework="pt"):
                 pass
-        for path in [checkpoint / optimizer, checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
+        for path in [checkpoint / OPTIMIZER_FILE, checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
             with zipfile.ZipFile(path) as archive:
                 if member := archive.testzip():
                     return f"{path.name}: {member} is corrupt"
@@ -128,13 +116,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
             raise Failure(f"{wrong}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Failure(f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again") from error
-    if processes.divide_model():
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        # Each process has read the whole, and takes what is its part, or all where the model is not divided.
-        set_model_state_dict(model, loaded.state_dict(), options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(loaded.state_dict())
     model.eval()
 
 

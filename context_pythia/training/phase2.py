@@ -8,7 +8,6 @@ A folder in training holds `checkpoints/`; a finished one holds the best model i
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -162,11 +161,7 @@ def run_trainer(
     steps: int | None,
     make_trainer: Callable[..., LanguageModelTrainer],
 ) -> dict[str, Any]:
-    """Runs the Trainer to its end and returns its last state.
-
-    Raises:
-        UsageError: FSDP where accelerate does not offer it.
-    """
+    """Runs the Trainer to its end and returns its last state."""
     arguments = training_arguments(options, seed, folder / "checkpoints", steps)
     # A checkpoint has the first evaluation in its log.
     arguments.eval_on_start = steps is not None and resume_from is None
@@ -176,14 +171,9 @@ def run_trainer(
     callbacks: list[TrainerCallback] = [report]
     if options.tensorboard:
         callbacks.append(TensorBoardCallback(summary_writer()(log_dir=str(folder / "tensorboard"))))
-    if processes.divide_model():
-        # What FSDP has divided stays so: the caller's model is kept from it, and takes the best weights in the end.
-        model = copy.deepcopy(model)
     use_cache = model.config.use_cache
     with faster_attention(model, arguments.device, data.train.sequence_length):
         trainer = make_trainer(report, options, model=model, args=arguments, data=data, callbacks=callbacks)
-        if processes.divide_model() and not trainer.is_fsdp_enabled:
-            raise UsageError("accelerate divides a model (FSDP) only among GPUs or the like: drop the option")
         try:
             with deferred_interrupt() as report.asked_to_stop:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

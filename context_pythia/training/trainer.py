@@ -172,7 +172,6 @@ class LanguageModelTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         """A checkpoint of finite weights; one that cannot be written whole is taken away again."""
         finite = all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
-        # Of a divided model each process sees its part.
         if processes.highest(int(not finite)):
             raise self._not_finite("weights", math.nan)
         self.report.pause()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
+from context_pythia.errors import UsageError
 from context_pythia.training import epochs, oacd_run
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport
@@ -271,6 +272,14 @@ def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
 def test_accelerate_launch_trains_in_two_processes_like_one(tmp_path, own_cache):
     arguments = command(tmp_path, "train", "--model", "Layer 12 x2", "--batch-size", "6", "--quiet")
     assert_launched_like_alone(tmp_path, ACCELERATE, arguments, "wrote")
+
+
+@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
+def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
+    with pytest.raises(UsageError, match=f"accelerate's {engine} is not supported"), processes.joined():
+        pass
 
 
 @pytest.mark.parametrize(
