@@ -11,16 +11,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from context_pythia.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-# Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection.
+# Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection. Elsewhere the
+# backends' own minutes hold: a collective that hangs should not keep a cluster for a day.
 LONGEST_WAIT = timedelta(hours=24)
 _first_failed: bool | None = None  # known once processes that have joined fail
+_patient: Any = None  # their group for waiting, on the CPU
 
 
 def count() -> int:
@@ -67,7 +69,9 @@ def joined() -> Iterator[None]:
             raise UsageError(f"process {local} of this machine has no GPU: start as many as there are, {devices}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+    distributed.init_process_group(backend)
+    global _patient
+    _patient = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
     wait()  # One that failed at once would leave another in the middle of connecting, with an error of its own.
     with contextlib.ExitStack() as stack:
         if not is_main():
@@ -127,7 +131,7 @@ def highest(value: int) -> int:
     if count() == 1:
         return value
     held = torch.tensor(value)
-    distributed.all_reduce(held, distributed.ReduceOp.MAX)
+    distributed.all_reduce(held, distributed.ReduceOp.MAX, group=_patient)
     return int(held)
 
 

@@ -134,7 +134,7 @@ def test_no_file_grows_past_the_limit(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] not in ("model", "serving")], ids=str)
 def test_errors_say_whose_they_are(path):
-    # What is meant for users is a UsageError or a Failure; what cannot be is an assert. Model and plug-in live in hosts.
+    # What is meant for users is a UsageError or a Failure, what cannot be an assert. Model and plug-in have hosts.
     caught = {"evaluation/pretrained.py"}  # where they are raised
     raised = re.findall(r"raise (?:ValueError|RuntimeError)\b.*", (PACKAGE / path).read_text("utf-8"))
     assert path.as_posix() in caught or not raised
