@@ -1,5 +1,7 @@
 """ContextPythiaConfig: GPT-NeoX's configuration plus who makes the context, and how wide it is."""
 
+from copy import copy
+
 import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
@@ -164,3 +166,16 @@ class ContextPythiaConfig(GPTNeoXConfig):
             return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
         own = "grouped" if self.context_source == "grouped" else "context"
         return [own if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]
+
+    def _per_layer_config(self):
+        """Each layer's view of the config, with the shape of what it caches: `torch.export` needs a static cache of
+        that shape before the first token."""
+        host = super().per_layer_config
+        if self.context_source == "input" or self.is_heterogeneous:
+            return host
+        layers = [copy(self) for _ in range(self.num_hidden_layers)]
+        for i, layer in enumerate(layers):
+            layer.__dict__.update(head_dim=self.cached_width(i), num_key_value_heads=1)
+        return layers
+
+    per_layer_config = GPTNeoXConfig.per_layer_config.getter(_per_layer_config)

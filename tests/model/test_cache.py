@@ -4,8 +4,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    StaticCache,
+    configuration_utils,
+)
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from context_pythia.model import ContextPythiaConfig
 from context_pythia.model.cache import ContextLayer, cache_bytes, cached_numbers_per_token, measure_cache
@@ -283,3 +291,27 @@ def test_compiled_decoding_is_one_graph_and_writes_the_same(any_model, ids):
     settings |= dict(cache_implementation="static", compile_config=compiling)
     assert any_model.generate(ids, **settings).tolist() == expected.tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.skipif(
+    not hasattr(configuration_utils, "get_head_shapes"), reason="this transformers exports one shape for all layers"
+)
+def test_exported_decoding_takes_any_number_of_tokens_that_is_absorbed(ids):
+    model = build(
+        "layer, rotary pairs"
+    )  # widths that differ; heads of 16 dims: more new tokens than that would be another branch
+
+    model.generation_config.cache_implementation = "static"
+    module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=3, max_cache_len=20)
+    tokens = torch.export.Dim("tokens", min=2, max=16)
+    exported = module.export(
+        input_ids=ids[:, :9],
+        cache_position=torch.arange(9),
+        dynamic_shapes=dict(input_ids={1: tokens}, cache_position={0: tokens}),
+        strict=False,
+    ).module()
+    logits = [
+        exported(input_ids=ids[:, part], cache_position=torch.arange(17)[part]) for part in (slice(5), slice(5, 17))
+    ]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, rtol=0, atol=1e-5)
