@@ -1,5 +1,7 @@
 # make demo   an environment in .venv, the package in it, and the recipe `quick`: report in runs/quick/report.md
 # make test   the same environment with the development tools: ruff, mypy, pytest
+# make test-hosts     transformers' own tests of a model, on ours and on GPT-NeoX
+# make test-versions  the tests of model, conversion and command on the oldest and the newest transformers
 #
 # PYTHON       the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX  another index for torch, such as https://download.pytorch.org/whl/cpu: on Linux, PyPI's own wheels
@@ -14,7 +16,14 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test clean
+# Versions of transformers: the one that is installed, and those at the ends of what pyproject.toml allows.
+PINNED := $(shell sed -n 's/^transformers==//p' constraints.txt)
+ENDS := 5.16.1 5.24.0
+# What the oldest needs in other versions than ours.
+OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
+ON_EACH := tests/model tests/conversion tests/cli tests/runs/test_convert.py tests/runs/test_generate.py
+
+.PHONY: demo test test-hosts test-versions clean
 
 demo: $(VENV)/installed
 	$(BIN)/context-pythia compare quick
@@ -23,7 +32,16 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/hosts
+
+test-hosts: $(VENV)/transformers-$(PINNED)
+	$(BIN)/python -m pytest tests/hosts/test_host_suite.py
+
+test-versions: $(ENDS:%=$(VENV)/overlays/%)
+	$(BIN)/python -m pytest tests/hosts/test_versions.py
+	set -e; for overlay in $^; do \
+		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(ON_EACH); \
+	done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +52,19 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP_INSTALL) --editable '.[dev]'
 	touch $@
+
+# A wheel has no tests.
+$(VENV)/transformers-$(PINNED): $(VENV)/installed-dev
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $(VENV)/sdist $(PIP_ARGS) \
+		transformers==$(PINNED)
+	tar -xzf $(VENV)/sdist/transformers-$(PINNED).tar.gz -C $(VENV) transformers-$(PINNED)/tests
+	touch $@
+
+# Laid before the installed packages by PYTHONPATH.
+$(VENV)/overlays/%: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial $(PIP_ARGS) transformers==$* \
+		$(if $(filter 5.16.1,$*),$(OLDER))
+	rm -rf $@ && mv $@.partial $@ && touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -28,6 +28,7 @@ from transformers import GPTNeoXForCausalLM
 from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
 from context_pythia.data.packing import PackedDataset
 from context_pythia.errors import Failure
+from context_pythia.training.trainer import CHECKPOINTING
 
 HEAD_TOKENS = 256  # tokens whose predictions are held at once
 
@@ -229,7 +230,7 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
 
     try:
         model.eval().requires_grad_(False)
-        model.activation_checkpointing_enable()  # embeddings then ask for gradients, too
+        getattr(model, f"{CHECKPOINTING}_enable")()  # embeddings then ask for gradients, too
         for layer in model.base_model.layers:
             layer.training = True  # Checkpointing asks for it; the layer's parts, dropout among them, stay as they are.
         for layer, held in statistics.items():
@@ -240,7 +241,7 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
     finally:
         for handle in handles:
             handle.remove()
-        model.eval().activation_checkpointing_disable()
+        getattr(model.eval(), f"{CHECKPOINTING}_disable")()
         model.disable_input_require_grads()
         for name, require in required.items():
             model.get_parameter(name).requires_grad_(require)

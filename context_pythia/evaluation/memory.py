@@ -9,6 +9,7 @@ import ctypes
 import gc
 import platform
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -45,9 +46,11 @@ def measure_generated_cache(
     # An unset end of text would be taken from the model's own settings, and could stop early.
     own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
-        # Weights that are read from disk as they are needed stand on no device.
+        # Weights that are read from disk as they are needed stand on no device, of which older hosts warn.
         ids = ids if model.device.type == "meta" else ids.to(model.device)
-        output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"You are calling .generate\(\) with the `input_ids`")
+            output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     finally:
         model.generation_config.eos_token_id = own
     measured = measure_cache(output.past_key_values)

@@ -44,6 +44,7 @@ from context_pythia.training.epochs import (
 from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.shares import check_shares
 from context_pythia.training.trainer import (
+    CHECKPOINTING,
     LanguageModelTrainer,
     faster_attention,
     quiet_transformers,
@@ -185,7 +186,7 @@ def run_trainer(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             trainer.accelerator.free_memory()
             if options.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
+                getattr(model, f"{CHECKPOINTING}_disable")()
             model.config.use_cache = use_cache
             model.zero_grad(set_to_none=True)
             model.eval()

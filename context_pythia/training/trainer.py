@@ -34,6 +34,12 @@ from context_pythia.training.shares import process_loader
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
 
+# What the host's arguments and methods call recomputing in the backward pass: later versions warn of the former name.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 # On an accelerator each look at the loss waits for the device.
 STEPS_BETWEEN_LOOKS = 16
 # On a CPU the backward pass of PyTorch's fused attention costs more than all weights of so few tokens: at 128 tokens in
@@ -208,7 +214,6 @@ def training_arguments(
         # What is frozen takes no part, and all else does.
         ddp_find_unused_parameters=False,
         gradient_accumulation_steps=options.gradient_accumulation,
-        activation_checkpointing=options.gradient_checkpointing,
         optim="adamw_torch_fused",
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.schedule,
@@ -233,6 +238,7 @@ def training_arguments(
         log_level="error",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        **{CHECKPOINTING: options.gradient_checkpointing},
     )
     # In a single process the Trainer would give each GPU a whole batch; `torchrun` divides one among the GPUs.
     arguments._n_gpu = min(arguments.n_gpu, 1)

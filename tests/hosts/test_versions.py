@@ -1,0 +1,69 @@
+"""A checkpoint that ships its code, on each transformers that `make test-versions` lays beside the packages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_pythia.runs.convert import _ship_code
+
+from ..model.conftest import build
+
+OVERLAYS = sorted(Path(sys.prefix, "overlays").glob("*"))
+SOURCES = ["input", "shared", "layer, shared by 2", "layer, rotary pairs"]
+READER = """
+import json, sys
+sys.modules["context_pythia"] = None
+import transformers
+from pathlib import Path
+
+if len(sys.argv) > 2:
+    transformers.__version__ = sys.argv[2]
+import torch
+ids = torch.load(Path(sys.argv[1], "ids.pt"), weights_only=True)
+written = {}
+for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    written[folder.name] = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2).tolist()
+print(json.dumps([transformers.__version__, written]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """Checkpoints of each source, and what they write here."""
+    folder, written = tmp_path_factory.mktemp("shipped"), {}
+    ids = torch.randint(2, 97, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.save(ids, folder / "ids.pt")
+    for source in SOURCES:
+        model, own = build(source), folder / source.replace(", ", "-").replace(" ", "-")
+        own.mkdir()
+        _ship_code(model, own)
+        model.save_pretrained(own)
+        written[own.name] = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2).tolist()
+    return folder, written
+
+
+def read(folder: Path, overlay: Path, home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(overlay), "HF_HOME": str(home)}
+    command = [sys.executable, "-W", "ignore", "-c", READER, str(folder), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_a_checkpoint_with_its_code_writes_the_same_where_the_package_is_absent(shipped, overlay, tmp_path):
+    folder, written = shipped
+    done = read(folder, overlay, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [overlay.name, written]
+
+
+def test_code_that_was_shipped_refuses_another_version_in_one_line(shipped, tmp_path):
+    done = read(shipped[0], tmp_path, tmp_path, "5.99.0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: transformers 5.99.0: Context-Pythia was tried with ")

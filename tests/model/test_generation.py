@@ -1,0 +1,156 @@
+"""What transformers' generate() promises of any model, GPT-NeoX beside ours: every mode that it ships, every output.
+
+Its own tests of this (GenerationTesterMixin) are in no distribution. The modes that it fetches from the Hub
+(contrastive search, DoLa, group and constrained beams) need a network.
+"""
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from .conftest import SIZE, build, randomise
+
+GPT_NEOX = "GPT-NeoX"
+FAMILIES = [GPT_NEOX, "input", "shared", "layer", "layer, shared by 2", "layer, rotary pairs"]
+CLOSE = dict(rtol=0, atol=1e-5)
+MODES = {
+    "greedy": dict(do_sample=False),
+    "sample": dict(do_sample=True, top_k=20),
+    "several samples": dict(do_sample=True, num_return_sequences=2),
+    "beams": dict(do_sample=False, num_beams=3, num_return_sequences=2),
+    "sampled beams": dict(do_sample=True, num_beams=3),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family):
+    return randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE))) if family == GPT_NEOX else build(family)
+
+
+@pytest.fixture
+def ids(ids):
+    return ids[:2, :9]
+
+
+def generate(model, ids=None, mode="greedy", tokens=7, **settings):
+    torch.manual_seed(3)
+    if ids is not None:
+        settings["attention_mask"] = torch.ones_like(ids)  # a random model writes the padding's token as any other
+    return model.generate(ids, max_new_tokens=tokens, **MODES[mode], **settings)
+
+
+def cache_of(outputs):
+    return outputs.past_key_values if "past_key_values" in outputs else outputs.cache  # the name since 5.24
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_writes_with_each_cache_what_it_writes_without(model, ids, mode):
+    expected = generate(model, ids, mode=mode, use_cache=False).tolist()
+    assert generate(model, ids, mode=mode).tolist() == expected
+    assert generate(model, ids, mode=mode, cache_implementation="static").tolist() == expected
+    assert generate(model, ids, mode=mode, prefill_chunk_size=4).tolist() == expected
+
+
+def test_a_text_that_ends_is_padded_while_the_others_go_on(model, ids):
+    plain = generate(model, ids)
+    end = int(plain[0, 11])
+    ended = generate(model, ids, eos_token_id=end)
+    assert ended.tolist() == generate(model, ids, eos_token_id=end, use_cache=False).tolist()
+    for row, whole in zip(ended.tolist(), plain.tolist(), strict=True):
+        stop = whole.index(end, 9) + 1 if end in whole[9:] else len(whole)
+        assert row == (whole[:stop] + [SIZE["pad_token_id"]] * len(row))[: len(row)]
+
+
+def test_assistants_and_the_prompts_own_words_change_no_greedy_text(family, model, ids):
+    expected = generate(model, ids[:1], tokens=12).tolist()
+    other = build("layer") if family == GPT_NEOX else randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
+    for assistant in (other, model):
+        assert generate(model, ids[:1], tokens=12, assistant_model=assistant).tolist() == expected
+    assert generate(model, ids[:1], tokens=12, prompt_lookup_num_tokens=3).tolist() == expected
+
+
+def shapes(cache) -> list[list[int]]:
+    """What a layer holds, `[B, heads, T, width]`, where it holds something."""
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return [[*layer.keys.shape, layer.values.shape[-1]] for layer in filled]
+
+
+OWN_SHAPES = {
+    GPT_NEOX: [[2, 4, 15, 16, 16]] * 3,
+    "input": [[2, 4, 15, 16, 16]] * 3,
+    "shared": [[2, 1, 15, 24, 0]],
+    "layer": [[2, 1, 15, 23, 0]] * 3,
+    "layer, shared by 2": [[2, 1, 15, 23, 0]] * 2,
+    "layer, rotary pairs": [[2, 1, 15, width, 0] for width in (25, 21, 26)],
+}
+
+
+@torch.no_grad()
+def test_outputs_of_each_step_are_those_of_one_forward(family, model, ids):
+    model.set_attn_implementation("eager")
+    wanted = dict(output_logits=True, output_scores=True, output_attentions=True, output_hidden_states=True)
+    steps = generate(model, ids, return_dict_in_generate=True, **wanted)
+    assert steps.sequences.shape == (2, 16) and shapes(cache_of(steps)) == OWN_SHAPES[family]
+    whole = model(steps.sequences[:, :-1], output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(torch.stack(steps.logits, dim=1), whole.logits[:, 8:], **CLOSE)
+    torch.testing.assert_close(torch.stack(steps.scores, dim=1), whole.logits[:, 8:], **CLOSE)
+    assert len(steps.hidden_states) == len(steps.attentions) == 7
+    for layer in range(4):
+        states = torch.cat([step[layer] for step in steps.hidden_states], dim=1)
+        torch.testing.assert_close(states, whole.hidden_states[layer], **CLOSE)
+    for layer in range(3):
+        for step, length in zip(steps.attentions, range(9, 16), strict=True):
+            own = step[layer]
+            assert own.shape == (2, 4, 9 if length == 9 else 1, length)
+            expected = whole.attentions[layer][:, :, length - own.shape[2] : length, :length]
+            torch.testing.assert_close(own, expected, **CLOSE)
+
+
+def test_beams_return_their_scores_and_where_they_came_from(model, ids):
+    found = generate(model, ids, mode="beams", return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
+    assert found.sequences.shape == (4, 16) and found.beam_indices.shape == (4, 7)
+    along = model.compute_transition_scores(found.sequences, found.scores, found.beam_indices)
+    torch.testing.assert_close(along.sum(dim=1), found.sequences_scores, **CLOSE)
+    with torch.no_grad():
+        logits = model(found.sequences[:, :-1]).logits[:, 8:].log_softmax(-1)
+    own = logits.gather(-1, found.sequences[:, 9:, None])[..., 0].sum(1)
+    torch.testing.assert_close(found.sequences_scores, own, rtol=0, atol=1e-4)
+
+
+def test_a_conversation_goes_on_from_the_cache_that_was_returned(model, ids):
+    expected = generate(model, ids, tokens=10).tolist()
+    first = generate(model, ids, tokens=4, return_dict_in_generate=True)
+    assert generate(model, first.sequences, tokens=6, past_key_values=cache_of(first)).tolist() == expected
+    # By embeddings, the first turn and the second.
+    embed = model.get_input_embeddings()
+    first = generate(model, tokens=4, inputs_embeds=embed(ids), return_dict_in_generate=True)
+    written = torch.cat([ids, first.sequences], dim=1)
+    assert generate(model, written, tokens=6, past_key_values=cache_of(first)).tolist() == expected
+
+
+@torch.no_grad()
+def test_only_the_logits_that_are_wanted_are_computed(model, ids):
+    whole = model(ids).logits
+    for wanted, expected in ((1, whole[:, -1:]), (4, whole[:, -4:]), (torch.tensor([2, 5]), whole[:, [2, 5]])):
+        torch.testing.assert_close(model(ids, logits_to_keep=wanted).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_picks_the_tokens_that_are_read(model, ids):
+    """Two continuations of one prompt side by side, each blind for the other, as speculative trees have them."""
+    if model.config.model_type != "gpt_neox" and model.config.context_source != "layer":
+        pytest.skip("a recurrence reads its tokens in a row")
+    prompt, one, other = ids[:1, :5], ids[:1, 5:7], ids[1:2, 5:7]
+    expected = torch.cat([model(torch.cat([prompt, end], dim=1)).logits[:, 5:] for end in (one, other)], dim=1)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    seen[7:, 5:7] = False
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 5, 6]])
+    tree = torch.cat([prompt, one, other], dim=1)
+    mask = torch.zeros(9, 9).masked_fill(~seen, torch.finfo(torch.float32).min).view(1, 1, 9, 9)
+    logits = model(tree, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits[:, 5:], expected, **CLOSE)
