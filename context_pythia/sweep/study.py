@@ -123,14 +123,15 @@ def of_sweep(trial: FrozenTrial) -> bool:
     return MODEL in trial.user_attrs and (trial.state != TrialState.FAIL or RESULTS in trial.user_attrs)
 
 
-def add_missing(plan: SweepPlan, studies: Sequence[Study]) -> None:
-    """Add the plan's trials that the studies do not hold; under the folder's lock.
+def add_missing(plan: SweepPlan, studies: Sequence[Study]) -> bool:
+    """Add the plan's trials that the studies do not hold; under the folder's lock. Whether there were any.
 
     Raises:
         UsageError: the study was searched in a way that does not fit.
     """
     import optuna
 
+    before = sum(len(study.trials) for study in studies)
     if plan.sampler == "tpe":
         searched = [f"{one.path}={'log:' if one.log else ''}{one.values}" for one in plan.dimensions]
         for model, study in zip(plan.models, studies, strict=True):
@@ -141,7 +142,7 @@ def add_missing(plan: SweepPlan, studies: Sequence[Study]) -> None:
             study.set_user_attr(SEARCHED, searched)
             for _ in range(sum(map(of_sweep, study.trials)), _budget(plan)):
                 study.enqueue_trial({}, user_attrs={MODEL: model, SEEDS: list(plan.seeds)})
-        return
+        return sum(len(study.trials) for study in studies) > before
     (study,) = studies
     held = [(trial.params, trial.user_attrs[SEEDS]) for trial in study.trials if of_sweep(trial)]
     values: dict[str, list[Any]] = {MODEL: [model.name for model in plan.recipe.models]}
@@ -152,18 +153,21 @@ def add_missing(plan: SweepPlan, studies: Sequence[Study]) -> None:
             ranges = {path: distribution(path, values[path]) for path in params}
             attributes = {MODEL: setting.model.name, SEEDS: seeds}
             waiting = optuna.trial.TrialState.WAITING
+            trial = optuna.trial.create_trial(state=waiting, params=params, distributions=ranges, user_attrs=attributes)
             try:
-                study.add_trial(optuna.trial.create_trial(
-                    state=waiting, params=params, distributions=ranges, user_attrs=attributes
-                ))  # fmt: skip
+                study.add_trial(trial)
             except ValueError as error:
-                raise UsageError(
-                    f"--over: the sweep has other choices ({first_line(error)}): choose another --out"
-                ) from None
+                reason = f"--over: the sweep has other choices ({first_line(error)}): choose another --out"
+                raise UsageError(reason) from None
+    return len(study.trials) > before
 
 
-def take_all(studies: Sequence[Study], objective: Callable[[Trial], Sequence[float]]) -> None:
-    """Take trials until all have ended, those of other workers too."""
+def take_all(studies: Sequence[Study], objective: Callable[[Trial], Sequence[float]], add: Callable[[], bool]) -> None:
+    """Take trials until all have ended, those of other workers too.
+
+    Args:
+        add: `add_missing`: a worker may be killed between ending a dead one's trial and adding it once more.
+    """
     import optuna
     from optuna.trial import TrialState
 
@@ -174,7 +178,9 @@ def take_all(studies: Sequence[Study], objective: Callable[[Trial], Sequence[flo
             continue
         running = [(s, t) for s in studies for t in s.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
         if not running:
-            return
+            if not add():
+                return
+            continue
         if len(running) != waited:
             waited = len(running)
             print(f"waiting for {waited} trials of other workers", flush=True)

@@ -76,10 +76,9 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
             for setting in plan.settings:
                 _check(setting, out, progress)
             save_recipe(recipe, out / RECIPE)
-            studies = open_studies(plan, out, storage)
-            add_missing(plan, studies)
-        worker = Worker(plan, out, studies, lock, progress)
-        take_all(studies, worker.objective)
+            worker = Worker(plan, out, open_studies(plan, out, storage), lock, progress)
+            worker.add()
+        take_all(worker.studies, worker.objective, worker.add)
         metrics = worker.record()
     except StorageInternalError as error:
         raise Failure(f"the storage failed ({first_line(error.__cause__ or error)}): run again to go on") from error
@@ -129,6 +128,10 @@ class Worker:
     lock: FileLock
     progress: bool
     trained: bool = False
+
+    def add(self) -> bool:
+        with self.lock:
+            return add_missing(self.plan, self.studies)
 
     def objective(self, trial: Trial) -> list[float]:
         """Train the trial's setting with its seeds: the means of perplexity and cache bytes, NaN if all have failed."""

@@ -118,7 +118,13 @@ def test_what_ends_a_worker_leaves_the_trial_to_the_next(tmp_path, trained, monk
     assert [trial["state"] for trial in metrics["trials"]] == ["complete"] * 2 and len(trained) == 2
 
 
-def test_a_worker_that_is_gone_before_its_first_heartbeat_is_found_out(tmp_path, trained, monkeypatch, capsys):
+@pytest.mark.parametrize("added_again", [True, False])
+def test_a_worker_that_is_gone_before_its_first_heartbeat_is_found_out(
+    tmp_path, trained, monkeypatch, capsys, added_again
+):
+    """By another one, which may itself be gone before it adds the trial again."""
+    if not added_again:
+        monkeypatch.setattr(optuna.storages.RetryHeartbeatStaleTrialCallback, "__call__", lambda *args: None)
     monkeypatch.setattr(study, "HEARTBEAT", 1)
     monkeypatch.setattr(study, "GRACE", 1)
     (tmp_path / "sweep").mkdir()
