@@ -19,6 +19,7 @@ class Evaluate(Report, ModelCommand):
         "eval runs/quick/models/pythia runs/quick/models/shared --samples 1200 --out eval",
         "eval EleutherAI/pythia-70m converted --data wikitext:wikitext-2-raw-v1 --cache int8 --cache int4",
         "eval runs/quick/models/pythia --tasks mine --tasks-path tasks --limit 100",
+        "eval runs/s/models/pythia runs/s/models/shared --sequence-length 256 --recall 256 --out eval",
     )
     arguments = ("models",)
     sections = {"data": DataOptions}
@@ -36,6 +37,9 @@ class Evaluate(Report, ModelCommand):
     tasks: tuple[str, ...] = option((), "also run these tasks of lm-evaluation-harness", metavar="A,B")
     tasks_path: Path | None = option(None, "folder with task files of your own", metavar="DIR")
     limit: int | None = option(None, "at most so many documents a task", bounds=">= 1")
+    recall: int = option(
+        0, "also ask for what was read 32 tokens and more before, in so many texts a distance", bounds=">= 0"
+    )
     out: Path | None = option(None, "folder for figures, report and picture (default: none)", metavar="DIR")
 
     def run(self) -> None:
@@ -52,6 +56,7 @@ class Evaluate(Report, ModelCommand):
             tasks=self.tasks,
             tasks_path=self.tasks_path,
             limit=self.limit,
+            recall_samples=self.recall,
             out=self.out,
             lang=self.lang,
             progress=not self.quiet,
