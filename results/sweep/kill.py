@@ -1,9 +1,10 @@
-"""A sweep of twelve trainings by two workers, one of which is killed with SIGKILL twenty times at random moments.
+"""A sweep of twelve trainings by two workers, one of which is killed with SIGKILL twenty times while it trains.
 
     python results/sweep/kill.py FOLDER
 
-Writes the sweep into FOLDER/study, what the workers said and killed.json (when each kill came, and how the trials
-ended) into FOLDER; fails unless each setting was trained once to its end and the report has all of them.
+Writes the sweep into FOLDER/study, what each worker said and killed.json (when each kill came, and how the trials
+ended) into FOLDER. A kill comes at a random moment after the worker has begun a training. Fails unless each setting was
+trained once to its end and the report has all of them.
 """
 
 import json
@@ -25,26 +26,34 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def start(folder: Path) -> subprocess.Popen:
-    with (folder / "workers.log").open("a") as log:
-        return subprocess.Popen([*SWEEP, "--out", str(folder / "study")], stdout=log, stderr=subprocess.PIPE, text=True)
+def start(folder: Path, number: int) -> tuple[subprocess.Popen, Path]:
+    log = folder / f"worker-{number}.log"
+    with log.open("w") as file:
+        command = [*SWEEP, "--out", str(folder / "study")]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, text=True), log
+
+
+def wait_until_it_trains(worker: subprocess.Popen, log: Path) -> None:
+    while worker.poll() is None and not re.search(r"_seed=\d$", log.read_text(), re.MULTILINE):
+        time.sleep(0.1)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
     study, dice, kills = folder / "study", random.Random(0), []
-    workers, began = [start(folder), start(folder)], time.monotonic()
+    workers, began = [start(folder, 0), start(folder, 1)], time.monotonic()
     while len(kills) < KILLS:
-        time.sleep(dice.uniform(1, 12))
-        victim = len(kills) % 2
-        running = workers[victim].poll() is None
-        workers[victim].kill()
-        workers[victim].communicate()
+        victim, (worker, log) = len(kills) % 2, workers[len(kills) % 2]
+        wait_until_it_trains(worker, log)
+        time.sleep(dice.uniform(0, 8))
+        running = worker.poll() is None
+        worker.kill()
+        worker.communicate()
         kills.append({"seconds": round(time.monotonic() - began, 1), "worker": victim, "was_running": running})
-        workers[victim] = start(folder)
-    codes = [(worker.communicate()[1], worker.returncode) for worker in workers]
-    said = (folder / "workers.log").read_text()
+        workers[victim] = start(folder, len(kills) + 1)
+    codes = [(worker.communicate()[1], worker.returncode) for worker, _ in workers]
+    said = "\n".join(path.read_text() for path in folder.glob("worker-*.log"))
     ends = Counter(re.findall(r"^(\S+_seed=\d): perplexity", said, re.MULTILINE))
     epochs = [
         [entry["epoch"] for entry in json.loads(path.read_text())["models"][0]["history"]]
