@@ -56,20 +56,15 @@ class RotaryUp(nn.Module):
     def maps(self) -> torch.Tensor:
         """The maps of the heads, `[H, d, R]`."""
         frequencies = len(self.pairs)
-        own = self.at_pairs(torch.eye(frequencies, dtype=self.weight.dtype, device=self.weight.device))
+        own = at_pairs(torch.eye(frequencies, dtype=self.weight.dtype, device=self.weight.device), self.pairs)
         real, imaginary = (part.unsqueeze(1) * own for part in self.weight.unbind(-1))
         return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=1)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times `maps`, which are not built."""
-        real, imaginary = map(self.at_pairs, query.chunk(2, dim=-1))
+        real, imaginary = (at_pairs(part, self.pairs) for part in query.chunk(2, dim=-1))
         up_real, up_imaginary = self.weight.unsqueeze(1).unbind(-1)
         return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
-
-    def at_pairs(self, table: torch.Tensor) -> torch.Tensor:
-        """`[..., F]` -> `[..., P]`, for each pair what `table` has at its frequency."""
-        columns = zip(table.split(1, dim=-1), self.pairs, strict=True)
-        return torch.cat([column.expand(*table.shape[:-1], count) for column, count in columns], dim=-1)
 
 
 class Contexts:
@@ -111,7 +106,8 @@ class ContextAttention(GPTNeoXAttention):
             self.context = nn.Linear(hidden, config.cached_width(layer_idx), bias=context_bias)
         if config.rotary_pairs is not None:
             self.num_rotary_keys = 1
-            self.rotary_up = RotaryUp(self.num_heads, config.rotary_pairs[layer_idx])
+            self.pairs = config.rotary_pairs[layer_idx]
+            self.rotary_up = RotaryUp(self.num_heads, self.pairs)
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
@@ -246,7 +242,7 @@ class ContextAttention(GPTNeoXAttention):
         """Those of a cached rotary key's pairs, if it is made of pairs."""
         if not hasattr(self, "rotary_up"):
             return position_embeddings
-        halves = (self.rotary_up.at_pairs(table[..., : self.rotary_ndims // 2]) for table in position_embeddings)
+        halves = (at_pairs(table[..., : self.rotary_ndims // 2], self.pairs) for table in position_embeddings)
         cos, sin = (torch.cat([half, half], dim=-1) for half in halves)
         return cos, sin
 
@@ -260,6 +256,12 @@ class ContextAttention(GPTNeoXAttention):
         )
         dropout = self.attention_dropout if self.training else 0.0
         return interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+
+
+def at_pairs(table: torch.Tensor, pairs: list[int]) -> torch.Tensor:
+    """`[..., F]` -> `[..., P]`, for each pair what `table` has at its frequency."""
+    columns = zip(table.split(1, dim=-1), pairs, strict=True)
+    return torch.cat([column.expand(*table.shape[:-1], count) for column, count in columns], dim=-1)
 
 
 def turn_rotary_keys(
