@@ -2,6 +2,7 @@
 # make test   the same environment with the development tools: ruff, mypy, pytest
 # make test-hosts     transformers' own tests of a model, on ours and on GPT-NeoX
 # make test-versions  the tests of model, conversion and command on the oldest and the newest transformers
+# make test-serving   the tests of the vLLM plug-in, in .venv-serving with vLLM's build for CPUs
 #
 # PYTHON       the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX  another index for torch, such as https://download.pytorch.org/whl/cpu: on Linux, PyPI's own wheels
@@ -10,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+SERVING ?= .venv-serving
 TORCH_INDEX ?=
 PIP_ARGS ?=
 
@@ -23,7 +25,7 @@ ENDS := 5.16.1 5.24.0
 OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
 ON_EACH := tests/model tests/conversion tests/cli tests/runs/test_convert.py tests/runs/test_generate.py
 
-.PHONY: demo test test-hosts test-versions clean
+.PHONY: demo test test-hosts test-versions test-serving clean
 
 demo: $(VENV)/installed
 	$(BIN)/context-pythia compare quick
@@ -42,6 +44,17 @@ test-versions: $(ENDS:%=$(VENV)/overlays/%)
 	set -e; for overlay in $^; do \
 		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(ON_EACH); \
 	done
+
+test-serving: $(SERVING)/installed
+	$(SERVING)/bin/python -m pytest tests/serving
+
+# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt).
+$(SERVING)/installed: pyproject.toml tests/serving/requirements.txt
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
+		--requirement tests/serving/requirements.txt
+	$(SERVING)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) --editable .
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +80,4 @@ $(VENV)/overlays/%: $(VENV)/installed-dev
 	rm -rf $@ && mv $@.partial $@ && touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) .mypy_cache .pytest_cache .ruff_cache

@@ -114,3 +114,25 @@ class BenchOptions(Options):
                 raise UsageError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
         if "dynamic" not in self.caches:
             raise UsageError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")
+
+
+@dataclass
+class ServeOptions(Options):
+    """What `bench --serve` measures: the conversations, and the engine that holds them."""
+
+    section: ClassVar[str] = "serve"
+    conversations: int = option(64, "conversations that arrive at once", bounds=">= 1")
+    prompt_tokens: int = option(1024, "tokens of each prompt", bounds=">= 2")
+    answer_tokens: int = option(64, "tokens of each answer", bounds=">= 1")
+    common: float = option(0.25, "share of each prompt that is the same in all", bounds=">= 0 and < 1")
+    cache_mb: int = option(192, "memory for the cache (1 MB = 1024^2 bytes)", bounds=">= 1")
+    rounds: int = option(1, "times that a model's conversations run", bounds=">= 1")
+    compile: bool = option(False, "let vLLM compile GPT-NeoX, which takes minutes at first")
+    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    threads: int | None = option(None, "CPU threads (default: one a core)", bounds=">= 1")
+    seed: int = option(0, "seed of the prompts")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a conversation."""
+        return self.prompt_tokens + self.answer_tokens

@@ -40,6 +40,19 @@ def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any)
         return decode.bench(*args, **options | {"out": out, "show": show})
 
 
+def serve(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
+    """`bench.serve.serve`, with its tables, and the report, also of an interrupted one."""
+    from context_pythia.bench import serve as served
+    from context_pythia.report.serving import ServeReport
+    from context_pythia.report.texts import Texts
+
+    def show(metrics: dict[str, Any]) -> None:
+        print("\n" + ServeReport(metrics, {}, Texts("en", "bench")).console(), flush=True)
+
+    with _reported(out, lang, after=BaseException):
+        return served.serve(*args, **options | {"out": out, "show": show})
+
+
 def evaluate(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`runs.evaluate.evaluate`, the table, and the report."""
     from context_pythia.report.evaluation import console_table

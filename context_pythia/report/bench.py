@@ -29,7 +29,13 @@ def show(metrics: Mapping[str, Any]) -> None:
 
 
 class BenchReport:
-    """The document of a bench: how it was measured, its figures, and where."""
+    """The document of a bench: how it was measured, its figures, and where.
+
+    Attributes:
+        how: key of the text that says how.
+    """
+
+    how = "how"
 
     def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
         self.metrics, self.provenance, self.text = metrics, record, text
@@ -37,7 +43,7 @@ class BenchReport:
     def blocks(self, pictures: Mapping[str, bytes]) -> Iterator[Block]:
         text, metrics = self.text, self.metrics
         yield Heading(text("title", what=text(metrics["kind"])), level=1)
-        yield Paragraph(text("how", **metrics["settings"] | {"device": self.provenance["device"]}))
+        yield Paragraph(text(self.how, **metrics["settings"] | {"device": self.provenance["device"]}))
         for note in metrics["notes"]:
             yield Paragraph(note, "note")
         yield from self.figures(pictures)

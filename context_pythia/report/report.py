@@ -15,6 +15,7 @@ from context_pythia.report.card import RECORD, write_card
 from context_pythia.report.document import write_document
 from context_pythia.report.evaluation import EvaluationReport
 from context_pythia.report.run import RunReport
+from context_pythia.report.serving import ServeReport
 from context_pythia.report.sweep import SweepReport
 from context_pythia.report.texts import Texts
 
@@ -24,6 +25,7 @@ REPORTS: dict[str, tuple[Any, str]] = {
     "sweep": (SweepReport, "sweep"),
     "train": (TrainReport, "bench"),
     "decode": (DecodeReport, "bench"),
+    "serve": (ServeReport, "bench"),
     "evaluation": (EvaluationReport, "eval"),
 }
 

@@ -1,0 +1,42 @@
+"""How many tokens vLLM finds room for in 1 GiB, at Pythia-70M's size in float32."""
+
+import multiprocessing
+
+import pytest
+from transformers import GPTNeoXConfig
+
+from context_pythia.model import ContextPythiaConfig
+from context_pythia.model.cache import cached_numbers_per_token
+from tests.serving.conftest import engine
+
+PYTHIA_70M = dict(vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
+BASELINE = 43648
+
+
+def tokens(config, folder) -> int:
+    config.save_pretrained(folder)
+    # GPT-NeoX's own kernel on a CPU has blocks of 128 tokens.
+    options = dict(load_format="dummy", kv_cache_memory_bytes=2**30, num_gpu_blocks_override=None, block_size=128)
+    with engine(folder, **options) as llm:
+        return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+
+
+def test_gpt_neox(tmp_path):
+    config = GPTNeoXConfig(**PYTHIA_70M, architectures=["GPTNeoXForCausalLM"])
+    # In a process of its own: vLLM changes transformers' GPT-NeoX, of which our models are made, when it serves it.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(tokens, (config, tmp_path)) == BASELINE
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        (dict(context_source="layer", context_dim=256), 4),
+        (dict(context_source="layer", context_dim=128, layer_context_dims=[160, 96, 130, 126, 144, 112]), 8),
+        (dict(context_source="shared", context_dim=256), 22.6),
+    ],
+)
+def test_contexts(settings, times, tmp_path):
+    config = ContextPythiaConfig(**PYTHIA_70M, **settings, architectures=["ContextPythiaForCausalLM"])
+    assert 6144 / cached_numbers_per_token(config) == pytest.approx(times, rel=0.01)
+    assert tokens(config, tmp_path) == pytest.approx(times * BASELINE, rel=0.01)
