@@ -37,6 +37,7 @@ MODEL_RANKS = {
     "context": 1,
     "cache": 1,
     "attention": 2,
+    "quantized": 2,
     "grouped": 3,
     "modeling": 4,
     "__init__": 5,

@@ -15,7 +15,7 @@ from context_pythia.bench.speed import Subject
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
-from context_pythia.evaluation.quantised import require_quantiser
+from context_pythia.evaluation.quantized import require_quantizer
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.runs.build import build_model, expected_rows
 
@@ -102,7 +102,7 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
         notes.append(f"none of the models is a GPT-NeoX: {PEER} of the first one's shape is timed beside them")
     if "int4" in caches:
         try:
-            require_quantiser()
+            require_quantizer()
         except UsageError as error:
             caches.remove("int4")
             notes.append(f"no row with an int4 cache: {error}")

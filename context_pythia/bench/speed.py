@@ -21,7 +21,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.cache_utils import Cache
 
 from context_pythia.evaluation.memory import free_memory, peak_during
-from context_pythia.evaluation.quantised import measure_quantised, quantised_cache
+from context_pythia.evaluation.quantized import measure_quantized, quantized_cache
 from context_pythia.model.cache import CacheMeasurement, cache_bytes, measure_cache
 from context_pythia.runs.build import compiled_step
 
@@ -53,13 +53,13 @@ class Subject:
     def empty_cache(self, length: int) -> Cache:
         """A cache that will hold `length` tokens."""
         if self.cache == "int4":
-            return quantised_cache(self.model.config, "int4", length)
+            return quantized_cache(self.model.config, "int4", length)
         if self.is_static:
             return StaticCache(config=self.model.config, max_cache_len=length)
         return DynamicCache(config=self.model.config)
 
     def measure(self, cache: Any) -> CacheMeasurement:
-        return measure_quantised(cache) if self.cache == "int4" else measure_cache(cache)
+        return measure_quantized(cache) if self.cache == "int4" else measure_cache(cache)
 
     def bytes_needed(self, batch_size: int, length: int) -> int:
         """About how much a prefill of the cell takes beside the weights: the cache, and one layer's activations."""

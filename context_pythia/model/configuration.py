@@ -45,8 +45,8 @@ class ContextPythiaConfig(GPTNeoXConfig):
         rotary keys; every head reads them through a complex-linear map of its own (`"layer"`).
     reuse_rotary_keys (`bool`, *optional*, defaults to `False`):
         Whether keys and values are rebuilt from the rotary keys too, as they were before RoPE turned them, and not from
-        the latent alone (`"layer"`). Cached tokens must then stand at consecutive positions, as they do in
-        `generate()`: the last new token's `position_ids` tell those of all before it.
+        the latent alone (`"layer"`). Cached tokens
+        must then stand where `generate()` counts them, or at their places in the cache.
     layer_context_dims (`list[int]`, *optional*):
         Width of each layer's context where layers differ; `context_dim` is then their mean (`"layer"`).
     context_bias (`bool`, *optional*):

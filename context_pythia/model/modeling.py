@@ -1,6 +1,7 @@
 """Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any, Unpack, cast
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -30,6 +31,7 @@ from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
 from .grouped import GroupedAttention
 from .positions import positions_in_cache, text_masks
+from .quantized import full_attention, hold_contexts
 
 
 class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -198,6 +200,18 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         return create_causal_mask(
             config, inputs_embeds, attention_mask, kwargs.get("cache", past_key_values), kwargs.get("position_ids")
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As the host, whose quantized cache admits full attention alone: that one is made, then holds contexts."""
+        quantized = generation_config.cache_implementation == "quantized"
+        if quantized:
+            generation_config = copy(generation_config)
+            settings = generation_config.cache_config or {}
+            generation_config.cache_config = {**settings, "config": full_attention(self.config)}
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        for cache in model_kwargs.values():
+            if quantized and isinstance(cache, QuantizedCache):
+                hold_contexts(cache, self.config)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(

@@ -24,10 +24,10 @@ from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import hub_commit, load_pretrained
-from context_pythia.evaluation.quantised import (
-    measure_quantised,
-    quantised_cache,
-    require_quantiser,
+from context_pythia.evaluation.quantized import (
+    measure_quantized,
+    quantized_cache,
+    require_quantizer,
     residual_length,
 )
 from context_pythia.evaluation.recall import recall, require_words
@@ -70,7 +70,7 @@ def evaluate(
     if out is not None:
         _check_out(out)
     if caches:
-        require_quantiser()
+        require_quantizer()
     manager = require_tasks(tasks, tasks_path) if tasks else None
     load = partial(load_pretrained, dtype=getattr(torch, dtype))
     configs = {name: _config_of(load(path), path) for name, path in zip(names, models, strict=True)}
@@ -173,10 +173,10 @@ def evaluate_model(
     }
     rows, length = [row], dataset.sequence_length
     for kind in caches:
-        make = partial(quantised_cache, model.config, kind, length)
+        make = partial(quantized_cache, model.config, kind, length)
         try:
             through = score_cached(
-                model, dataset, cached_tokens, make, measure_quantised, batch_size, reference or model, progress
+                model, dataset, cached_tokens, make, measure_quantized, batch_size, reference or model, progress
             )
         except (ValueError, RuntimeError) as error:
             rows.append(_row(model, name, kind, None) | {"error": first_line(error)})

@@ -170,13 +170,13 @@ def test_words_that_no_option_takes_are_refused(argv, capsys):
 
 def test_without_hqq_the_int4_row_is_left_out_and_said(tiny_size, monkeypatch):
     def missing():
-        raise UsageError("a quantised cache needs HQQ")
+        raise UsageError("a quantized cache needs HQQ")
 
-    monkeypatch.setattr(bench_models, "require_quantiser", missing)
+    monkeypatch.setattr(bench_models, "require_quantizer", missing)
     models = sized_models("pythia-14m", SOURCES, 32, torch.float32)
     found, notes = subjects(models, ("dynamic", "static", "int4"))
     assert [one.cache for one in found] == ["dynamic", "static", "dynamic", "dynamic"]
-    assert notes == ["no row with an int4 cache: a quantised cache needs HQQ"]
+    assert notes == ["no row with an int4 cache: a quantized cache needs HQQ"]
 
 
 @torch.no_grad()

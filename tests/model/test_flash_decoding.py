@@ -56,3 +56,14 @@ def test_expanded_attention_of_a_single_head_is_never_cut(monkeypatch):
     whole = model(ids).logits
     monkeypatch.setattr(attention, "splits_for", lambda *_: 2)
     torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=0)
+
+
+def test_parts_that_are_masked_as_a_whole_weigh_nothing():
+    query, context = torch.randn(2, 1, 4, 8) * 5, torch.randn(2, 1, 12, 8)
+    for least in (float("-inf"), torch.finfo(torch.float32).min):
+        mask = torch.zeros(2, 1, 1, 12)
+        mask[..., 4:8] = mask[1, ..., :4] = least
+        expected = torch.nn.functional.scaled_dot_product_attention(query, context, context, mask.expand(2, 1, 4, 12))
+        for splits in (2, 3):
+            actual = attend_in_splits(query, context, mask, 8**-0.5, splits)
+            torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=0, atol=1e-5)

@@ -160,6 +160,20 @@ def test_gradient_checkpointing_changes_no_gradient(model, ids):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("source", ["layer, shared by 2", "shared"])
+def test_reentrant_checkpointing_gives_the_same_gradients(source, ids):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(source).train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": True})
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @torch.no_grad()
 def test_dropout_of_the_embedding_reaches_every_context(source, ids):
     model = build(source, hidden_dropout=0.5)

@@ -112,7 +112,7 @@ def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, row
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_quantised_cache_by_position_is_its_models_times_the_change(evaluated, tmp_path, index):
+def test_a_quantized_cache_by_position_is_its_models_times_the_change(evaluated, tmp_path, index):
     shutil.copytree(evaluated, tmp_path / "eval")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     whole = metrics["models"][index]
@@ -202,7 +202,7 @@ class Amnesiac(perplexity.DynamicCache):
         return held, torch.zeros_like(own)
 
 
-def test_quantised_caches_make_rows_of_their_own(paths, data, capsys):
+def test_quantized_caches_make_rows_of_their_own(paths, data, capsys):
     pytest.importorskip("hqq")
     models = [paths[0], paths[2], paths[3]]
     metrics = evaluate(models, data, cached_tokens=70, caches=["int8", "int4"], progress=False)
@@ -216,13 +216,13 @@ def test_quantised_caches_make_rows_of_their_own(paths, data, capsys):
     assert "layer-12-x2 + int4" in capsys.readouterr().out
 
 
-def test_a_quantised_cache_that_fails_is_a_row_with_its_error(paths, data, capsys, monkeypatch):
+def test_a_quantized_cache_that_fails_is_a_row_with_its_error(paths, data, capsys, monkeypatch):
     pytest.importorskip("hqq")
 
     def fail(*_):
         raise RuntimeError("no kernel for this width\nand more")
 
-    monkeypatch.setattr(module, "quantised_cache", fail)
+    monkeypatch.setattr(module, "quantized_cache", fail)
     metrics = evaluate([paths[0]], data, cached_tokens=70, caches=["int8"], progress=False)
     assert metrics["models"][1]["error"] == "no kernel for this width" and metrics["models"][1]["cached"] is None
     assert "pythia + int8: no kernel for this width" in capsys.readouterr().out

@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import HQQQuantizedLayer
+from transformers import DynamicCache, GPTNeoXConfig
+from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache
 
-from context_pythia.evaluation import quantised
+from context_pythia.evaluation import quantized
 from context_pythia.evaluation.perplexity import score_cached
-from context_pythia.evaluation.quantised import (
-    QuantisedContextLayer,
-    measure_quantised,
-    quantised_cache,
+from context_pythia.evaluation.quantized import (
+    measure_quantized,
+    quantized_cache,
     residual_length,
 )
 from context_pythia.model.cache import ContextLayer, previous_context
+from context_pythia.model.configuration import ContextPythiaConfig
+from context_pythia.model.quantized import hold_contexts
 from tests.evaluation.conftest import build
 
 pytest.importorskip("hqq")
@@ -22,7 +23,9 @@ pytest.importorskip("hqq")
 @pytest.mark.parametrize("width", [5, 64, 67, 130])
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
 def test_contexts_of_any_width_come_back(width, bits, error):
-    layer = QuantisedContextLayer(nbits=bits, axis_key=1, axis_value=1, residual_length=1)
+    cache = QuantizedCache("hqq", GPTNeoXConfig(num_hidden_layers=2), nbits=bits, residual_length=1)
+    config = ContextPythiaConfig(hidden_size=128, num_attention_heads=16, num_hidden_layers=2, context_dim=width)
+    layer = hold_contexts(cache, config).layers[0]
     contexts = torch.randn(1, 1, 9, width, generator=torch.Generator().manual_seed(0))
     for t in range(9):
         new = contexts[:, :, t : t + 1]
@@ -36,12 +39,12 @@ def test_contexts_of_any_width_come_back(width, bits, error):
 @pytest.mark.parametrize(("kind", "numbers"), [("int8", 68), ("int4", 34)])
 def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind, numbers):
     config = build("layer", hidden_size=64, context_dim=67).config
-    cache = quantised_cache(config, kind, length=33)
+    cache = quantized_cache(config, kind, length=33)
     for layer in range(config.num_hidden_layers):
         for _ in range(36):
             cache.update(torch.randn(3, 1, 1, 67), torch.randn(3, 1, 1, 0), layer)
     # 67 numbers are two groups of 34; of the 36 tokens one waits, since they are quantised two by two.
-    measured = measure_quantised(cache)
+    measured = measure_quantized(cache)
     assert measured.length == 36
     assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
 
@@ -55,8 +58,8 @@ def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
             model,
             dataset,
             1000,
-            lambda kind=kind: quantised_cache(model.config, kind, 17),
-            measure_quantised,
+            lambda kind=kind: quantized_cache(model.config, kind, 17),
+            measure_quantized,
             reference=model,
             progress=False,
         )
@@ -67,11 +70,11 @@ def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
 
 
 def test_gpt_neox_gets_the_stock_layers_and_other_caches_stay_as_they_are():
-    stock = quantised_cache(build("pythia").config, "int4", 64)
+    stock = quantized_cache(build("pythia").config, "int4", 64)
     assert [type(layer) for layer in stock.layers] == [HQQQuantizedLayer] * 2
     config = build("layer", context_sharing=2).config
-    assert [type(layer).__name__ for layer in quantised_cache(config, "int8", 64).layers] == [
-        "QuantisedContextLayer",
+    assert [type(layer).__name__ for layer in quantized_cache(config, "int8", 64).layers] == [
+        "WithoutValuesTokenGroupsHQQQuantizedLayer",
         type(DynamicCache(config=config).layers[1]).__name__,
     ]
     assert type(DynamicCache(config=config).layers[0]) is ContextLayer
@@ -86,7 +89,7 @@ def test_few_tokens_are_left_unquantised():
 def test_the_recurrence_of_shared_goes_on_from_the_exact_state():
     model = build("shared", hidden_size=64, context_dim=64)
     ids = torch.randint(0, 61, (3, 30), generator=torch.Generator().manual_seed(0))
-    exact, cache = DynamicCache(config=model.config), quantised_cache(model.config, "int4", 30)
+    exact, cache = DynamicCache(config=model.config), quantized_cache(model.config, "int4", 30)
     for part in [ids[:, :4], *ids[:, 4:].split(1, dim=1)]:
         for held in (exact, cache):
             model(part, past_key_values=held, use_cache=True)
@@ -99,6 +102,6 @@ def test_the_recurrence_of_shared_goes_on_from_the_exact_state():
 
 
 def test_a_missing_backend_is_named_with_the_mend(monkeypatch):
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs HQQ: pip install 'context-pythia\[quantised\]'"):
-        quantised_cache(build("pythia").config, "int8", 64)
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs HQQ: pip install 'context-pythia\[quantized\]'"):
+        quantized_cache(build("pythia").config, "int8", 64)

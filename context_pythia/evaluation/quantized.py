@@ -1,0 +1,84 @@
+"""transformers' quantized cache, for GPT-NeoX and, stacked on the smaller cache, for Context-Pythia, as it is measured.
+
+The backend is HQQ: it runs on any device, and alone has both int8 and packed int4 (Quanto's cache has no int8).
+
+Groups of at most 64 neighbouring numbers of one token (axis 1, as HQQ's cache wants it) share a scale and a zero
+point, both in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+from transformers import GPTNeoXConfig
+from transformers.cache_utils import Cache, QuantizedCache
+
+from context_pythia.errors import UsageError
+from context_pythia.model.cache import CacheMeasurement
+from context_pythia.model.configuration import ContextPythiaConfig
+from context_pythia.model.quantized import full_attention, hold_contexts
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = 64
+
+
+def require_quantizer() -> None:
+    """Raise `UsageError`, with the mend, if HQQ is not installed."""
+    if find_spec("hqq") is None:
+        raise UsageError("a quantized cache needs HQQ: pip install 'context-pythia[quantized]'")
+
+
+def residual_length(length: int) -> int:
+    """Tokens that wait unquantised until they are quantised together, for sequences of `length` tokens.
+
+    transformers' default, 128, would leave a short sequence unquantised. A sixteenth of the sequence leaves at most 15
+    tokens unquantised at its end, and quantises some sixteen times.
+    """
+    return max(1, (length - 1) // 16)
+
+
+def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
+    """An empty quantised cache for sequences of `length` tokens.
+
+    Args:
+        kind: `int8` or `int4`.
+
+    Raises:
+        UsageError: HQQ is not installed.
+    """
+    require_quantizer()
+    head_size = config.hidden_size // config.num_attention_heads
+    group = max(size for size in range(1, min(GROUP, head_size) + 1) if head_size % size == 0)
+    if isinstance(config, ContextPythiaConfig) and "context" in config.layer_types:
+        group = GROUP  # of a context, which needs no size that divides it
+    cache = QuantizedCache(
+        "hqq",
+        full_attention(config),
+        nbits=BITS[kind],
+        axis_key=1,
+        axis_value=1,
+        q_group_size=group,
+        residual_length=residual_length(length),
+    )
+    return hold_contexts(cache, config)
+
+
+def measure_quantized(cache: Cache) -> CacheMeasurement:
+    """Bytes of all that a quantised cache holds: packed integers, scales, zero points and unquantised tokens."""
+    tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer))]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    filled = sum(tensor.nbytes for tensor in tensors)
+    return CacheMeasurement(int(cache.get_seq_length()), filled, max(0, sum(storages.values()) - filled))
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict):
+        yield from _tensors(list(held.values()))
+    elif isinstance(held, list | tuple):
+        for part in held:
+            yield from _tensors(part)
