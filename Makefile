@@ -3,17 +3,20 @@
 # make test-hosts     transformers' own tests of a model, on ours and on GPT-NeoX
 # make test-versions  the tests of model, conversion and command on the oldest and the newest transformers
 # make test-serving   the tests of the vLLM plug-in, in .venv-serving with vLLM's build for CPUs
+# make test-wheel     wheel and sdist in dist/, and the wheel in an environment of its own, with the newest packages
 #
 # PYTHON       the interpreter that makes the environment (3.11 or newer)
 # TORCH_INDEX  another index for torch, such as https://download.pytorch.org/whl/cpu: on Linux, PyPI's own wheels
 #              bring CUDA along, gigabytes that a machine without a GPU has no use for
 # PIP_ARGS     further arguments for every pip install
+# PYTEST_ARGS  arguments for pytest: a process per core
 
 PYTHON ?= python3
 VENV ?= .venv
 SERVING ?= .venv-serving
 TORCH_INDEX ?=
 PIP_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
@@ -25,7 +28,7 @@ ENDS := 5.16.1 5.24.0
 OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
 ON_EACH := tests/model tests/conversion tests/cli tests/runs/test_convert.py tests/runs/test_generate.py
 
-.PHONY: demo test test-hosts test-versions test-serving clean
+.PHONY: demo test test-hosts test-versions test-serving test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/context-pythia compare quick
@@ -34,15 +37,15 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --ignore tests/hosts
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/hosts
 
 test-hosts: $(VENV)/transformers-$(PINNED)
-	$(BIN)/python -m pytest tests/hosts/test_host_suite.py
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/hosts/test_host_suite.py
 
 test-versions: $(ENDS:%=$(VENV)/overlays/%)
-	$(BIN)/python -m pytest tests/hosts/test_versions.py
+	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/hosts/test_versions.py
 	set -e; for overlay in $^; do \
-		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(ON_EACH); \
+		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(PYTEST_ARGS) $(ON_EACH); \
 	done
 
 test-serving: $(SERVING)/installed
@@ -55,6 +58,17 @@ $(SERVING)/installed: pyproject.toml tests/serving/requirements.txt
 		--requirement tests/serving/requirements.txt
 	$(SERVING)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) --editable .
 	touch $@
+
+# No constraints here: a user has none.
+test-wheel: $(VENV)/installed-dev
+	rm -rf dist $(VENV)/wheel
+	$(BIN)/python -m hatchling build
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet $(PIP_ARGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		"$$(grep "^torch==" constraints.txt)"
+	$(VENV)/wheel/bin/python -m pip install --quiet $(PIP_ARGS) dist/*.whl
+	cd $(VENV)/wheel && bin/context-pythia --help && bin/context-pythia compare --models Pythia,shared --samples 100 --epochs 1 --quiet
+	$(VENV)/wheel/bin/context-pythia report $(VENV)/wheel/runs/quick --lang ja
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,4 +94,4 @@ $(VENV)/overlays/%: $(VENV)/installed-dev
 	rm -rf $@ && mv $@.partial $@ && touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) dist .mypy_cache .pytest_cache .ruff_cache
