@@ -66,7 +66,7 @@ def rebuild(layer: KeysAndValues, factors, inputs: torch.Tensor) -> torch.Tensor
     up = RotaryUp(HEADS, factors.pairs).double()
     up.weight.data = factors.rotary_up
     rotary = 2 * sum(factors.pairs)
-    turned = torch.einsum("nr,hdr->nhd", context[:, :rotary], up().detach())
+    turned = torch.einsum("nr,hdr->nhd", context[:, :rotary], up.maps().detach())
     rest = (context @ factors.key_up.T).unflatten(-1, (HEADS, -1))
     return torch.cat(
         [torch.cat([turned, rest], dim=-1).flatten(1), context @ factors.value_up.T + factors.value_bias], dim=1
