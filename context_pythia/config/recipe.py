@@ -27,7 +27,9 @@ class DataOptions(Options):
 
     section: ClassVar[str] = "data"
     data: str = option(
-        "builtin", "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), or a Hub name[:config]", flag=True
+        "builtin",
+        "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), a Hub name[:config], or recall (made samples)",
+        flag=True,
     )
     data_split: str = option("train", "split of a Hub data set")
     text_field: str = option("text", "field that holds the text in JSONL, Parquet and Hub data")

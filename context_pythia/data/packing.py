@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from context_pythia.config.recipe import DataOptions
+from context_pythia.data import associations
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
 from context_pythia.errors import Failure, UsageError
@@ -40,10 +41,15 @@ _SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Samples over `tokens` [N, S+1], a read-only memory map: row i gives S inputs and the tokens that follow them."""
+    """Samples over `tokens` [N, S+1], a read-only memory map: row i gives S inputs and the tokens that follow them.
 
-    def __init__(self, tokens: np.ndarray):
+    Args:
+        labelled: booleans of the same shape, where only some tokens are to be predicted.
+    """
+
+    def __init__(self, tokens: np.ndarray, labelled: np.ndarray | None = None):
         self.tokens = tokens
+        self.labelled = labelled
         self.sequence_length = tokens.shape[1] - 1
         self.num_tokens = len(tokens) * self.sequence_length
 
@@ -51,9 +57,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` [S] and `labels` [S], int64; the labels are already shifted: the target of each input token."""
+        """`input_ids` [S] and `labels` [S], int64; the labels are already shifted: the target of each input token, or
+        -100 where there is none."""
         row = torch.from_numpy(self.tokens[index].astype(np.int64))
-        return {"input_ids": row[:-1], "labels": row[1:]}
+        labels = row[1:]
+        if self.labelled is not None:
+            labels = labels.masked_fill(~torch.from_numpy(self.labelled[index, 1:]), -100)
+        return {"input_ids": row[:-1], "labels": labels}
 
     def stream(self, start: int, stop: int) -> Tensor:
         """Input tokens start:stop (as in a slice) [stop-start] of all samples written one after another, [N*S]."""
@@ -81,6 +91,8 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
     `samples` among them; ConnectionError for a Hub name without a network.
     """
     _validate(options)
+    if options.data == associations.NAME:
+        return _associations(options)
     tokenizer = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
     digest = corpus_digest(options)
     fingerprint = _fingerprint(options, digest, tokenizer)
@@ -113,6 +125,16 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
         "fingerprint": fingerprint,
     }
     return PackedData(train, validation, tokenizer, summary)
+
+
+def _associations(options: DataOptions) -> PackedData:
+    length, splits = options.sequence_length, options.split_sizes(options.samples)
+    train, validation = (
+        PackedDataset(*associations.associations(rows, length, options.vocab_size, seed))
+        for seed, rows in enumerate(splits)
+    )
+    tokenizer = associations.tokenizer_of_numbers(options.vocab_size)
+    return PackedData(train, validation, tokenizer, associations.summary(options))
 
 
 def _validate(options: DataOptions) -> None:

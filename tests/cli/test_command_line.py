@@ -288,7 +288,10 @@ def test_report_hands_its_folder_over(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["compare", "nope"], "recipe 'nope' is unknown; valid: quick, report, small, text-s, tuned, or a YAML file"),
+        (
+            ["compare", "nope"],
+            "recipe 'nope' is unknown; valid: quick, report, small, text-m, text-s, tuned, or a YAML file",
+        ),
         (["compare", "--context-dim", "0"], "context_dim 0: must be between 1 and 2 * hidden_size = 256"),
         (["compare", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
         (["train", "--model", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
