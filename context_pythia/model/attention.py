@@ -78,6 +78,10 @@ class Contexts:
         self._made: dict[int, Any] = {}
 
     def __setitem__(self, layer_idx: int, context: Any) -> None:
+        # Whom a context is for are the layers up to the next that makes one. Holding on to it would keep an offloaded
+        # cache on its device; a backward pass that computes a layer anew reads it again.
+        if not torch.is_grad_enabled():
+            self._made.clear()
         self._made[layer_idx] = context
 
     def __getitem__(self, layer_idx: int) -> Any:

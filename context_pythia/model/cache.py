@@ -88,6 +88,11 @@ class EmptyLayer(DynamicLayer):
     is_compileable = True
     supports_early_init = False
 
+    @property
+    def cumulative_length(self) -> torch.Tensor:
+        """Of no tokens; an export of older transformers sets every layer's."""
+        return torch.zeros((), dtype=torch.long)
+
     def crop(self, tokens_to_remove: int) -> None:
         pass
 

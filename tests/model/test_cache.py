@@ -315,3 +315,23 @@ def test_exported_decoding_takes_any_number_of_tokens_that_is_absorbed(ids):
         exported(input_ids=ids[:, part], cache_position=torch.arange(17)[part]) for part in (slice(5), slice(5, 17))
     ]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_recurrence_exports_with_a_static_length_alone(ids):
+    model, given = build("shared"), dict(input_ids=ids[:, :3], use_cache=False)
+    with pytest.raises(ValueError, match="torch.export takes it with a static length alone"):
+        shapes = dict(input_ids={1: torch.export.Dim("tokens", min=2, max=16)}, use_cache=None)
+        torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)
+    exported = torch.export.export(model, (), given, strict=False).module()
+    torch.testing.assert_close(exported(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("training", "expected"), [(False, [2]), (True, [0, 2])])
+def test_a_context_that_no_layer_reads_any_more_is_let_go(ids, training, expected):
+    model, left = build("layer, shared by 2"), []
+    last = model.gpt_neox.layers[-1]
+    last.register_forward_hook(lambda *given: left.extend(given[2]["contexts"]._made), with_kwargs=True)
+    with torch.set_grad_enabled(training):
+        model(ids)
+    assert left == expected
