@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXAttention,
@@ -75,17 +75,25 @@ class Contexts:
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, Any] = {}
+        # Each with whether gradients were recorded when it was made.
+        self._made: dict[int, tuple[Any, bool]] = {}
 
     def __setitem__(self, layer_idx: int, context: Any) -> None:
         # Whom a context is for are the layers up to the next that makes one. Holding on to it would keep an offloaded
         # cache on its device; a backward pass that computes a layer anew reads it again.
         if not torch.is_grad_enabled():
             self._made.clear()
-        self._made[layer_idx] = context
+        self._made[layer_idx] = context, torch.is_grad_enabled()
 
     def __getitem__(self, layer_idx: int) -> Any:
-        return self._made[layer_idx]
+        """Raises `RuntimeError` where a layer is computed anew, for gradients, from a context made without them."""
+        context, with_gradients = self._made.get(layer_idx, (None, False))
+        if context is None or with_gradients != torch.is_grad_enabled():
+            raise RuntimeError(
+                "activation checkpointing with use_reentrant=True loses the gradients of a context that layers share: "
+                "give use_reentrant=False"
+            )
+        return context
 
 
 class ContextAttention(GPTNeoXAttention):
@@ -323,8 +331,19 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 def cache_context(context: torch.Tensor, cache: Cache | None, layer_idx: int) -> torch.Tensor:
     """Append `[B, 1, T, W]` to the cache, if there is one, and return all contexts in it. Values have no width: stock
-    caches then hold the contexts alone."""
+    caches then hold the contexts alone.
+
+    Raises:
+        ValueError: the cache holds something else, such as the keys of a prefix that PEFT trains.
+    """
     if cache is None:
         return context
     bring_back(cache, layer_idx)
+    keys: Any = getattr(cache.layers[layer_idx], "keys", None) if layer_idx < len(cache.layers) else None
+    has_keys = isinstance(cache, DynamicCache) and keys is not None and keys.ndim == 4
+    if has_keys and keys.shape[1::2] != context.shape[1::2]:
+        raise ValueError(
+            f"the cache holds {keys.shape[1]} heads of {keys.shape[3]} numbers a token, and this model caches one "
+            f"context of {context.shape[3]}: keys and values of GPT-NeoX (prefix tuning, say) do not fit"
+        )
     return cache.update(context, context[..., :0], layer_idx)[0]

@@ -112,7 +112,11 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             inputs_embeds = self.embed_in(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], cache is not None)
+        past = None if cache is None else cache.get_seq_length()
+        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], past)
+        if token_mask is not None:
+            # A compiled `generate()` tells padding apart; its mask lets padding see all keys, so no text begins there.
+            is_text, starts = token_mask.bool(), starts if cache is None else None
         given_positions = position_ids
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
@@ -139,7 +143,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             context = self.context_block.scan(
                 self.embedding_norm(hidden_states),
                 previous_context(self.config, cache),
-                is_text if token_mask is None else token_mask.bool(),
+                is_text,
                 starts,
             )
             keep_context(cache, context)
@@ -147,7 +151,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 hidden_states = self.context_proj(context)
             else:
                 # One context for all layers, in place of keys and values that each dropped on their way to it.
-                new = torch.cat([self.rotary_key(context), self.emb_dropout(context)], dim=-1)
+                content = self.emb_dropout(context)
+                new = torch.cat([self.rotary_key(context).to(content.device), content], dim=-1)
                 new = turn_rotary_keys(new, 1, position_embeddings)
                 contexts[0] = cache_context(new.unsqueeze(1), cache, 0)
 

@@ -14,7 +14,10 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
 
 
 def text_masks(
-    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, queries: int, has_cache: bool
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    queries: int,
+    past: int | torch.Tensor | None,
 ) -> TextMasks:
     """What the recurrence must know of the new tokens.
 
@@ -24,6 +27,7 @@ def text_masks(
     Args:
         attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, as the model was given it.
         position_ids: `[B or 1, Q]` or None, as the model was given them.
+        past: tokens in the cache, None where there is no cache.
 
     Returns:
         `[B, Q]` false where a token is padding, or None where none is; `[B or 1, Q]` true where a text begins anew,
@@ -31,13 +35,13 @@ def text_masks(
     """
     if attention_mask is not None and attention_mask.ndim == 2:
         return attention_mask[:, -queries:].bool(), None
-    if has_cache:
-        return None, None
     if attention_mask is not None:
         sees = visible(attention_mask[:, 0])
-        is_text = sees.diagonal(dim1=-2, dim2=-1)
-        return is_text, is_text & ~sees.tril(-1).any(dim=-1)
-    if position_ids is not None:
+        keys = torch.arange(sees.shape[-1], device=sees.device)
+        own = (torch.arange(queries, device=sees.device) + (0 if past is None else past)).unsqueeze(-1)
+        is_text = (sees & (keys == own)).any(dim=-1)
+        return is_text, is_text & ~(sees & (keys < own)).any(dim=-1)
+    if past is None and position_ids is not None:
         return None, position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
     return None, None
 

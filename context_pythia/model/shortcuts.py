@@ -7,13 +7,14 @@ matrix is all there is: an adapter, a quantised or offloaded weight, a parametri
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is a `kind` and no more: `weight` and `bias` are ordinary parameters, and it has no hooks."""
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     # accelerate hangs its hooks on by a `forward` of the instance's own.
-    if type(module) is not kind or hooks or "forward" in vars(module):
+    if type(module) is not kind or hooks or "forward" in vars(module) or _has_any_global_hook():
         return False
     parameters = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
     return all(type(p) is nn.Parameter and p.layout == torch.strided and not p.is_meta for p in parameters)

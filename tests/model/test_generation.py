@@ -122,6 +122,7 @@ def test_beams_return_their_scores_and_where_they_came_from(model, ids):
     torch.testing.assert_close(found.sequences_scores, own, rtol=0, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")  # the name that 5.16 knows
 def test_a_conversation_goes_on_from_the_cache_that_was_returned(model, ids):
     expected = generate(model, ids, tokens=10).tolist()
     first = generate(model, ids, tokens=4, return_dict_in_generate=True)

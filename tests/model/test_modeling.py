@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -172,6 +173,16 @@ def test_reentrant_checkpointing_gives_the_same_gradients(source, ids):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("source", ["layer, shared by 2", "shared"])
+def test_reentrant_checkpointing_by_torchs_own_wrapper_is_refused(source, ids):
+    model = build(source).train()
+    model.enable_input_require_grads()
+    for i, layer in enumerate(model.gpt_neox.layers):
+        model.gpt_neox.layers[i] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT)
+    with pytest.raises(RuntimeError, match="give use_reentrant=False"):
+        model(ids, labels=ids, use_cache=False).loss.backward()
 
 
 @torch.no_grad()

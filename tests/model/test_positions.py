@@ -89,3 +89,22 @@ def test_positions_that_a_cache_does_not_imply_are_refused_in_one_line(source, i
             model(ids[:, :5], attention_mask=masks, position_ids=torch.tensor([positions]), use_cache=True)
     places = torch.arange(5).unsqueeze(0)
     torch.testing.assert_close(model(ids[:, :5], position_ids=places, use_cache=True).logits, whole, **CLOSE)
+
+
+@torch.no_grad()
+def test_a_four_dimensional_mask_says_the_same_beside_a_cache(model, ids):
+    """Two packed texts, the second with padding amid it: in one call that makes a cache, and in two calls."""
+    is_text = torch.tensor([1] * 5 + [1, 1, 0, 0, 1, 1]).bool()
+    text = torch.tensor([0] * 5 + [1] * 6)
+    mask = ((text[:, None] == text) & is_text & is_text[:, None]).tril().expand(2, 1, -1, -1)
+    positions, ids = torch.tensor([[*range(5), 0, 1, 1, 1, 2, 3]]), ids[:2, : len(text)]
+    wanted = model(ids[:, 5:][:, is_text[5:]], use_cache=False).logits
+    at_once, cache = {"attention_mask": mask, "position_ids": positions}, DynamicCache(config=model.config)
+    if getattr(model.config, "reuse_rotary_keys", False):
+        with pytest.raises(ValueError, match="caches no positions"):
+            model(ids, **at_once)
+        return
+    torch.testing.assert_close(model(ids, **at_once).logits[:, 5:][:, is_text[5:]], wanted, **CLOSE)
+    model(ids[:, :7], attention_mask=mask[:, :, :7, :7], position_ids=positions[:, :7], past_key_values=cache)
+    last = model(ids[:, 7:], attention_mask=mask[:, :, 7:], position_ids=positions[:, 7:], past_key_values=cache)
+    torch.testing.assert_close(last.logits[:, 2:], wanted[:, 2:], **CLOSE)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -146,3 +146,23 @@ def test_hooks_and_parametrizations_of_the_maps_count_while_decoding(source, ids
     assert_decodes_as_a_forward(model, ids)
     assert len(calls) == 18
     assert (model(ids).logits - plain).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("source", KINDS)
+def test_hooks_on_all_modules_count_while_decoding(source, ids):
+    def bounded(module, inputs, output):
+        return output.tanh() if isinstance(module, nn.Linear) else None
+
+    model = build(source)
+    hook = nn.modules.module.register_module_forward_hook(bounded)
+    try:
+        assert_decodes_as_a_forward(model, ids)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("source", KINDS)
+def test_keys_and_values_of_a_trained_prefix_are_refused(source, ids):
+    model = get_peft_model(build(source), PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"keys and values of GPT-NeoX \(prefix tuning, say\) do not fit"):
+        model.generate(input_ids=ids[:, :4], max_new_tokens=2)
