@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from context_pythia.evaluation.memory import free_memory, peak_during
+from context_pythia.evaluation.memory import cache_of, free_memory, peak_during
 from context_pythia.evaluation.quantized import measure_quantized, quantized_cache
 from context_pythia.model.cache import CacheMeasurement, cache_bytes, measure_cache
 from context_pythia.runs.build import compiled_step
@@ -234,7 +234,7 @@ def turns(rounds: int, prefill: bool = True) -> int:
 def measure_conversation(subject: Subject, length: int, new_tokens: int = 8) -> CacheMeasurement:
     """The cache that `generate()` leaves for one sequence of `length` tokens."""
     output = _generate(subject, 1, length - new_tokens + 1, new_tokens, subject.empty_cache(length))
-    return subject.measure(output.past_key_values)
+    return subject.measure(cache_of(output))
 
 
 def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:
@@ -253,7 +253,7 @@ def _first_run(subject: Subject, row: Speed, batch_size: int, length: int, new_t
             lambda: _generate(subject, batch_size, length - new_tokens + 1, new_tokens, subject.empty_cache(length)),
             subject.device,
         )
-        row.cache = subject.measure(output.past_key_values)
+        row.cache = subject.measure(cache_of(output))
         assert row.cache.length == length
     except FAILURES as error:
         row.error = _reason(error)

@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
 
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
@@ -53,9 +55,14 @@ def measure_generated_cache(
             output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     finally:
         model.generation_config.eos_token_id = own
-    measured = measure_cache(output.past_key_values)
+    measured = measure_cache(cache_of(output))
     assert measured.length == length, f"generate() cached {measured.length} tokens, {length} were asked for"
     return measured
+
+
+def cache_of(output: ModelOutput) -> Cache:
+    """The cache in what a model or `generate()` returned, under its name before and since transformers 5.24."""
+    return output["cache" if "cache" in output else "past_key_values"]
 
 
 def weight_bytes(model: nn.Module) -> int:

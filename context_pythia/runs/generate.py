@@ -9,6 +9,7 @@ from transformers import GenerationConfig, set_seed
 
 from context_pythia.data.tokenizers import load_tokenizer, prompt_ids
 from context_pythia.errors import UsageError
+from context_pythia.evaluation.memory import cache_of
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
 from context_pythia.runs.build import best_device, compiled_step
@@ -73,8 +74,8 @@ def generate(
     print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
     if stats:
         new = output.sequences.shape[1] - ids.shape[1]
-        measured = measure_cache(output.past_key_values)
-        rows = output.past_key_values.layers[0].keys.shape[0]
+        measured = measure_cache(cache_of(output))
+        rows = cache_of(output).layers[0].keys.shape[0]
         formula = cache_bytes(loaded.config, measured.length, rows, loaded.dtype)
         print(
             f"\n{ids.shape[1]} prompt tokens and {new} new ones in {seconds:.2f} s: {new / seconds:.1f} tokens/s "
