@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from context_pythia.errors import UsageError
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write `content` to `path`, which is returned; whoever reads it meanwhile finds the old file."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what `path` is to hold: a file beside it, which takes its name when all is written.
+
+    Whoever reads `path` meanwhile, or after an error, finds the old file.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(content)
+        yield partial
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write `content` to `path` (see `whole`), which is returned."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
     return path
 
 

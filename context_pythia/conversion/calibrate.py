@@ -28,6 +28,7 @@ from transformers import GPTNeoXForCausalLM
 from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
 from context_pythia.data.packing import PackedDataset
 from context_pythia.errors import Failure
+from context_pythia.files import whole
 from context_pythia.training.trainer import CHECKPOINTING
 
 HEAD_TOKENS = 256  # tokens whose predictions are held at once
@@ -62,9 +63,8 @@ class LayerStatistics:
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), (hidden_size,), *moments)))
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        save_file({f.name: getattr(self, f.name) for f in fields(self)}, partial)
-        partial.replace(path)
+        with whole(path) as partial:
+            save_file({f.name: getattr(self, f.name) for f in fields(self)}, partial)
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:

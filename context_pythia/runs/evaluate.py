@@ -18,6 +18,7 @@ import torch
 from transformers import GPTNeoXConfig, PreTrainedModel
 
 from context_pythia.config.recipe import DataOptions
+from context_pythia.config.same import check_same
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
@@ -89,11 +90,10 @@ def evaluate(
             "caches": list(caches),
             "tasks": list(tasks),
             "limit": limit,
+            "recall_samples": recall_samples or None,
         },
         "notes": notes,
     }
-    if recall_samples:
-        metrics["settings"]["recall_samples"] = recall_samples
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
         _check_same_evaluation(out, names, metrics)
@@ -263,10 +263,15 @@ def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any])
     """Raises UsageError where `out` holds another evaluation than this one, done before or begun."""
     if not (out / "metrics.json").exists():
         return
-    held = read_record(out / "metrics.json")
-    done = list(dict.fromkeys(row.get("name") for row in held.get("models", [])))
-    if done != names[: len(done)] or any(held.get(key) != metrics[key] for key in ("kind", "data", "settings")):
-        raise _held(out, "holds another evaluation")
+    recorded = read_record(out / "metrics.json")
+    done = list(dict.fromkeys(row.get("name") for row in recorded.get("models", [])))
+    wanted = {key: metrics[key] for key in ("kind", "data", "settings")} | {"models": names[: len(done)]}
+    check_same(
+        {key: recorded.get(key) for key in wanted} | {"models": done},
+        wanted,
+        f"--out {out}: holds an evaluation",
+        "choose another folder",
+    )
 
 
 def _held(out: Path, what: str) -> UsageError:

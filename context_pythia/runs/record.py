@@ -28,7 +28,8 @@ import context_pythia
 from context_pythia import processes
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.config.recipe_files import deciding_values, load_recipe, recipe_to_dict, save_recipe
-from context_pythia.errors import Failure, UsageError
+from context_pythia.config.same import check_same
+from context_pythia.errors import Failure
 from context_pythia.files import damaged, read_record, write_json
 
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
@@ -128,11 +129,13 @@ class Run:
 
     def use_data(self, summary: dict[str, Any]) -> None:
         """Take the packed data's `summary` for the run's; UsageError where its entries come from other text."""
-        held, fingerprint = self.metrics["data"].get("fingerprint"), summary["fingerprint"]
-        if self.metrics["models"] and held not in (None, fingerprint):
-            raise UsageError(
-                f"{self.folder} holds a run on data {held}, and the same names now give {fingerprint}: "
-                "the text has changed; choose another folder with --out"
+        recorded = self.metrics["data"].get("fingerprint")
+        if self.metrics["models"] and recorded is not None:
+            check_same(
+                {"data": {"fingerprint": recorded}},
+                {"data": {"fingerprint": summary["fingerprint"]}},
+                f"{self.folder} holds a run",
+                "the text has changed; choose another folder with --out",
             )
         self.metrics["data"] = summary
 
@@ -235,28 +238,22 @@ def _program(path: Path) -> str:
     return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
-def merged(held: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
-    """The wanted recipe with the held models before its own, if the two agree on all that decides results.
+def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
+    """The wanted recipe with the recorded models before its own; `UsageError` where the two would not compare.
 
-    Options of healing do where something is `healed`.
+    Options of healing matter only where something is `healed`.
     """
-    old, new = deciding_values(held), deciding_values(wanted)
-    if not healed:
-        del old["heal"]
-    for section in (key for key in old if key not in ("name", "models")):
-        values = old[section] if isinstance(old[section], dict) else {"": old[section]}
-        others = new[section] if isinstance(new[section], dict) else {"": new[section]}
-        for key, value in values.items():
-            if value != others[key]:
-                name = f"{section}.{key}".rstrip(".")
-                raise UsageError(
-                    f"{folder} holds a run with {name} {value}, not {others[key]}: choose another folder with --out"
-                )
-    models: dict[str, ModelOptions] = {model.name: model for model in held.models}
+    old, new = deciding_values(recorded), deciding_values(wanted)
+    for key in ("name", "models") if healed else ("name", "models", "heal"):
+        del old[key], new[key]
+    mend = "choose another folder with --out"
+    check_same(old, new, f"{folder} holds a run", mend)
+    models: dict[str, ModelOptions] = {model.name: model for model in recorded.models}
     for model in wanted.models:
         if models.setdefault(model.name, model) != model:
-            raise UsageError(f"{folder} holds another model {model.name!r}: choose another folder with --out")
-    return dataclasses.replace(wanted, name=held.name, models=list(models.values()))
+            old, new = dataclasses.asdict(models[model.name]), dataclasses.asdict(model)
+            check_same(old, new, f"{folder} holds a model {model.name}", mend)
+    return dataclasses.replace(wanted, name=recorded.name, models=list(models.values()))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:

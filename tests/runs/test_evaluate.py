@@ -284,7 +284,7 @@ def test_neither_models_nor_files_nor_other_evaluations_are_written_over(paths, 
     again(paths[:2], tmp_path / "eval")
     again(paths[:2], tmp_path / "eval")
     for models, options in [(paths[:1] + paths[2:3], {}), (paths[:2], {"batch_size": 3}), (paths[:1], {})]:
-        with pytest.raises(ValueError, match="eval: holds another evaluation; choose another folder"):
+        with pytest.raises(ValueError, match="eval: holds an evaluation with .*, not .*: choose another folder"):
             again(models, tmp_path / "eval", **options)
     again(paths[:3], tmp_path / "eval")  # one more of the same is an evaluation that goes on
     with pytest.raises(ValueError, match="holds a model; choose another folder"):
