@@ -18,7 +18,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 from context_pythia.model import ContextPythiaConfig
 from context_pythia.model.cache import ContextLayer, cache_bytes, cached_numbers_per_token, measure_cache
 
-from .conftest import SIZE, build, randomise
+from .conftest import SIZE, SOURCES, build, randomise
 
 PYTHIA_70M = dict(vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
 
@@ -38,13 +38,13 @@ def test_numbers_per_token_of_pythia_70m_are_the_designs():
     assert cache_bytes(GPTNeoXConfig(**PYTHIA_70M), 128) == 3_145_728
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_generate_fills_the_bytes_of_the_formula(model, ids, dtype):
-    model = model.to(dtype)
-    cache = model.generate(ids, max_new_tokens=40, return_dict_in_generate=True).past_key_values
-    measured = measure_cache(cache)
-    assert measured.length == 17 + 39
-    assert measured.filled == cache_bytes(model.config, 56, batch_size=3, dtype=dtype) > 0
+@pytest.mark.parametrize("source", SOURCES)
+def test_generate_fills_the_bytes_of_the_formula(model, ids):
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs = model.to(dtype).generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+        measured = measure_cache(outputs.past_key_values)
+        assert measured.length == 17 + 5
+        assert measured.filled == cache_bytes(model.config, 22, batch_size=3, dtype=dtype) > 0
 
 
 def test_baseline_is_measured_alike(ids):
@@ -118,12 +118,12 @@ def test_input_cannot_crop_a_past_it_did_not_keep(ids):
 
 
 # What a cache can do is what GPT-NeoX's can: each test below holds for the host's own model too.
-KINDS = ["gpt-neox", "input", "shared", "layer", "layer, shared by 2", "layer, rotary keys reused"]
+HOST = "gpt-neox"
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[HOST, "input", "shared", "layer, shared by 2", "layer, rotary keys reused"])
 def any_model(request):
-    if request.param == "gpt-neox":
+    if request.param == HOST:
         return randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
     return build(request.param)
 
@@ -186,12 +186,7 @@ def test_tokens_after_a_crop_leave_what_was_cropped_to_who_holds_it(any_model, i
 
 @pytest.mark.parametrize(
     "modes",
-    [
-        (torch.inference_mode, torch.no_grad),
-        (torch.no_grad, torch.inference_mode),
-        (torch.inference_mode, torch.enable_grad),
-        (torch.no_grad, torch.enable_grad),
-    ],
+    [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.enable_grad)],
     ids=lambda modes: " ".join(mode.__name__ for mode in modes),
 )
 def test_a_prefix_goes_on_in_another_gradient_mode(any_model, ids, modes):
@@ -278,18 +273,20 @@ def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monk
     assert [layer for layer in cache.layers if layer.keys is not None][-1].keys.device.type == "meta"
 
 
-def test_compiled_decoding_is_one_graph_and_writes_the_same(any_model, ids):
+@pytest.mark.parametrize("source", ["input", "shared", "layer, rotary keys reused"])
+def test_compiled_decoding_is_one_graph_and_writes_the_same(source, ids):
+    model = build(source, num_hidden_layers=2)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
-    expected = any_model.generate(ids, **settings)
+    expected = model.generate(ids, **settings)
     # fullgraph: a break raises. Without dynamic shapes a stride that grows compiles each step anew.
     compiling = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
     compiling._compile_all_devices = True
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     settings |= dict(cache_implementation="static", compile_config=compiling)
-    assert any_model.generate(ids, **settings).tolist() == expected.tolist()
+    assert model.generate(ids, **settings).tolist() == expected.tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -298,10 +295,10 @@ def test_compiled_decoding_is_one_graph_and_writes_the_same(any_model, ids):
     not hasattr(configuration_utils, "get_head_shapes"), reason="this transformers exports one shape for all layers"
 )
 def test_exported_decoding_takes_any_number_of_tokens_that_is_absorbed(ids):
+    # Widths that differ. Heads of 16 dims: more new tokens than that would be another branch.
     model = build(
-        "layer, rotary pairs"
-    )  # widths that differ; heads of 16 dims: more new tokens than that would be another branch
-
+        "layer, rotary pairs", num_hidden_layers=2, rotary_pairs=[[4, 1], [2, 2]], layer_context_dims=[25, 21]
+    )
     model.generation_config.cache_implementation = "static"
     module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=3, max_cache_len=20)
     tokens = torch.export.Dim("tokens", min=2, max=16)
@@ -319,7 +316,7 @@ def test_exported_decoding_takes_any_number_of_tokens_that_is_absorbed(ids):
 
 @torch.no_grad()
 def test_the_recurrence_exports_with_a_static_length_alone(ids):
-    model, given = build("shared"), dict(input_ids=ids[:, :3], use_cache=False)
+    model, given = build("shared", num_hidden_layers=1), dict(input_ids=ids[:, :3], use_cache=False)
     with pytest.raises(ValueError, match="torch.export takes it with a static length alone"):
         shapes = dict(input_ids={1: torch.export.Dim("tokens", min=2, max=16)}, use_cache=None)
         torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False)

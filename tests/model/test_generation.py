@@ -8,17 +8,15 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from .conftest import SIZE, build, randomise
+from .conftest import KINDS, SIZE, build, randomise
 
 GPT_NEOX = "GPT-NeoX"
-FAMILIES = [GPT_NEOX, "input", "shared", "layer", "layer, shared by 2", "layer, rotary pairs"]
+FAMILIES = [GPT_NEOX, *KINDS]
 CLOSE = dict(rtol=0, atol=1e-5)
 MODES = {
     "greedy": dict(do_sample=False),
-    "sample": dict(do_sample=True, top_k=20),
-    "several samples": dict(do_sample=True, num_return_sequences=2),
+    "samples": dict(do_sample=True, top_k=20, num_return_sequences=2),
     "beams": dict(do_sample=False, num_beams=3, num_return_sequences=2),
-    "sampled beams": dict(do_sample=True, num_beams=3),
 }
 
 
@@ -83,10 +81,11 @@ def shapes(cache) -> list[list[int]]:
 OWN_SHAPES = {
     GPT_NEOX: [[2, 4, 15, 16, 16]] * 3,
     "input": [[2, 4, 15, 16, 16]] * 3,
-    "shared": [[2, 1, 15, 24, 0]],
-    "layer": [[2, 1, 15, 23, 0]] * 3,
+    "shared, 2 block layers": [[2, 1, 15, 25, 0]],
     "layer, shared by 2": [[2, 1, 15, 23, 0]] * 2,
+    "layer, rotary keys reused": [[2, 1, 15, 30, 0]] * 3,
     "layer, rotary pairs": [[2, 1, 15, width, 0] for width in (25, 21, 26)],
+    "grouped, shared by 2": [[2, 1, 15, 16, 16]] * 2,
 }
 
 
@@ -141,11 +140,10 @@ def test_only_the_logits_that_are_wanted_are_computed(model, ids):
         torch.testing.assert_close(model(ids, logits_to_keep=wanted).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("family", [GPT_NEOX, *KINDS[2:]])  # a recurrence reads its tokens in a row
 @torch.no_grad()
 def test_a_mask_of_four_dimensions_picks_the_tokens_that_are_read(model, ids):
     """Two continuations of one prompt side by side, each blind for the other, as speculative trees have them."""
-    if model.config.model_type != "gpt_neox" and model.config.context_source != "layer":
-        pytest.skip("a recurrence reads its tokens in a row")
     prompt, one, other = ids[:1, :5], ids[:1, 5:7], ids[1:2, 5:7]
     expected = torch.cat([model(torch.cat([prompt, end], dim=1)).logits[:, 5:] for end in (one, other)], dim=1)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()

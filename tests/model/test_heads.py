@@ -29,6 +29,7 @@ def build_head(auto_class, source: str):
 
 
 @pytest.mark.parametrize("auto_class", HEADS, ids=lambda auto_class: auto_class.__name__)
+@pytest.mark.parametrize("source", ["shared, 2 block layers", "layer, rotary pairs"])
 @torch.no_grad()
 def test_head_is_the_hosts_on_the_same_body(auto_class, source, ids, tmp_path):
     model = build_head(auto_class, source)

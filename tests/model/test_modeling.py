@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
@@ -12,7 +14,7 @@ from transformers import (
 
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
-from .conftest import SIZE, build, randomise
+from .conftest import SIZE, SOURCES, build
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -21,13 +23,12 @@ def token_by_token(model, ids, cache):
     return torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])], dim=1)
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["ours", "stock", "static"])
+@pytest.mark.parametrize("source", SOURCES)
 @torch.no_grad()
-def test_token_by_token_is_one_forward(source, model, ids, kind, implementation):
+def test_token_by_token_is_one_forward(source, model, ids, kind):
     if kind == "stock" and source == "input":
         kind = "ours"  # a stock cache made without the config keeps no recurrent state; test_cache.py has its refusal
-    model.set_attn_implementation(implementation)
     whole = model(ids).logits
     assert whole.std() > 0.5
     cache = {
@@ -79,42 +80,13 @@ def test_left_padded_batch_is_its_single_rows(model, ids):
         torch.testing.assert_close(logits[row : row + 1, start:], model(ids[row : row + 1, start:]).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_left_padded_generation_is_that_of_single_rows(model, ids, implementation):
+def test_left_padded_generation_is_that_of_single_rows(model, ids):
     batch, mask, starts = padded(ids)
-    settings = dict(max_new_tokens=12, do_sample=False, cache_implementation=implementation)
+    settings = dict(max_new_tokens=8, do_sample=False, cache_implementation="static")
     together = model.generate(batch, attention_mask=mask, **settings)[:, 17:]
     for row, start in enumerate(starts):
         alone = model.generate(ids[row : row + 1, start:], **settings)[0, 17 - start :]
         assert together[row].tolist() == alone.tolist()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(do_sample=False),
-        dict(num_beams=4, do_sample=False),
-        dict(num_beams=3, num_return_sequences=2, do_sample=False),
-        dict(do_sample=True, top_k=20),
-    ],
-    ids=["greedy", "beams", "returned beams", "sampled"],
-)
-def test_generation_with_the_cache_is_generation_without(model, ids, settings):
-    results = []
-    for use_cache in (True, False):
-        torch.manual_seed(7)
-        results.append(model.generate(ids, max_new_tokens=15, use_cache=use_cache, **settings).tolist())
-    assert results[0] == results[1]
-
-
-def test_assisted_generation_is_greedy(model, ids):
-    assistant = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
-    settings = dict(max_new_tokens=15, do_sample=False)
-    expected = model.generate(ids[:1], **settings)
-    assert model.generate(ids[:1], assistant_model=assistant, **settings).tolist() == expected.tolist()
-    assert model.generate(ids[:1], prompt_lookup_num_tokens=3, **settings).tolist() == expected.tolist()
-    # Its own assistant: nearly every candidate is right, so long candidates are verified and kept.
-    assert model.generate(ids[:1], assistant_model=model, **settings).tolist() == expected.tolist()
 
 
 @torch.no_grad()
@@ -220,14 +192,15 @@ def test_saved_model_loads_through_the_auto_classes(model, ids, tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_generates_and_stays_near_fp32(model, ids, dtype):
+@torch.no_grad()
+def test_half_precision_generates_and_stays_near_fp32(model, ids):
     expected = model(ids).logits
-    model = model.to(dtype)
-    logits = model(ids).logits
-    assert logits.dtype == dtype
-    assert (logits.float() - expected).abs().mean() < 0.15 * expected.std()
-    assert model.generate(ids, max_new_tokens=4).shape == (3, 21)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = copy.deepcopy(model).to(dtype)
+        logits = half(ids).logits
+        assert logits.dtype == dtype
+        assert (logits.float() - expected).abs().mean() < 0.15 * expected.std()
+        assert half.generate(ids, max_new_tokens=4).shape == (3, 21)
 
 
 def test_fresh_context_block_has_the_initialisation_that_oacd_needs():
