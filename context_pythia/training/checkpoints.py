@@ -7,6 +7,8 @@ optimizer and random states with `weights_only=True`.
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import sys
 import warnings
@@ -14,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -101,6 +104,28 @@ def find_damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
         return first_line(error)
     return None
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values to `path`, whole and on the disk; OSError, in one line, if that fails."""
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {first_line(error)}; free some disk space and rerun") from error
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `write_state` wrote; UsageError, in one line, if the file is damaged."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to begin again") from error
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:

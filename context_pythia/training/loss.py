@@ -157,6 +157,11 @@ def _to_gradient(
     return losses
 
 
+def to_float64(value: Tensor) -> Tensor:
+    """`value` without its graph in the dtype of long sums: float64, or float32 on Apple's GPUs, which lack it."""
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
 def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of the logits, and of the sums over them."""
     device = hidden.device.type

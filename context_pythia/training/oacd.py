@@ -1,21 +1,28 @@
-"""OACD (Origin-Anchored Centroid Dispersion): its loss, its sweep, and the rank of the contexts that it leads to.
+"""OACD (Origin-Anchored Centroid Dispersion): its loss, its sweep, and one training's state with its iteration.
 
-Shapes: n tokens of a batch, V distinct tokens of the stream, S tokens of a sample, C context_dim.
+Shapes: N tokens of the stream, n tokens of a batch, V distinct tokens of the stream, C context_dim.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
+
+from context_pythia.config.recipe import Phase1Options
+from context_pythia.errors import Failure
+from context_pythia.training.loss import to_float64
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedDataset
     from context_pythia.model import ContextPythiaForCausalLM
 
-SCAN_TOKENS = 32_768  # held-out tokens scanned at once
 PROJECTED_TOKENS = 8192  # distinct tokens embedded at once
 
 
@@ -129,22 +136,102 @@ class TokenProjections:
             yield chunk, embeddings
 
 
-def effective_rank(batches: Iterable[torch.Tensor]) -> float:
-    """Exp of the entropy of the normalised singular values of the rows `[..., C]` of all batches, 1 to C.
+class Oacd:
+    """The state of one training, and the iteration that takes it on."""
 
-    Singular values come from the fp64 Gram matrix `[C, C]`, so memory does not grow with the rows.
-    """
-    gram = sum(rows.T @ rows for rows in (batch.flatten(0, -2).cpu().double() for batch in batches))
-    assert isinstance(gram, torch.Tensor), "no rows"
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    return torch.special.entr(singular / singular.sum()).sum().exp().item()
+    def __init__(self, model: ContextPythiaForCausalLM, stream: PackedDataset, options: Phase1Options, seed: int):
+        self.block, self.stream, self.options, self.seed = model.gpt_neox.context_block, stream, options, seed
+        self.device = model.get_input_embeddings().weight.device
+        self.optimizer = torch.optim.Adam(self.block.parameters(), lr=options.learning_rate)
+        self.history: list[dict[str, float]] = []
+        self.batches = math.ceil(stream.num_tokens / options.batch_tokens)
+        dtype = getattr(torch, options.state_dtype)
+        self.contexts = torch.empty(stream.num_tokens, self.block.context_dim, dtype=dtype, device=self.device)
+        occurs = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        for batch, rows in enumerate(self.contexts.split(options.batch_tokens)):
+            rows.copy_(self.normal(len(rows), 0, batch, 0.01))
+            occurs[self.input_ids(batch)] = True
+        self.projections = TokenProjections(model, occurs.nonzero().squeeze(1).to(self.device))
 
+    def normal(self, rows: int, iteration: int, batch: int, deviation: float) -> torch.Tensor:
+        """Normal numbers `[rows, C]` around 0; iteration 0 is for the first contexts, later ones for the noise."""
+        words = np.random.SeedSequence((self.seed % 2**64, iteration, batch)).generate_state(1)
+        generator = torch.Generator(self.device).manual_seed(int(words[0]))
+        numbers = torch.empty(rows, self.block.context_dim, device=self.device)
+        return numbers.normal_(0, deviation, generator=generator)
 
-@torch.no_grad()
-def held_out_contexts(model: ContextPythiaForCausalLM, dataset: PackedDataset) -> Iterator[torch.Tensor]:
-    """The exact contexts of every sample of `dataset`, each started at zero as in phase 2, in batches `[b, S, C]`."""
-    length, device = dataset.sequence_length, model.get_input_embeddings().weight.device
-    rows = max(1, SCAN_TOKENS // length)
-    for first in range(0, len(dataset), rows):
-        ids = dataset.stream(first * length, min(first + rows, len(dataset)) * length).view(-1, length)
-        yield model.gpt_neox.context_block.scan(model.gpt_neox.embed_context_input(ids.to(device)))
+    def input_ids(self, batch: int) -> torch.Tensor:
+        first = batch * self.options.batch_tokens
+        return self.stream.stream(first, first + self.options.batch_tokens)
+
+    @property
+    def finished(self) -> bool:
+        """The first iteration moves away from random contexts, so its rate says nothing and never ends training."""
+        done = len(self.history)
+        return done >= self.options.max_iterations or (
+            done > 1 and self.history[-1]["convergence_rate"] >= self.options.convergence_rate
+        )
+
+    def iterate(self, bar: tqdm) -> None:
+        """Sweep over all contexts, in place, then an Adam step on the mean of the batches' losses.
+
+        Raises:
+            Failure: the loss or its gradient is not finite; the weights are those from before the iteration.
+        """
+        began, iteration, options = time.perf_counter(), len(self.history) + 1, self.options
+        bar.set_description(f"phase 1, iteration {iteration}/{options.max_iterations}", refresh=False)
+        self.block.zero_grad()
+        dtype = next(self.block.parameters()).dtype
+        with self._precision():
+            self.projections.refresh()
+        loss_sum: Any = 0.0
+        converged: Any = 0
+        previous = torch.zeros_like(self.contexts[0])  # the context before a batch
+        for batch, rows in enumerate(self.contexts.split(options.batch_tokens)):
+            ids, old = self.input_ids(batch).to(self.device), rows.to(dtype)
+            noise = self.normal(len(rows), iteration, batch, options.noise).to(dtype)
+            projected = self.projections.rows(ids)
+            with self._precision():
+                new = sweep_tokens(self.block.layers, projected, old, previous.to(dtype), noise)
+            loss = fused_oacd_loss(new, options.mean_penalty)
+            (loss / self.batches).backward()
+            self.projections.collect(ids, projected)
+            with torch.no_grad():
+                # The next batch starts from this batch's last context as it was before the iteration.
+                previous = rows[-1].clone()
+                converged += (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
+                rows.copy_(new)
+                loss_sum = loss_sum + to_float64(loss)
+            bar.update()
+        with self._precision():
+            self.projections.backward()
+        norm = nn.utils.clip_grad_norm_(self.block.parameters(), options.max_grad_norm)
+        # Sums stay on the device until here: each reading waits for its work.
+        mean_loss, rate = float(loss_sum) / self.batches, int(converged) / self.stream.num_tokens
+        for what, value in (("loss", mean_loss), ("gradient", float(norm))):
+            if not math.isfinite(value):
+                raise Failure(
+                    f"phase 1 diverged: {what} {value} in iteration {iteration}; lower its learning rate "
+                    f"({options.learning_rate:g}) and use another output folder (the last good checkpoint stays)"
+                )
+        self.optimizer.step()
+        seconds = time.perf_counter() - began
+        self.history.append({"iteration": iteration, "loss": mean_loss, "convergence_rate": rate, "seconds": seconds})
+        bar.set_postfix_str(f"converged {rate:.1%}", refresh=False)
+
+    def _precision(self) -> torch.autocast:
+        """That of the matrix products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "contexts": self.contexts,
+            "block": self.block.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.contexts, self.history = state["contexts"], state["history"]
+        self.block.load_state_dict(state["block"])
+        self.optimizer.load_state_dict(state["optimizer"])

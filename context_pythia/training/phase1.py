@@ -1,31 +1,67 @@
 """Phase 1: train the ContextBlock alone, by OACD (Origin-Anchored Centroid Dispersion).
 
-Training stops when nearly all contexts have come to rest. All randomness comes from (seed, iteration, batch), so an
-interrupted run goes on in the middle of an iteration and ends with the same bits (on CPU) as one that was never
-interrupted. Several processes take a piece of the stream each, and differ from a single one only by the order in which
-gradients are added up.
+The contexts of the whole training stream are one tensor. An iteration is one parallel fixed-point sweep over it, in
+batches, with a loss that spreads the contexts around their centroid and draws the centroid to the origin; one Adam step
+follows. Training stops when nearly all contexts have come to rest.
+
+All randomness comes from (seed, iteration, batch), so an interrupted run goes on from its last whole iteration and ends
+with the same bits (on CPU) as one that was never interrupted. Of several processes the first one trains, and the others
+wait for its result.
+
+Shapes: S tokens of a sample, C context_dim.
 """
 
 from __future__ import annotations
 
+import json
 import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from context_pythia import processes
+from context_pythia.config.options import deciding
 from context_pythia.config.recipe import Phase1Options
-from context_pythia.errors import UsageError
+from context_pythia.errors import UsageError, first_line
+from context_pythia.files import write_bytes, write_json
 from context_pythia.training.allocator import keep_freed_memory
+from context_pythia.training.checkpoints import read_state, write_state
 from context_pythia.training.interrupts import deferred_interrupt
-from context_pythia.training.oacd_run import OacdRun, Phase1Result
+from context_pythia.training.oacd import Oacd
 
 if TYPE_CHECKING:
-    from context_pythia.data.packing import PackedData
+    from context_pythia.data.packing import PackedData, PackedDataset
     from context_pythia.model import ContextPythiaForCausalLM
 
-DUE, INTERRUPTED = 1, 2  # why a checkpoint is written
+WEIGHTS_FILE, RESULT_FILE, CHECKPOINT_FILE = "context_block.safetensors", "phase1.json", "checkpoint.pt"
+SCAN_TOKENS = 32_768  # held-out tokens scanned at once
+BAR = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+@dataclass
+class Phase1Result:
+    """What phase 1 reached; `asdict` of it is JSON.
+
+    Attributes:
+        iterations: iterations done.
+        convergence_rate: share of tokens (0 to 1) at rest in the last one.
+        effective_rank: of the held-out contexts, 1 to C (see `effective_rank`).
+        history: one `{"iteration", "loss", "convergence_rate", "seconds"}` an iteration.
+        seconds: time spent in the iterations, interruptions not counted.
+    """
+
+    iterations: int
+    convergence_rate: float
+    effective_rank: float
+    history: list[dict[str, float]]
+    seconds: float
 
 
 def train_context_block(
@@ -39,8 +75,7 @@ def train_context_block(
 ) -> Phase1Result:
     """Train `model.gpt_neox.context_block` in place, or load it if `folder` holds the finished result.
 
-    Of several processes each holds the contexts of its piece of the stream, in whole batches. Ctrl-C writes a
-    checkpoint at the end of the batch and then raises KeyboardInterrupt; a second one stops at once.
+    Ctrl-C ends the iteration, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once.
 
     Args:
         model: of source `input` or `shared`; the rest of it is only read. Runs on its device.
@@ -52,59 +87,136 @@ def train_context_block(
 
     Raises:
         UsageError: the model has no ContextBlock, or `folder` holds a damaged file or the work of another run (other
-            options, seed, text, widths, embeddings or number of processes), or there are fewer batches than processes.
+            options, seed, text, widths or embeddings).
         Failure: the loss is not finite; the last good checkpoint stays.
         OSError: `folder` cannot be written.
     """
     if getattr(model.gpt_neox, "context_block", None) is None:
         raise UsageError("phase 1 trains a ContextBlock and this model has none: choose context source input or shared")
-    run = OacdRun(model, data, options, seed, folder)
-    if (finished := run.load_finished()) is not None:
-        return finished
-    folder.mkdir(parents=True, exist_ok=True)
-    run.load_checkpoint()
-    frozen = [parameter for parameter in run.block.parameters() if not parameter.requires_grad]
+    settings = _settings(model, data, options, seed)
+    with processes.main_first():
+        return _load_result(model, folder, settings) or _train(model, data, options, seed, folder, settings, progress)
+
+
+def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1Options, seed: int) -> dict[str, Any]:
+    """All that decides the result; work in the folder is gone on with only if its settings are equal."""
+    block = model.gpt_neox.context_block
+    embeddings = model.get_input_embeddings().weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return deciding(options) | {
+        "seed": seed,
+        "data_fingerprint": data.summary["fingerprint"],
+        "tokens": data.train.num_tokens,
+        "context_dim": block.context_dim,
+        "context_block_layers": len(block.layers),
+        "embeddings_crc32": zlib.crc32(embeddings),
+    }
+
+
+def _check_same(found: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    # What was made before there was an option was made with its default.
+    found = asdict(Phase1Options()) | found
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"{path} was made with {name} {found.get(name)}, not {value}: "
+                "use that setting, another output folder, or delete the file"
+            )
+
+
+def _load_result(model: ContextPythiaForCausalLM, folder: Path, settings: dict[str, Any]) -> Phase1Result | None:
+    path = folder / RESULT_FILE
+    if not path.exists():
+        return None
     try:
-        run.block.requires_grad_(True)
-        _iterate(run, progress)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found, result = record.pop("identity"), Phase1Result(**record)
+        _check_same(found, settings, path)
+        path = folder / WEIGHTS_FILE
+        model.gpt_neox.context_block.load_state_dict(safetensors.torch.load_file(path))
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{path} is missing or damaged ({first_line(error)}): delete {folder} and run phase 1 again"
+        ) from error
+    return result
+
+
+def _train(
+    model: ContextPythiaForCausalLM,
+    data: PackedData,
+    options: Phase1Options,
+    seed: int,
+    folder: Path,
+    settings: dict[str, Any],
+    progress: bool,
+) -> Phase1Result:
+    folder.mkdir(parents=True, exist_ok=True)
+    block = model.gpt_neox.context_block
+    frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
+    block.requires_grad_(True)
+    try:
+        history = _iterate(Oacd(model, data.train, options, seed), folder / CHECKPOINT_FILE, settings, progress)
     finally:
-        run.block.zero_grad()
+        block.zero_grad()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return run.finish()
+    result = Phase1Result(
+        iterations=len(history),
+        convergence_rate=history[-1]["convergence_rate"],
+        effective_rank=effective_rank(held_out_contexts(model, data.validation)),
+        history=history,
+        seconds=sum(row["seconds"] for row in history),
+    )
+    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
+    write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
+    for path in folder.glob("checkpoint*"):  # an older version's, too
+        path.unlink()
+    return result
 
 
-def _iterate(run: OacdRun, progress: bool) -> None:
-    if run.finished:
-        return
-    if run.device.type == "cpu":
+def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> list[dict[str, float]]:
+    """Iterate to the end, from the checkpoint if there is one; gives the history."""
+    if oacd.device.type == "cpu":
         keep_freed_memory()
-    saved = time.monotonic()
-    total = run.options.max_iterations * run.turns
-    layout = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
+    if checkpoint.exists():
+        state = read_state(checkpoint, oacd.device)
+        _check_same(state["settings"], settings, checkpoint)
+        oacd.load_state_dict(state)
+    options, saved = oacd.options, time.monotonic()
+    total, done = options.max_iterations * oacd.batches, len(oacd.history) * oacd.batches
     with (
-        deferred_interrupt() as interrupt,
-        tqdm(
-            total=total,
-            initial=len(run.history) * run.turns + run.batch,
-            bar_format=layout,
-            mininterval=0.5,
-            disable=not (progress and processes.is_main()),
-        ) as bar,
+        deferred_interrupt() as asked_to_stop,
+        tqdm(total=total, initial=done, bar_format=BAR, mininterval=0.5, disable=not progress) as bar,
     ):
-        while not run.finished:
-            bar.set_description(
-                f"phase 1, iteration {len(run.history) + 1}/{run.options.max_iterations}", refresh=False
-            )
-            run.advance()
-            if run.batch == 0:
-                bar.set_postfix_str(f"converged {run.history[-1]['convergence_rate']:.1%}", refresh=False)
-            bar.update()
-            # The last one covers the held-out scan that follows.
-            due = run.finished or time.monotonic() - saved >= run.options.checkpoint_seconds
-            wanted = processes.highest(INTERRUPTED if interrupt.is_set() else DUE if due else 0)
-            if wanted:
-                run.save_checkpoint()
+        while not oacd.finished:
+            oacd.iterate(bar)
+            # The last checkpoint covers the scan of the held-out contexts that follows.
+            due = oacd.finished or time.monotonic() - saved >= options.checkpoint_seconds
+            if due or asked_to_stop.is_set():
+                write_state(checkpoint, oacd.state_dict() | {"settings": settings})
                 saved = time.monotonic()
-            if wanted == INTERRUPTED:
+            if asked_to_stop.is_set():
                 raise KeyboardInterrupt
+    return oacd.history
+
+
+def effective_rank(batches: Iterable[torch.Tensor]) -> float:
+    """Exp of the entropy of the normalised singular values of the rows `[..., C]` of all batches, 1 to C.
+
+    Singular values come from the fp64 Gram matrix `[C, C]`, so memory does not grow with the rows.
+    """
+    gram = sum(rows.T @ rows for rows in (batch.flatten(0, -2).cpu().double() for batch in batches))
+    assert isinstance(gram, torch.Tensor), "no rows"
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
+
+
+@torch.no_grad()
+def held_out_contexts(model: ContextPythiaForCausalLM, dataset: PackedDataset) -> Iterator[torch.Tensor]:
+    """The exact contexts of every sample of `dataset`, each started at zero as in phase 2, in batches `[b, S, C]`."""
+    length, device = dataset.sequence_length, model.get_input_embeddings().weight.device
+    rows = max(1, SCAN_TOKENS // length)
+    for first in range(0, len(dataset), rows):
+        ids = dataset.stream(first * length, min(first + rows, len(dataset)) * length).view(-1, length)
+        yield model.gpt_neox.context_block.scan(model.gpt_neox.embed_context_input(ids.to(device)))

@@ -6,6 +6,8 @@
 The report's way, written out plainly: embeddings of the whole stream in memory, all contexts shifted and copied once an
 iteration and concatenated anew, the product over [context ; embedding] in fp32. Ids are random, with the frequencies of
 Zipf's law; times are a batch's share of an iteration.
+
+It measures the package of commit 3930306: later ones have no `OacdRun`.
 """
 
 import json
@@ -19,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from context_pythia.training.oacd_run import OacdRun
 
 from context_pythia.config.recipe import Phase1Options
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.oacd import oacd_loss
-from context_pythia.training.oacd_run import OacdRun
 
 VOCABULARY, WIDTH, CONTEXT, LENGTH, BATCH = 50_304, 512, 256, 128, 5000
 REPORT = "the report's way"

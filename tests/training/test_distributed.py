@@ -13,17 +13,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import UsageError
-from context_pythia.training import epochs, oacd_run
+from context_pythia.training import epochs
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.epochs import EpochReport
-from context_pythia.training.oacd import sweep_tokens
-from context_pythia.training.phase1 import train_context_block
 from context_pythia.training.phase2 import train_language_model
 from tests.conftest import tiny_recipe
 
@@ -167,63 +164,6 @@ def test_ctrl_c_at_one_process_stops_both_and_any_number_goes_on(tmp_path):
     assert_same_training(tmp_path / "copy", None, *expected)
 
 
-def train_phase1(folder, interrupt_at, **changes):
-    model = test_phase1.make_model(layers=2)
-    if interrupt_at and processes.index() == 1:
-        calls = []
-
-        def sweep(*args):
-            calls.append(args)
-            if len(calls) == interrupt_at:
-                signal.raise_signal(signal.SIGINT)
-            return sweep_tokens(*args)
-
-        oacd_run.sweep_tokens = sweep
-    options = test_phase1.settings(batch_tokens=90, max_grad_norm=0.02, **changes)
-    try:
-        with processes.joined():
-            train_context_block(model, test_phase1.make_data(), options, seed=3, folder=folder, progress=False)
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def phase1_figures(folder):
-    record = json.loads((folder / "phase1.json").read_text())
-    rows = [(row["loss"], row["convergence_rate"]) for row in record["history"]]
-    return rows, record["effective_rank"], load_file(folder / "context_block.safetensors")
-
-
-@pytest.mark.parametrize("interrupt_at", [None, 7])
-def test_two_processes_with_a_piece_each_iterate_like_one(tmp_path, interrupt_at):
-    """Five batches: pieces of two and three. Interrupted in the third iteration, between two checkpoints."""
-    train_phase1(tmp_path / "one", None, threshold=0.5)
-    if interrupt_at:
-        codes, _ = run_pair(tmp_path, train_phase1_case, tmp_path / "two", interrupt_at)
-        assert codes == [130, 130]
-        names = sorted(path.name for path in (tmp_path / "two").iterdir())
-        assert names == ["checkpoint-7-0-of-2.safetensors", "checkpoint-7-1-of-2.safetensors"]
-        held = [load_file(tmp_path / "two" / name)["contexts"] for name in names]
-        assert [len(contexts) for contexts in held] == [180, 220]
-        with pytest.raises(ValueError, match="holds a checkpoint of 2 processes, not 1: start 2, or delete"):
-            train_phase1(tmp_path / "two", None, threshold=0.5)
-    codes, _ = run_pair(tmp_path, train_phase1_case, tmp_path / "two", None)
-    assert codes == [0, 0]
-    rows, rank, weights = phase1_figures(tmp_path / "two")
-    expected_rows, expected_rank, expected = phase1_figures(tmp_path / "one")
-    assert any(0.05 < rate < 0.95 for _, rate in rows)
-    assert [rate for _, rate in rows] == [rate for _, rate in expected_rows]
-    assert [loss for loss, _ in rows] == pytest.approx([loss for loss, _ in expected_rows], rel=1e-5)
-    assert rank == pytest.approx(expected_rank, rel=1e-5)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["context_block.safetensors", "phase1.json"]
-
-
-def train_phase1_case(folder, interrupt_at):
-    return train_phase1(folder, interrupt_at, threshold=0.5)
-
-
 def command(tmp_path, *flags):
     recipe = tmp_path / "tiny.yaml"
     if not recipe.exists():
@@ -266,7 +206,10 @@ def assert_launched_like_alone(tmp_path, launcher, arguments, said_once):
 def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
     arguments = command(tmp_path, "compare", "--models", "Pythia,shared", "--batch-size", "6", "--quiet")
     pairs = assert_launched_like_alone(tmp_path, TORCHRUN, arguments, "report.md")
-    assert pairs[0][1]["phase1"]["iterations"] == pairs[1][1]["phase1"]["iterations"] > 1
+    histories = [
+        [(row["loss"], row["convergence_rate"]) for row in entries[1]["phase1"]["history"]] for entries in pairs
+    ]
+    assert histories[0] == histories[1] and len(histories[0]) > 1  # the first process iterates alone
 
 
 def test_accelerate_launch_trains_in_two_processes_like_one(tmp_path, own_cache):
@@ -286,10 +229,6 @@ def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
     ("flags", "line"),
     [
         (("train", "--model", "Pythia"), "train.batch_size 9: 2 processes share a batch, give a multiple of 2"),
-        (
-            ("phase1", "--model", "shared", "--set", "phase1.batch_tokens=5000"),
-            "phase1.batch_tokens 5000: makes 1 batches for 2 processes, give at most 432",
-        ),
         (("info",), "this command runs in one process, 2 were started; in several: compare, phase1, train"),
         (("train", "--model", "nobody"), "recipe tiny: model 'nobody' is unknown"),
     ],

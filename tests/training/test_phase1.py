@@ -7,22 +7,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from context_pythia.config.recipe import Phase1Options
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.training import oacd, oacd_run
-from context_pythia.training.oacd import (
-    TokenProjections,
-    effective_rank,
-    fused_oacd_loss,
-    oacd_loss,
-    sweep_tokens,
-)
-from context_pythia.training.oacd_run import OacdRun
-from context_pythia.training.phase1 import train_context_block
+from context_pythia.training import oacd, phase1
+from context_pythia.training.checkpoints import read_state
+from context_pythia.training.oacd import Oacd, TokenProjections, fused_oacd_loss, oacd_loss, sweep_tokens
+from context_pythia.training.phase1 import effective_rank, held_out_contexts, train_context_block
 
 
 def make_data(tokens=400, fingerprint="a"):
@@ -69,17 +63,31 @@ def assert_same_bits(weights, expected):
         assert torch.equal(weights[name], value), name
 
 
-def interrupt_after(monkeypatch, sweeps):
-    """Send Ctrl-C in the middle of a batch."""
+def at_sweep(monkeypatch, number, action):
+    """Call `action` in the middle of the batch of that number, counted over all iterations from 1."""
     calls = []
 
-    def sweep(*args):
-        calls.append(args)
-        if len(calls) == sweeps:
-            signal.raise_signal(signal.SIGINT)
-        return sweep_tokens(*args)
+    def sweep(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            action()
+        return sweep_tokens(*arguments)
 
-    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
+    monkeypatch.setattr(oacd, "sweep_tokens", sweep)
+
+
+def ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def killed():
+    raise MemoryError
+
+
+def iterate(run, times=1):
+    with tqdm(disable=True) as bar:
+        for _ in range(times):
+            run.iterate(bar)
 
 
 def test_loss_of_a_case_computed_by_hand():
@@ -102,11 +110,10 @@ def test_fused_loss_equals_the_plain_one_with_its_gradient():
     assert same.grad.tolist() == [pytest.approx([0.04, 0.04])] * 5
 
 
-@pytest.mark.parametrize("source", ["input", "shared"])
-def test_bfloat16_products_reach_what_float32_reaches(tmp_path, source):
+def test_bfloat16_products_reach_what_float32_reaches(tmp_path):
     reached = []
     for precision in ("float32", "bfloat16"):
-        model = make_model(source=source, hidden_size=256)
+        model = make_model(source="input", hidden_size=256)
         changes = {"max_iterations": 100, "convergence_rate": 0.95, "precision": precision}
         reached.append(train(tmp_path / precision, model, **changes)[0])
     plain, fast = reached
@@ -120,13 +127,11 @@ def twin_loss(contexts):
     return 0.1 * mean.square().sum() - (contexts - mean).square().sum().sqrt() / len(contexts)
 
 
-def test_iterations_equal_a_twin_that_copies_the_whole_stream(tmp_path):
+def test_iterations_equal_a_twin_that_copies_the_whole_stream():
     """Three batches, two iterations: sweep, loss, gradient, clipping and Adam, each written out from its definition."""
     model, data = make_model(context_dim=4), make_data(tokens=12)
     options = settings(batch_tokens=5, max_grad_norm=0.02)
-    run = OacdRun(model, data, options, 3, tmp_path)
-    run.start()
-
+    run = Oacd(model, data.train, options, 3)
     layer = model.gpt_neox.context_block.layers[0]
     weights = [p.detach().double() for p in (layer.dense.weight, layer.dense.bias, layer.norm.weight, layer.norm.bias)]
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
@@ -134,7 +139,7 @@ def test_iterations_equal_a_twin_that_copies_the_whole_stream(tmp_path):
     contexts = run.contexts.double().clone()
     expected = []
     for iteration in (1, 2):
-        noise = torch.cat([run.normal(rows, iteration, batch) for batch, rows in enumerate((5, 5, 2))]).double()
+        noise = torch.cat([run.normal(rows, iteration, batch, 1.0) for batch, rows in enumerate((5, 5, 2))]).double()
         weights = [w.requires_grad_() for w in weights]
         matrix, bias, scale, offset = weights
         previous = torch.cat([torch.zeros(1, 4).double(), contexts[:-1]]) + 0.05 * noise
@@ -146,12 +151,7 @@ def test_iterations_equal_a_twin_that_copies_the_whole_stream(tmp_path):
         gradients = torch.autograd.grad(loss / 3, weights, retain_graph=True)
         norm = sum(g.square().sum() for g in gradients).sqrt()
         assert norm > 0.02, "the case must clip"
-        run.advance()
-        run.advance()
-        (partial,) = torch.autograd.grad(sum(twin_loss(batch) for batch in new.split(5)[:2]) / 3, matrix)
-        # The half for the embeddings goes through its product at the iteration's end.
-        torch.testing.assert_close(layer.dense.weight.grad.double()[:, :4], partial[:, :4], rtol=0, atol=1e-6)
-        run.advance()
+        iterate(run)
         rate = ((new - contexts).square().mean(1) < options.threshold).sum().item() / 12
         for i, gradient in enumerate(g * 0.02 / (norm + 1e-6) for g in gradients):
             first[i] = 0.9 * first[i] + 0.1 * gradient
@@ -168,10 +168,9 @@ def test_iterations_equal_a_twin_that_copies_the_whole_stream(tmp_path):
         torch.testing.assert_close(parameter.detach().double(), weight, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(layers, monkeypatch):
+def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(monkeypatch):
     monkeypatch.setattr(oacd, "PROJECTED_TOKENS", 7)
-    model, ids = make_model(layers=layers), make_data().train.stream(0, 60)
+    model, ids = make_model(layers=2), make_data().train.stream(0, 60)
     block = model.gpt_neox.context_block
     contexts, noise, initial = torch.randn(60, 16), torch.randn(60, 16), torch.randn(16)
     outputs, gradients = [], []
@@ -196,17 +195,15 @@ def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(layers, monkeypatch)
     assert model.gpt_neox.embed_in.weight.grad is None
 
 
-def test_convergence_counts_a_case_computed_by_hand(tmp_path):
+def test_convergence_counts_a_case_computed_by_hand():
     """With zero weights the new context is LN(previous): tokens move by 1, 0, 4 and 0, so half are at rest."""
     model, data = make_model(context_dim=2), make_data(tokens=4)
     with torch.no_grad():
         model.gpt_neox.context_block.layers[0].dense.weight.zero_()
         model.gpt_neox.context_block.layers[0].dense.bias.zero_()
-    run = OacdRun(model, data, settings(batch_tokens=3, noise=0.0), 0, tmp_path)
-    run.start()
+    run = Oacd(model, data.train, settings(batch_tokens=3, noise=0.0), 0)
     run.contexts.copy_(torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]]))
-    run.advance()
-    run.advance()
+    iterate(run)
     assert run.history[0]["convergence_rate"] == 0.5
 
 
@@ -231,50 +228,44 @@ def test_trains_the_block_only_and_leaves_it_frozen_if_it_was(tmp_path):
     assert not any(p.requires_grad or p.grad is not None for p in model.gpt_neox.context_block.parameters())
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sweeps", [3, 8, 18])
-def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, monkeypatch, sweeps, state_dtype):
-    whole, weights = train(tmp_path / "whole", state_dtype=state_dtype)
+@pytest.mark.parametrize(
+    ("action", "error", "sweep", "iterations", "changes"),
+    [
+        (ctrl_c, KeyboardInterrupt, 1, 1, {}),
+        (ctrl_c, KeyboardInterrupt, 8, 3, {"state_dtype": "bfloat16"}),
+        (ctrl_c, KeyboardInterrupt, 18, 6, {}),
+        (killed, MemoryError, 8, 2, {"checkpoint_seconds": 0}),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
+    tmp_path, monkeypatch, action, error, sweep, iterations, changes
+):
+    """Three batches an iteration: ctrl-C finishes its iteration, and what is killed goes on from the last whole one."""
+    whole, weights = train(tmp_path / "whole", **changes)
+    parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        interrupt_after(patch, sweeps)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", state_dtype=state_dtype)
-    assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
-    resumed, resumed_weights = train(tmp_path / "parts", state_dtype=state_dtype)
+        at_sweep(patch, sweep, action)
+        with pytest.raises(error):
+            train(parts, **changes)
+    state = read_state(parts / "checkpoint.pt")
+    assert len(state["history"]) == iterations
+    assert state["contexts"].dtype == getattr(torch, changes.get("state_dtype", "float32"))
+    with monkeypatch.context() as patch:
+        at_sweep(patch, 3 * (6 - iterations) + 1, lambda: pytest.fail("an iteration is done again"))
+        resumed, resumed_weights = train(parts, **changes)
     assert figures(resumed) == figures(whole)
     assert resumed.effective_rank == whole.effective_rank
     assert_same_bits(resumed_weights, weights)
-    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["context_block.safetensors", "phase1.json"]
-
-
-def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
-    whole, weights = train(tmp_path / "whole")
-    calls = []
-
-    def sweep(*args):
-        calls.append(args)
-        if len(calls) == 8:
-            raise MemoryError
-        return sweep_tokens(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(oacd_run, "sweep_tokens", sweep)
-        with pytest.raises(MemoryError):
-            train(tmp_path / "parts", checkpoint_seconds=0)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 12)  # never comes: of 18 batches 7 are done, so 11 are left
-        resumed, resumed_weights = train(tmp_path / "parts")
-    assert figures(resumed) == figures(whole)
-    assert_same_bits(resumed_weights, weights)
+    assert sorted(path.name for path in parts.iterdir()) == ["context_block.safetensors", "phase1.json"]
 
 
 def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
-    def sweep(*args):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("not reached")
+    def twice():
+        ctrl_c()
+        ctrl_c()
+        pytest.fail("not reached")
 
-    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
+    at_sweep(monkeypatch, 1, twice)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -283,7 +274,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
 
 def test_finished_result_is_loaded_without_training(tmp_path, monkeypatch):
     result, weights = train(tmp_path)
-    monkeypatch.setattr(OacdRun, "advance", None)
+    monkeypatch.setattr(Oacd, "iterate", None)
     again, loaded = train(tmp_path)
     assert again == result
     assert_same_bits(loaded, weights)
@@ -292,71 +283,51 @@ def test_finished_result_is_loaded_without_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"seed": 4}, "seed 3, not 4"),
-        ({"data": make_data(fingerprint="b")}, "data_fingerprint a, not b"),
-        ({"learning_rate": 0.1}, "learning_rate 0.003, not 0.1"),
-        ({"model": make_model(context_dim=8)}, "context_dim 16, not 8"),
-    ],
-)
-def test_work_of_another_run_is_refused(tmp_path, monkeypatch, finished, changes, named):
+def test_work_of_another_run_is_refused(tmp_path, monkeypatch, finished):
     if finished:
         train(tmp_path)
     else:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_after(patch, 4)
+            at_sweep(patch, 4, ctrl_c)
             train(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=named):
-        train(tmp_path, **changes)
+    other = make_model()
+    torch.nn.init.normal_(other.gpt_neox.embed_in.weight)
+    for changes, named in [
+        ({"seed": 4}, "seed 3, not 4"),
+        ({"data": make_data(fingerprint="b")}, "data_fingerprint a, not b"),
+        ({"learning_rate": 0.1}, "learning_rate 0.003, not 0.1"),
+        ({"model": make_model(context_dim=8)}, "context_dim 16, not 8"),
+        ({"model": other}, "embeddings_crc32"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            train(tmp_path, **changes)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_other_embeddings_are_refused(tmp_path):
-    train(tmp_path)
-    model = make_model()
-    torch.nn.init.normal_(model.gpt_neox.embed_in.weight)
-    with pytest.raises(ValueError, match="embeddings_crc32"):
-        train(tmp_path, model)
-
-
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "phase1.json", "context_block.safetensors"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "phase1.json", "context_block.safetensors"])
 def test_damaged_file_is_named(tmp_path, name):
     if name == "context_block.safetensors":
         train(tmp_path)
     (tmp_path / name).write_bytes(b"{ damaged")
-    with pytest.raises(ValueError, match=f"{name} is missing or damaged|{name} is damaged"):
+    with pytest.raises(ValueError, match=f"{name} is missing or damaged|{name} is damaged") as error:
         train(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     calls = []
 
-    def sweep(*args):
-        calls.append(args)
-        return sweep_tokens(*args) * (math.nan if len(calls) == 8 else 1)
+    def sweep(*arguments):
+        calls.append(arguments)
+        return sweep_tokens(*arguments) * (math.nan if len(calls) == 8 else 1)
 
-    monkeypatch.setattr(oacd_run, "sweep_tokens", sweep)
+    monkeypatch.setattr(oacd, "sweep_tokens", sweep)
     with pytest.raises(RuntimeError, match="diverged: loss nan in iteration 3") as error:
         train(tmp_path, checkpoint_seconds=0)
     assert "\n" not in str(error.value)
-    run = OacdRun(make_model(), make_data(), settings(), 3, tmp_path)
-    run.load_checkpoint()
-    assert (len(run.history), run.batch) == (2, 1)
-    assert torch.isfinite(run.contexts).all()
-
-
-def test_bfloat16_state_takes_half_the_bytes(tmp_path, monkeypatch):
-    sizes = []
-    for state_dtype in ("float32", "bfloat16"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_after(patch, 4)
-            train(tmp_path / state_dtype, state_dtype=state_dtype)
-        with safe_open(tmp_path / state_dtype / "checkpoint.safetensors", framework="pt") as file:
-            sizes.append(file.get_tensor("contexts").nbytes)
-    assert sizes == [400 * 16 * 4, 400 * 16 * 2]
+    state = read_state(tmp_path / "checkpoint.pt")
+    assert len(state["history"]) == 2 and state["contexts"].isfinite().all()
 
 
 def test_effective_rank_of_known_matrices():
@@ -370,9 +341,9 @@ def test_effective_rank_of_known_matrices():
 
 
 def test_held_out_contexts_start_each_sample_at_zero(monkeypatch):
-    monkeypatch.setattr(oacd, "SCAN_TOKENS", 24)  # six samples at once, of twenty
+    monkeypatch.setattr(phase1, "SCAN_TOKENS", 24)  # six samples at once, of twenty
     model, data = make_model(), make_data()
-    contexts = torch.cat(list(oacd.held_out_contexts(model, data.validation)))
+    contexts = torch.cat(list(held_out_contexts(model, data.validation)))
     assert contexts.shape == (20, 4, 16)
     for sample, ids in zip(contexts, data.validation.stream(0, 80).view(20, 4), strict=True):
         context = torch.zeros(16)
