@@ -1,240 +1,221 @@
-"""`context-pythia bench`: how fast models prefill and decode beside GPT-NeoX, and what they hold in memory.
+"""How fast models prefill and decode beside one another, and what they hold in memory.
 
-metrics.json holds every single time of every run, and is written after each finished cell (a batch size and a length),
-so that what was measured survives an interruption. `bench --train` is in `training.py`.
+A cell of batch size B and length T: prefill reads T tokens into an empty cache. Decoding starts from a cache of T - N
+tokens and makes the last N, once by `generate()` and once by the bare forward. That cache is filled with random numbers
+of the right shapes, since its contents do not matter to the time.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from context_pythia.bench.models import (
-    is_peer,
-    recipe_models,
-    saved_models,
-    sized_models,
-    subjects,
+from context_pythia.bench.models import Subject, is_peer, subjects
+from context_pythia.bench.options import CONVERSATION, BenchOptions
+from context_pythia.bench.timing import attempt, interleave, seconds_of
+from context_pythia.errors import UsageError
+from context_pythia.evaluation.memory import (
+    free_memory,
+    generate_tokens,
+    measure_generated_cache,
+    peak_during,
+    random_ids,
+    weight_bytes,
 )
-from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
-from context_pythia.bench.speed import FAILURES, Subject, measure_cell, measure_conversation, turns
-from context_pythia.bench.training import train_metrics
-from context_pythia.config.recipe import Recipe
-from context_pythia.errors import UsageError, first_line
-from context_pythia.evaluation.memory import weight_bytes
-from context_pythia.files import write_json
-from context_pythia.runs.build import best_device
-from context_pythia.runs.record import provenance
-from context_pythia.training.trainer import quiet_transformers
+from context_pythia.model.cache import CacheMeasurement
 
 GIGABYTE = 2**30
 
 
-def bench(
-    models: Sequence[str],
-    recipe: Recipe | None,
-    size: str | None,
-    sources: Sequence[Source] | None,
-    options: BenchOptions,
-    train: bool = False,
-    out: Path | None = None,
-    progress: bool = True,
-    show: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> dict[str, Any]:
-    """Write the figures into `out` if it is given, and return them.
+@dataclass
+class Speed:
+    """A subject's row of a cell. A run gives one number to each list, in the order of the rounds.
 
-    Args:
-        models: folders or Hub names; or give a `recipe`, whose models get random weights, or a `size`.
-        sources: of the Context-Pythias of that size.
-        train: time training steps of the recipe's models in place of prefill and decoding.
-        out: gets metrics.json after each finished cell, and provenance.json at the end, or when interrupted.
-        show: is called with the figures whenever there are new ones.
-
-    Raises:
-        ValueError: something that cannot be measured as asked; found before anything is timed.
-        FileNotFoundError: there is no such model.
+    Attributes:
+        prefill: seconds for all T tokens.
+        decode: seconds a token (of all sequences) by the bare forward.
+        generate: seconds a token by `generate()`.
+        cache: of T tokens.
+        peak_bytes: most memory in a `generate()` from an empty cache above the weights; None where the system does not
+            say.
+        error: why the row ends early.
     """
-    if out is not None:
-        _make_folder(out)
-    recipe, notes = _of_first_weights(recipe, train)
-    device = best_device()
-    with _threads(options.threads), quiet_transformers():
-        settings = _settings(options, device)
-        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": settings, "notes": []}
-        made = provenance(device)
-        _note(notes, metrics)
-        try:
-            if train:
-                assert recipe is not None
-                finished = train_metrics(recipe, options, metrics, progress, show)
-            else:
-                loaded = _load(models, recipe, size, sources, options)
-                finished = _decode_metrics(loaded, options, metrics, progress, show)
-            for _ in finished:
-                if out is not None:
-                    write_json(out / "metrics.json", metrics)
-        finally:
-            if out is not None and (out / "metrics.json").exists():
-                write_json(out / "provenance.json", made)
-    return metrics
+
+    name: str
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    generate: list[float] = field(default_factory=list)
+    cache: CacheMeasurement | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
 
 
-def _of_first_weights(recipe: Recipe | None, train: bool) -> tuple[Recipe | None, list[str]]:
-    """The recipe without models that are made of its trained baseline, and a line for each of these.
-
-    Raises:
-        ValueError: all of them are.
-    """
-    if recipe is None:
-        return None, []
-    made = [model.name for model in recipe.models if model.from_baseline]
-    if len(made) == len(recipe.models):
-        mend = "name models that are trained from their first weights" if train else "name its folder, not the recipe"
-        raise UsageError(f"{made[0]} is made of the trained baseline: {mend}")
-    kept = [model for model in recipe.models if not model.from_baseline]
-    mend = "healing is not timed" if train else "bench its folder when it is"
-    notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
-    return replace(recipe, models=kept), notes
-
-
-def _note(notes: Sequence[str], metrics: dict[str, Any]) -> None:
-    """Say what was left out or added, at once and in the report."""
-    metrics["notes"] += notes
-    for note in notes:
-        print(f"note: {note}", flush=True)
-
-
-def _load(
-    models: Sequence[str],
-    recipe: Recipe | None,
-    size: str | None,
-    sources: Sequence[Source] | None,
-    options: BenchOptions,
-) -> dict[str, PreTrainedModel]:
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    if size is not None:
-        positions = max(CONVERSATION, *options.lengths)
-        return sized_models(size, default_sources(size) if sources is None else sources, positions, dtype)
-    return saved_models(models, dtype) if recipe is None else recipe_models(recipe, dtype)
-
-
-def _decode_metrics(
+def decode_metrics(
     models: dict[str, PreTrainedModel],
     options: BenchOptions,
     metrics: dict[str, Any],
     progress: bool,
-    show: Callable[[dict[str, Any]], None],
-) -> Iterator[None]:
-    """Fill `metrics` and show them; yields after the memory, and after each cell."""
-    _check_lengths(models, options.lengths)
-    memory = int(options.memory_gb * GIGABYTE)
-    _check_memory(models, memory, options.memory_gb)
-    device = torch.device(metrics["settings"]["device"])
-    for model in models.values():
-        model.to(device)
-    found, notes = subjects(models, options.caches)
-    metrics |= {"models": [], "cells": []}
-    _note(notes, metrics)
-    for subject in found:
-        metrics["models"].append(_entry(subject, memory, options.new_tokens))
-    show(metrics)
-    yield
-    cells = [(batch, length) for length in options.lengths for batch in options.batch_sizes]
-    work = [batch * length * len(found) * turns(options.rounds, options.prefill) for batch, length in cells]
-    bar_format = "{desc}: {percentage:3.0f}% [{elapsed}, about {remaining} to go]"
-    with tqdm(total=sum(work), bar_format=bar_format, disable=None if progress else True) as bar:
-        for i, (batch, length) in enumerate(cells):
-            bar.set_description(f"batch {batch}, {length} tokens")
-            rows = measure_cell(
-                found,
-                batch,
-                length,
-                new_tokens=options.new_tokens,
-                rounds=options.rounds,
-                budget=options.budget,
-                prefill=options.prefill,
-                done=lambda step=batch * length: bar.update(step),  # type: ignore[misc]
-            )
-            bar.update(sum(work[: i + 1]) - bar.n)  # a row that failed had fewer turns
-            metrics["cells"].append({"batch_size": batch, "length": length, "rows": [asdict(row) for row in rows]})
-            with tqdm.external_write_mode():
-                show(metrics)
-            yield
+    done: Callable[[], None],
+) -> None:
+    """Fill `metrics`; `done` is called when the memory is in it, and after each cell.
+
+    Raises:
+        UsageError: a length beyond a model's positions.
+    """
+    for name, model in models.items():
+        positions = model.config.max_position_embeddings
+        if max(options.lengths) > positions:
+            raise UsageError(f"length {max(options.lengths)}: is more than the {positions} positions of {name}")
+        model.to(metrics["settings"]["device"])
+    timed, notes = subjects(models, options.caches)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    metrics["notes"] += notes
+    metrics["models"] = [_entry(subject, options) for subject in timed]
+    metrics["cells"] = []
+    done()
+    for length in options.lengths:
+        for batch_size in options.batch_sizes:
+            rows = measure_cell(timed, batch_size, length, options, progress)
+            metrics["cells"].append({"batch_size": batch_size, "length": length, "rows": [asdict(row) for row in rows]})
+            done()
 
 
-def _entry(subject: Subject, memory: int, new_tokens: int) -> dict[str, Any]:
+def _entry(subject: Subject, options: BenchOptions) -> dict[str, Any]:
     """What is known of a subject before it is timed, and how many conversations fit beside its weights."""
     config, weights = subject.model.config, weight_bytes(subject.model)
-    entry: dict[str, Any] = {
+    length = min(CONVERSATION, config.max_position_embeddings)
+    one, error = attempt(lambda: _measured(subject, 1, length, options.new_tokens))
+    room = max(0, int(options.memory_gb * GIGABYTE) - weights)
+    return {
         "name": subject.name,
         "cache": subject.cache,
         "peer": is_peer(subject.model),
         "attention": config._attn_implementation,
         "parameters": subject.model.num_parameters(),
         "weight_bytes": weights,
-        "conversation": None,
-    }
-    length = min(CONVERSATION, config.max_position_embeddings)
-    try:
-        measured = measure_conversation(subject, length, min(new_tokens, length - 1))
-    except FAILURES as error:
-        return entry | {"error": first_line(error)}
-    room, held = memory - weights, measured.filled + measured.slack
-    entry["conversation"] = {
-        "length": length,
-        "bytes": measured.filled,
-        "slack": measured.slack,
-        "fit": room // measured.filled,
-        "fit_with_slack": room // held,
-        "tokens_fit": room * length // measured.filled,
-    }
-    return entry | {"error": None}
-
-
-def _check_lengths(models: dict[str, PreTrainedModel], lengths: Sequence[int]) -> None:
-    for name, model in models.items():
-        positions = model.config.max_position_embeddings
-        if max(lengths) > positions:
-            raise UsageError(f"length {max(lengths)}: is more than the {positions} positions of {name}")
-
-
-def _check_memory(models: dict[str, PreTrainedModel], memory: int, asked: float) -> None:
-    for name, model in models.items():
-        if weight_bytes(model) >= memory:
-            needed = weight_bytes(model) / GIGABYTE
-            raise UsageError(f"bench.memory_gb {asked:g}: the weights of {name} alone take {needed:.2f} GB")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
-    if (out / "metrics.json").exists():
-        raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
-
-
-def _settings(options: BenchOptions, device: torch.device) -> dict[str, Any]:
-    """The options as plain values, with what they left to the machine."""
-    return asdict(options) | {
-        "threads": torch.get_num_threads(),
-        "device": device.type,
-        "compiled": COMPILED in options.caches,
+        "conversation": one
+        and {
+            "length": length,
+            "bytes": one.filled,
+            "slack": one.slack,
+            "fit": room // one.filled,
+            "fit_with_slack": room // (one.filled + one.slack),
+            "tokens_fit": room * length // one.filled,
+        },
+        "error": error,
     }
 
 
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+@torch.no_grad()
+def measure_cell(
+    timed: Sequence[Subject], batch_size: int, length: int, options: BenchOptions, progress: bool = True
+) -> list[Speed]:
+    """All figures of one batch size and length, a row a subject.
+
+    Without `options.prefill` no cell reads its T tokens, which takes minutes where they are many: the cache that is
+    measured is then the one that was decoded from, and there is no peak.
+    """
+    rows = {subject.name: Speed(subject.name) for subject in timed}
+    filled: dict[str, Callable[[], Cache]] = {}
+    new_tokens = options.new_tokens
+
+    def prefill(subject: Subject) -> float:
+        ids, cache = random_ids(subject.model, batch_size, length), subject.empty_cache(length)
+        return seconds_of(
+            lambda: subject.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1),
+            subject.device,
+        )
+
+    def forward(subject: Subject, cache: Cache) -> None:
+        ids = random_ids(subject.model, batch_size, 1)
+        for _ in range(new_tokens):
+            subject.decoding_step(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def generate(subject: Subject, cache: Cache) -> None:
+        generate_tokens(subject.model, length - new_tokens + 1, new_tokens, batch_size, cache, **subject.settings)
+
+    def decode(subject: Subject, work: Callable[[Subject, Cache], None]) -> float:
+        cache = filled[subject.name]()
+        seconds = seconds_of(lambda: work(subject, cache), subject.device)
+        rows[subject.name].cache = rows[subject.name].cache or subject.measure(cache)
+        return seconds / new_tokens
+
+    def first_run(subject: Subject) -> tuple[CacheMeasurement, int | None]:
+        _measured(subject, 1, 8, 2)  # what is allocated once and for all is no cell's peak
+        return peak_during(lambda: _measured(subject, batch_size, length, new_tokens), subject.device)
+
+    def take_turns(kind: str, run: Callable[[Subject], float]) -> None:
+        runs = {subject.name: partial(run, subject) for subject in timed if rows[subject.name].error is None}
+        results = {name: getattr(rows[name], kind) for name in runs}
+        what = f"batch {batch_size}, {length:,} tokens, {kind}"
+        for name, error in interleave(runs, results, options.rounds, what, progress).items():
+            rows[name].error = error
+
+    for subject in timed:
+        row = rows[subject.name]
+        row.error = _too_large(subject, batch_size, length)
+        if options.prefill and row.error is None:
+            found, row.error = attempt(partial(first_run, subject))
+            row.cache, row.peak_bytes = found or (None, None)
+    if options.prefill:
+        take_turns("prefill", prefill)
+    for subject in timed:
+        row = rows[subject.name]
+        row.error = row.error or _too_large(subject, batch_size, length)  # beside the others' caches
+        if row.error is None:
+            cache, row.error = attempt(partial(filled_cache, subject, batch_size, length - new_tokens, length))
+            if cache is not None:
+                filled[subject.name] = cache
+    take_turns("decode", lambda subject: decode(subject, forward))
+    take_turns("generate", lambda subject: decode(subject, generate))
+    return list(rows.values())
+
+
+def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) -> Callable[[], Cache]:
+    """What gives a cache of `tokens` random tokens, the same each time, that will hold `length` at most."""
+    cache, example = subject.empty_cache(length), DynamicCache(config=subject.model.config)
+    # One true token starts everything that a cache keeps besides keys and values, and shows the shapes.
+    for one in (example, cache):
+        subject.model(input_ids=random_ids(subject.model, batch_size, 1), past_key_values=one, use_cache=True)
+    for i, layer in enumerate(example.layers):
+        if layer.keys is not None and tokens > 1:  # a layer that reads another's context holds nothing
+            keys, values = (
+                torch.randn(*part.shape[:2], tokens - 1, part.shape[3], dtype=part.dtype, device=part.device)
+                for part in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, i)
+
+    def fresh() -> Cache:
+        if not subject.is_static:
+            return copy.deepcopy(cache)  # with the room to grow that it has made for itself
+        # A compiled step is compiled for the addresses of this one.
+        for layer in cache.layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(tokens)
+        return cache
+
+    return fresh
+
+
+def _measured(subject: Subject, batch_size: int, length: int, decoded: int) -> CacheMeasurement:
+    """The cache of `length` tokens that `generate()` leaves."""
+    cache, decoded = subject.empty_cache(length), min(decoded, length) - 1
+    return measure_generated_cache(
+        subject.model, length, batch_size, decoded, cache, subject.measure, **subject.settings
+    )
+
+
+def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:
+    """The reason, where a cell does not fit the free memory."""
+    free, needed = free_memory(subject.device), subject.bytes_needed(batch_size, length)
+    if free is None or needed <= free:
+        return None
+    return f"needs about {needed / GIGABYTE:.1f} GB beside the weights, {free / GIGABYTE:.1f} GB are free"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, set_seed
+from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, StaticCache, set_seed
+from transformers.cache_utils import Cache
 
 from context_pythia.bench.options import COMPILED, SIZES, Source
-from context_pythia.bench.speed import Subject
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
-from context_pythia.evaluation.pretrained import load_pretrained
-from context_pythia.evaluation.quantized import require_quantizer
+from context_pythia.evaluation.pretrained import load_pretrained, model_names
+from context_pythia.evaluation.quantized import measure_quantized, quantized_cache, require_quantizer
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.runs.build import build_model, expected_rows
+from context_pythia.model.cache import CacheMeasurement, cache_bytes, measure_cache
+from context_pythia.runs.build import build_model, compiled_step, expected_rows
 
 PEER = "GPT-NeoX (random weights)"
 LABELS = {
@@ -28,13 +29,53 @@ LABELS = {
 }
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static`, `int4`, or
+    `compiled`, a static cache and a compiled decoding step."""
+
+    name: str
+    model: PreTrainedModel
+    cache: str = "dynamic"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_static(self) -> bool:
+        return self.cache in ("static", COMPILED)
+
+    @property
+    def decoding_step(self) -> Callable[..., Any]:
+        return self.model.get_compiled_call(compiled_step()) if self.cache == COMPILED else self.model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `generate()`."""
+        return {"compile_config": compiled_step()} if self.cache == COMPILED else {"disable_compile": True}
+
+    def empty_cache(self, length: int) -> Cache:
+        """A cache that will hold `length` tokens."""
+        if self.cache == "int4":
+            return quantized_cache(self.model.config, "int4", length)
+        if self.is_static:
+            return StaticCache(config=self.model.config, max_cache_len=length)
+        return DynamicCache(config=self.model.config)
+
+    def measure(self, cache: Any) -> CacheMeasurement:
+        return measure_quantized(cache) if self.cache == "int4" else measure_cache(cache)
+
+    def bytes_needed(self, batch_size: int, length: int) -> int:
+        """About what a cell takes beside the weights: two caches, and one layer's activations of a prefill."""
+        config, size = self.model.config, self.model.dtype.itemsize
+        activations = batch_size * length * (2 * config.intermediate_size + 6 * config.hidden_size) * size
+        return 2 * cache_bytes(config, length, batch_size, self.model.dtype) + activations
+
+
 def saved_models(paths: Sequence[str], dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Models of folders or Hub names, called by the last part of the path where that is enough."""
-    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
-        raise UsageError(f"the model {twice[0]} is named twice")
-    short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-    return {name: load_pretrained(path, dtype) for name, path in zip(names, paths, strict=True)}
+    """Models of folders or Hub names."""
+    return {name: load_pretrained(path, dtype) for name, path in model_names(paths).items()}
 
 
 def recipe_models(recipe: Recipe, dtype: torch.dtype) -> dict[str, PreTrainedModel]:

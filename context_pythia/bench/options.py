@@ -100,7 +100,6 @@ class BenchOptions(Options):
     )
     new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1", flag=True)
     rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1", flag=True)
-    budget: float = option(120.0, "seconds of one kind of run after which a model sits out the rounds", bounds="> 0")
     prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)", flag=True)
     dtype: str = option("float32", "of weights and cache", PRECISIONS, flag=True)
     threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1", flag=True)

@@ -1,222 +1,264 @@
-"""`context-pythia bench --train`: training steps of a recipe's models beside a plain loop, in turns.
+"""`bench --train`: training steps of a recipe's models, whole and by part, beside a plain loop.
 
-Each model trains in a process of its own. So the plain loop keeps the allocator as the system sets it while phase 2
-changes it, each process's high-water mark is its model's peak memory, and what one of them keeps for its next turn is
-given back before the next one's begins. While one works the others wait.
+A turn is a short training of its own, from a new optimizer on: its first step is not counted. Phase 2 is timed by its
+own Trainer, with a stopwatch in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
 import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import GPTNeoXConfig, PreTrainedModel, TrainerCallback
 
 from context_pythia.bench.options import BenchOptions
-from context_pythia.bench.timing import (
-    Stopwatch,
-    Turns,
-    product_rate,
-    product_shapes,
-    step_flops,
-    train_as_phase2,
-    train_plainly,
-)
-from context_pythia.config.recipe import ModelOptions, Recipe
+from context_pythia.bench.timing import Stopwatch, interleave, seconds_of
+from context_pythia.config.recipe import ModelOptions, Recipe, TrainOptions
 from context_pythia.data.packing import PackedData, PackedDataset
-from context_pythia.evaluation.memory import process_memory, release_memory
-from context_pythia.runs.build import best_device, build_model, describe_parameters, expected_rows
-from context_pythia.training.phase2 import check_options
-from context_pythia.training.trainer import quiet_transformers
+from context_pythia.evaluation.memory import peak_during, weight_bytes
+from context_pythia.runs.build import build_model, describe_parameters, expected_rows
+from context_pythia.training.allocator import use_system_allocator
+from context_pythia.training.phase2 import check_options, run_trainer
+from context_pythia.training.trainer import LanguageModelTrainer, stack_samples
 
-FIRST_STEPS = 2
+PARTS = ("body", "head_and_loss", "context_block", "backward", "optimizer", "rest")
 PLAIN = "plain fp32 GPT-NeoX"
-SPAWN = multiprocessing.get_context("spawn")  # a fork would take torch's threads for its own
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a process trains: a model of the recipe, or the plain loop, on how many steps of made-up tokens."""
-
-    recipe: Recipe
-    model: ModelOptions
-    plain: bool
-    rows: int
-    steps: int
-    threads: int
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return PLAIN if self.plain else self.model.name
-
-
-class Worker:
-    """The process of a job, seen from outside; what it hands in, or why it failed, is put into `entry`."""
-
-    def __init__(self, job: Job, entry: dict[str, Any]):
-        self.entry = entry
-        self.connection, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_work, args=(theirs, job), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def get_ready(self) -> None:
-        """Wait until the model is built, and have it make its first steps, which are slow beyond a turn's warm-up."""
-        self.entry.update(self._receive())
-        if self.entry["error"] is None:
-            self.connection.send(FIRST_STEPS)
-            self._receive()
-
-    def take_turn(self, steps: int) -> None:
-        """One turn of the worker; it has none after a failure."""
-        if self.entry["error"] is not None:
-            return
-        self.connection.send(steps)
-        turn = self._receive()
-        if turn:
-            self.entry["rounds"].append(turn["steps"])
-            self.entry["peak_bytes"] = turn["peak_bytes"]
-
-    def _receive(self) -> dict[str, Any]:
-        """The worker's next message, empty if it failed."""
-        try:
-            failure, content = self.connection.recv()
-        except EOFError:
-            self.process.join()
-            failure, content = f"its process ended with code {self.process.exitcode}: out of memory?", {}
-        self.entry["error"] = failure
-        return content
-
-    def close(self) -> None:
-        """End the process: at once if it waits for its turn, by force if it is at work (ctrl-C)."""
-        with contextlib.suppress(OSError):
-            self.connection.send(0)
-        self.process.join(timeout=1)
-        self.process.terminate()
-        self.process.join()
-        self.connection.close()
+Turn = list[dict[str, float]]  # for each timed step the seconds of the whole (`step`) and of `PARTS`
 
 
 def train_metrics(
-    recipe: Recipe,
-    options: BenchOptions,
-    metrics: dict[str, Any],
-    progress: bool,
-    show: Callable[[dict[str, Any]], None],
-) -> Iterator[None]:
-    """Fill `metrics` with the rows of all models, yield after each round, and show them.
+    recipe: Recipe, options: BenchOptions, metrics: dict[str, Any], progress: bool, write: Callable[[], None]
+) -> None:
+    """Fill `metrics` with the rows of all models, and call `write` after each round.
 
     Raises:
-        ValueError: training options that cannot be.
+        UsageError: training options that cannot be.
     """
-    rows, train = expected_rows(recipe), recipe.train
-    threads, device = metrics["settings"]["threads"], torch.device(metrics["settings"]["device"])
-    tokens = train.batch_size * train.gradient_accumulation * recipe.data.sequence_length
-    precisions = list(dict.fromkeys(["float32", train.precision]))
-    shapes = product_shapes(_baseline_config(recipe, rows), tokens // train.gradient_accumulation)
-    bar_format = "{desc}: {percentage:3.0f}% [{elapsed}, about {remaining} to go]"
-    workers: list[Worker] = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
-        steps = (1 + FIRST_STEPS) + options.rounds * (1 + options.steps) + 1
-        plain = Job(recipe, ModelOptions(), True, rows, steps, threads, Path(folder))
-        check_options(train)
-        jobs = [plain, *(dataclasses.replace(plain, model=model, plain=False) for model in recipe.models)]
-        metrics |= {
-            "recipe": dataclasses.asdict(recipe),
-            "tokens_per_step": tokens,
-            "rates": {precision: [] for precision in precisions},
-            "rows": [_row(job) for job in jobs],
-        }
-        total = len(jobs) * (1 + options.rounds)
-        bar = ends.enter_context(tqdm(total=total, bar_format=bar_format, disable=None if progress else True))
-        for job, entry in zip(jobs, metrics["rows"], strict=True):
-            workers.append(Worker(job, entry))
-            ends.callback(workers[-1].close)
-        for worker in workers:
-            bar.set_description(f"building {worker.entry['name']}")
-            worker.get_ready()
-            bar.update()
-        for round in range(options.rounds):
-            for precision in precisions:
-                metrics["rates"][precision].append(product_rate(shapes, getattr(torch, precision), device))
-            for worker in workers:
-                bar.set_description(f"round {round + 1} of {options.rounds}, {worker.entry['name']}")
-                worker.take_turn(options.steps)
-                bar.update()
-            yield
-    show(metrics)
+    # One short epoch, without what else the recipe wants between its steps.
+    train = dataclasses.replace(recipe.train, epochs=1, tokens=None, checkpoint_steps=0, tensorboard=False)
+    check_options(train)
+    device, vocabulary = torch.device(metrics["settings"]["device"]), expected_rows(recipe)
+    length = recipe.data.sequence_length
+    tokens = train.batch_size * train.gradient_accumulation * length
+    data = random_data((1 + options.steps) * tokens // length, length, vocabulary)
+    models = [dataclasses.replace(ModelOptions(), name=PLAIN), *recipe.models]
+    rates: dict[str, list[float]] = {precision: [] for precision in dict.fromkeys(["float32", train.precision])}
+    metrics |= {"recipe": dataclasses.asdict(recipe), "tokens_per_step": tokens, "rates": rates, "rows": []}
+    runs: dict[str, Callable[[], Any]] = {}
+    results: dict[str, list[Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def timed_turn(turn: Callable[[], Turn], row: dict[str, Any], weights: int) -> Turn:
+        steps, peak = peak_during(turn, device)
+        if peak is not None:
+            row["peak_bytes"] = max(row["peak_bytes"] or 0, weights + peak)
+        return steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        for chosen in models:
+            name, plain = chosen.name, chosen is models[0]
+            model = build_model(chosen, recipe, vocabulary).to(device)
+            rows[name] = {
+                "name": name,
+                "plain": plain,
+                "peer": not plain and chosen.context_source is None,
+                "precision": "float32" if plain else train.precision,
+                "rounds": [],
+                "peak_bytes": None,
+                "error": None,
+                "flops_per_step": step_flops(model, tokens, length),
+            } | describe_parameters(model)
+            if plain:
+                shapes = product_shapes(model.config, tokens // train.gradient_accumulation)
+                for precision, found in rates.items():
+                    runs[f"{precision} products"] = partial(product_rate, shapes, getattr(torch, precision), device)
+                    results[f"{precision} products"] = found
+            turn = partial(plain_turn if plain else partial(phase2_turn, Path(folder)), model, data, train)
+            runs[name] = partial(timed_turn, turn, rows[name], weight_bytes(model))
+            results[name] = rows[name]["rounds"]
+        metrics["rows"] += rows.values()
+        for name, error in interleave(runs, results, options.rounds, "training steps", progress, write).items():
+            if name in rows:
+                rows[name]["error"] = error
 
 
-def _row(job: Job) -> dict[str, Any]:
-    source = job.model.context_source
-    return {
-        "name": job.name,
-        "plain": job.plain,
-        "peer": not job.plain and source is None,
-        "precision": "float32" if job.plain else job.recipe.train.precision,
-        "rounds": [],
-        "peak_bytes": None,
-        "error": None,
-    }
-
-
-def _baseline_config(recipe: Recipe, rows: int) -> Any:
-    with torch.device("meta"):
-        return build_model(ModelOptions(), recipe, rows).config
-
-
-def synthetic_data(job: Job) -> PackedData:
-    """Random tokens of the recipe's length, as many samples as the steps take; there is no tokenizer."""
-    train, length = job.recipe.train, job.recipe.data.sequence_length
-    samples = train.batch_size * train.gradient_accumulation * job.steps
-    tokens = np.random.default_rng(0).integers(job.rows, size=(samples, length + 1), dtype=np.int32)
+def random_data(samples: int, length: int, vocabulary: int) -> PackedData:
+    """Training samples of random tokens; there is no tokenizer."""
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(samples, length + 1), dtype=np.int32)
     tokenizer: Any = None
     return PackedData(PackedDataset(tokens), PackedDataset(tokens[:1]), tokenizer, {})
 
 
-def _work(connection: Connection, job: Job) -> None:
-    """The process: builds the model, then trains when it is told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C goes to the whole group; the parent ends its workers itself
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and left behind by one that is ended by force
-    torch.set_num_threads(job.threads)
-    warnings.filterwarnings("ignore")
-    empty = process_memory("VmRSS")
-    device = best_device()
+class TimedTrainer(LanguageModelTrainer):
+    """The Trainer of phase 2, its steps timed. It neither evaluates nor saves."""
+
+    def __init__(self, *positional: Any, watch: Stopwatch, steps: Turn, args: Any, callbacks: list[Any], **more: Any):
+        args.eval_strategy = args.save_strategy = "no"
+        args.eval_on_start = False
+        super().__init__(*positional, args=args, callbacks=[*callbacks, _StepCallback(watch, steps)], **more)
+        self.watch = watch
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.watch.start("forward")
+        loss = super().compute_loss(*args, **kwargs)
+        self.watch.stop("forward")
+        self.watch.start("backward")
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.watch.stop("backward")
+        # Of several batches a step the last one's start stands.
+        self.watch.start("optimizer")
+        return loss
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, watch: Stopwatch, steps: Turn):
+        self.watch, self.steps = watch, steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.watch.start("step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.watch.stop("optimizer")
+        self.watch.stop("step")
+        self.steps.append(_parts(self.watch.read()))
+        self.watch.start("step")
+
+
+def phase2_turn(folder: Path, model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
+    """Steps of phase 2 itself."""
+    steps: Turn = []
+    number = len(data.train) // (options.batch_size * options.gradient_accumulation)
+    with timed_parts(model) as watch:
+        make_trainer: Any = partial(TimedTrainer, watch=watch, steps=steps)
+        run_trainer(model, data, options, 0, folder, "", None, False, steps=number, make_trainer=make_trainer)
+    return steps[1:]
+
+
+def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
+    """The loop of a textbook: fp32, all logits at once, AdamW as PyTorch gives it, memory as the system gives it."""
+    steps: Turn = []
+    use_system_allocator()
+    batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation, collate_fn=stack_samples)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    model.train()
+    with timed_parts(model) as watch:
+        watch.start("step")
+        for batch in batches:
+            ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
+            watch.start("forward")
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            watch.stop("forward")
+            watch.start("backward")
+            loss.backward()
+            watch.stop("backward")
+            watch.start("optimizer")
+            if options.max_grad_norm:
+                nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            watch.stop("optimizer")
+            del logits, loss
+            watch.stop("step")
+            steps.append(_parts(watch.read()))
+            watch.start("step")
+    del optimizer
+    return steps[1:]
+
+
+def _parts(seconds: dict[str, float]) -> dict[str, float]:
+    """What the stopwatch says, as parts that add up to the step."""
+    forward, backward = seconds.get("context_forward", 0.0), seconds.get("context_backward", 0.0)
+    parts = {
+        "body": seconds["body"] - forward,
+        "head_and_loss": seconds["forward"] - seconds["body"],
+        "context_block": forward + backward,
+        "backward": seconds["backward"] - backward,
+        "optimizer": seconds["optimizer"],
+    }
+    return {"step": seconds["step"]} | parts | {"rest": seconds["step"] - sum(parts.values())}
+
+
+@contextlib.contextmanager
+def timed_parts(model: PreTrainedModel) -> Iterator[Stopwatch]:
+    """A stopwatch that sees the model's body, and in it the ContextBlock, forward and backward.
+
+    The backward pass comes to the ContextBlock last, when all layers that read its contexts are done, so what lies
+    between the gradients of its output and of its input is its own.
+    """
+    watch, body = Stopwatch(model.device), model.base_model
+    block: Any = getattr(body, "context_block", None)
+
+    def timed_scan(embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        watch.start("context_forward")
+        contexts = type(block).scan(block, embeddings, *args, **kwargs)
+        watch.stop("context_forward")
+        if embeddings.requires_grad and contexts.requires_grad:
+            contexts.register_hook(lambda _: watch.start("context_backward"))
+            embeddings.register_hook(lambda _: watch.stop("context_backward"))
+        return contexts
+
+    hooks = [
+        body.register_forward_pre_hook(lambda *_: watch.start("body")),
+        body.register_forward_hook(lambda *_: watch.stop("body")),
+    ]
+    if block is not None:
+        block.scan = timed_scan
     try:
-        model = build_model(job.model, job.recipe, job.rows).to(device)
-        tokens = job.recipe.train.batch_size * job.recipe.train.gradient_accumulation
-        length = job.recipe.data.sequence_length
-        facts = describe_parameters(model) | {
-            "flops_per_step": step_flops(model, tokens * length, length),
-            "process_bytes": empty,
-        }
-        connection.send((None, facts))
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if block is not None:
+            del block.scan
 
-        def hand_in(steps: list[dict[str, float]]) -> None:
-            peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else process_memory("VmHWM")
-            release_memory(device)
-            connection.send((None, {"steps": steps, "peak_bytes": peak}))
 
-        turns = Turns(Stopwatch(device), connection.recv, hand_in)
-        if job.plain:
-            train_plainly(model, synthetic_data(job), job.recipe.train, turns)
-        else:
-            with quiet_transformers():
-                train_as_phase2(model, synthetic_data(job), job.recipe.train, turns, job.folder)
-    except EOFError:
-        os._exit(0)  # the parent has gone
-    except Exception as error:
-        connection.send((next(iter(str(error).splitlines()), type(error).__name__), {}))
+def step_flops(model: PreTrainedModel, tokens: int, length: int) -> int:
+    """Floating-point operations of a training step's matrix products (PaLM, arXiv 2204.02311, appendix B).
+
+    6 a weight and token, 4 where the weight is frozen, and 12 a layer, width, length and token for attention. What is
+    computed a second time (checkpointing) is not counted.
+    """
+    config = model.config
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    products = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
+    return tokens * (products + 12 * config.num_hidden_layers * config.hidden_size * length)
+
+
+def product_shapes(config: GPTNeoXConfig, tokens: int) -> list[tuple[int, int, int, int]]:
+    """The matrix products of GPT-NeoX's forward pass: rows, inner width, columns, and how many there are."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    return [
+        (tokens, hidden, 3 * hidden, layers),
+        (tokens, hidden, hidden, layers),
+        (tokens, hidden, inner, layers),
+        (tokens, inner, hidden, layers),
+        (tokens, hidden, config.vocab_size, 1),
+    ]
+
+
+def product_rate(shapes: Sequence[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of these products alone, one after another into memory that is already there."""
+    work, seconds = 0, 0.0
+    for rows, inner, columns, count in shapes:
+        left = torch.randn(rows, inner, device=device).to(dtype)
+        right = torch.randn(columns, inner, device=device).to(dtype).T  # as nn.Linear holds its weight
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+        product = partial(torch.mm, left, right, out=out)
+        product()
+        seconds += count * seconds_of(product, device)
+        work += count * 2 * rows * inner * columns
+    return work / seconds

@@ -32,12 +32,12 @@ def sweep(plan: Any, out: Path, lang: str = "en", **options: Any) -> dict[str, A
 
 
 def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
-    """`bench.decode.bench`, with its tables, and the report, also of an interrupted one."""
-    from context_pythia.bench import decode
+    """`bench.run.bench`, with its tables, and the report, also of an interrupted one."""
+    from context_pythia.bench import run
     from context_pythia.report.bench import show
 
     with _reported(out, lang, after=BaseException):
-        return decode.bench(*args, **options | {"out": out, "show": show})
+        return run.bench(*args, **options | {"out": out, "show": show})
 
 
 def serve(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:

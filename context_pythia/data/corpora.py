@@ -130,8 +130,8 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
         raise FileNotFoundError(f"the {kind} {name!r} on the Hugging Face Hub has no revision {revision!r}") from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
         raise ConnectionError(
-            f"cannot reach the Hugging Face Hub for the {kind} {name!r} ({first_line(error)}): "
-            "connect to the network, or name a local file or folder"
+            f"there is no file or folder {name!r} here, and the Hugging Face Hub cannot be asked for a {kind} of that "
+            f"name ({first_line(error)}): mend the path, or connect to the network"
         ) from error
 
 

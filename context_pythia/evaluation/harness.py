@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -82,8 +83,8 @@ def run_tasks(
             log_samples=False,
         )
     except Exception as error:  # whatever files, templates and functions of a task raise
-        causes = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
-        raise Failure(f"tasks {', '.join(tasks)} failed: {' '.join(': '.join(causes).split())[:300]}") from error
+        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+        raise Failure(shorten(f"tasks {', '.join(tasks)} failed: {reason}", 400, placeholder=" ...")) from error
     assert found is not None
     return {
         task: {_plain(name): value for name, value in figures.items() if isinstance(value, float)}

@@ -12,10 +12,10 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -25,9 +25,14 @@ from context_pythia.model.cache import CacheMeasurement, measure_cache
 T = TypeVar("T")
 
 
-@torch.no_grad()
 def measure_generated_cache(
-    model: PreTrainedModel, length: int, batch_size: int = 1, decoded: int | None = None
+    model: PreTrainedModel,
+    length: int,
+    batch_size: int = 1,
+    decoded: int | None = None,
+    cache: Cache | None = None,
+    measure: Callable[[Any], CacheMeasurement] = measure_cache,
+    **settings: Any,
 ) -> CacheMeasurement:
     """Run greedy `generate()` until `length` tokens are cached and measure the cache it leaves.
 
@@ -39,25 +44,44 @@ def measure_generated_cache(
         length: cached tokens, at least 1.
         batch_size: sequences.
         decoded: tokens of `length` that are not of the prompt; half of them if absent.
+        cache: an empty one to fill; the model's own by default.
+        measure: counts the cache's bytes.
+        settings: as `generate_tokens` takes them.
     """
     prompt = max(1, length // 2 if decoded is None else length - decoded)
-    ids = torch.randint(model.config.vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0))
-    settings = GenerationConfig(
-        max_new_tokens=length - prompt + 1, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+    output = generate_tokens(model, prompt, length - prompt + 1, batch_size, cache, **settings)
+    measured = measure(cache_of(output))
+    assert measured.length == length, f"generate() cached {measured.length} tokens, {length} were asked for"
+    return measured
+
+
+@torch.no_grad()
+def generate_tokens(
+    model: PreTrainedModel, prompt: int, new_tokens: int, batch_size: int, cache: Cache | None = None, **settings: Any
+) -> ModelOutput:
+    """Greedy `generate()` of exactly `new_tokens` tokens after a prompt of random ones; `settings` go into its
+    `GenerationConfig`."""
+    greedy = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, pad_token_id=0, **settings
     )
+    ids = random_ids(model, batch_size, prompt)
     # An unset end of text would be taken from the model's own settings, and could stop early.
     own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
-        # Weights that are read from disk as they are needed stand on no device, of which older hosts warn.
-        ids = ids if model.device.type == "meta" else ids.to(model.device)
         with warnings.catch_warnings():
+            # Weights that are read from disk as they are needed stand on no device, of which older hosts warn.
             warnings.filterwarnings("ignore", r"You are calling .generate\(\) with the `input_ids`")
-            output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            return model.eval().generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, past_key_values=cache
+            )
     finally:
         model.generation_config.eos_token_id = own
-    measured = measure_cache(cache_of(output))
-    assert measured.length == length, f"generate() cached {measured.length} tokens, {length} were asked for"
-    return measured
+
+
+def random_ids(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
+    """Token ids `[B, S]`, the same each time, on the model's device."""
+    ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    return ids if model.device.type == "meta" else ids.to(model.device)
 
 
 def cache_of(output: ModelOutput) -> Cache:

@@ -9,13 +9,13 @@ Shapes: B samples of a batch, S tokens a sample, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -24,6 +24,8 @@ from context_pythia.errors import Failure
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
+
+Samples = Any  # a sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`, the target of each input token
 
 
 @dataclass(frozen=True)
@@ -64,67 +66,61 @@ class CachedScore(Score):
 
 
 class _Tally:
-    """Sums over the tokens seen so far."""
+    """Sums over the tokens of so many samples of `length` tokens, compared with a reference model's if there is one."""
 
-    def __init__(self, samples: int, length: int):
+    def __init__(self, model: PreTrainedModel, samples: int, length: int, reference: PreTrainedModel | None):
+        self.dtype, self.has_reference = model.dtype, reference is not None
+        self.same_vocabulary = reference is not None and reference.config.vocab_size == model.config.vocab_size
         self.losses = torch.zeros(samples, dtype=torch.float64)
         # The losses' sum and the tokens at each position.
         self.by_position = torch.zeros(2, length, dtype=torch.float64)
-        self.tokens = self.correct = self.agreeing = 0
-        self.divergence: float | None = None
-        self.difference: float | None = None
-        self.has_reference = False
+        self.correct = self.agreeing = 0
+        self.divergence = self.difference = 0.0
 
-    def add(
-        self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None = None, position: int = 0
-    ) -> None:
+    def add(self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None, position: int = 0) -> None:
         """Count the tokens of samples `first` and following, from `position` on.
 
         Shapes: logits and reference `[B, T, V]`, labels `[B, T]`.
         """
         log_probabilities = logits.float().log_softmax(-1)
-        losses = -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        losses = losses.cpu().double()
+        losses = -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).cpu().double()
         self.losses[first : first + len(labels)] += losses.sum(1)
         self.by_position[:, position : position + labels.shape[1]] += torch.stack(
             [losses.sum(0), torch.full_like(losses[0], len(labels))]
         )
-        self.tokens += labels.numel()
         predicted = logits.argmax(-1)
         self.correct += int((predicted == labels).sum())
-        if reference is None:
-            return
-        self.has_reference = True
-        self.agreeing += int((predicted == reference.argmax(-1)).sum())
-        if reference.shape == logits.shape:
+        if reference is not None:
+            self.agreeing += int((predicted == reference.argmax(-1)).sum())
+        if reference is not None and self.same_vocabulary:
             wanted = reference.float().log_softmax(-1)
-            divergence = (wanted.exp() * (wanted - log_probabilities)).sum(-1)
-            self.difference = max(self.difference or 0.0, float((logits.float() - reference.float()).abs().max()))
-            self.divergence = (self.divergence or 0.0) + float(divergence.cpu().double().sum())
+            self.divergence += float((wanted.exp() * (wanted - log_probabilities)).sum(-1).cpu().double().sum())
+            self.difference = max(self.difference, float((logits.float() - reference.float()).abs().max()))
 
-    def figures(self, model: PreTrainedModel) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """The fields of `Score`; Failure if the loss is not a number."""
-        loss = float(self.losses.sum()) / self.tokens
+        tokens = int(self.by_position[1].sum())
+        loss = float(self.losses.sum()) / tokens
         if not math.isfinite(loss):
             raise Failure(
-                f"the validation loss is {loss}: the model's weights are damaged, or {model.dtype} is too narrow for it"
+                f"the validation loss is {loss}: the model's weights are damaged, or {self.dtype} is too narrow for it"
             )
         return {
             "perplexity": perplexity(loss),
-            "accuracy": self.correct / self.tokens,
-            "tokens": self.tokens,
+            "accuracy": self.correct / tokens,
+            "tokens": tokens,
             "losses": tuple(self.losses.tolist()),
             "by_position": perplexity_by_position(*self.by_position),
-            "kl": None if self.divergence is None else self.divergence / self.tokens,
-            "agreement": self.agreeing / self.tokens if self.has_reference else None,
-            "difference": self.difference,
+            "kl": self.divergence / tokens if self.same_vocabulary else None,
+            "agreement": self.agreeing / tokens if self.has_reference else None,
+            "difference": self.difference if self.same_vocabulary else None,
         }
 
 
 @torch.no_grad()
 def score(
     model: PreTrainedModel,
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: Samples,
     batch_size: int = 16,
     reference: PreTrainedModel | None = None,
     progress: bool = True,
@@ -132,28 +128,27 @@ def score(
     """Score all samples in one parallel pass, without a cache.
 
     Args:
-        dataset: samples with `input_ids` `[S]` and `labels` `[S]`, the target of each input token.
         reference: model to compare the predictions with; it runs beside `model`, batch by batch.
 
     Raises:
         UsageError: the samples are longer than the model's positions.
         Failure: the loss is not a number.
     """
-    tally = _Tally(_length(dataset), dataset[0]["input_ids"].shape[-1])
+    tally = _Tally(model, len(dataset), dataset[0]["input_ids"].shape[-1], reference)
     for first, ids, labels in _batches(model, dataset, batch_size, "scoring", progress):
         logits = model(input_ids=ids, use_cache=False).logits
-        wanted = None if reference is None else _reference_logits(reference, ids)
+        wanted = _reference_logits(reference, ids)
         # In fp32 there is one sample at a time: a long one of a large vocabulary takes a gigabyte.
         for i in range(len(ids)):
             row = slice(i, i + 1)
             tally.add(first + i, logits[row], labels[row], None if wanted is None else wanted[row])
-    return Score(**tally.figures(model))
+    return Score(**tally.figures())
 
 
 @torch.no_grad()
 def score_cached(
     model: PreTrainedModel,
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: Samples,
     tokens: int,
     make_cache: Callable[[], Cache] | None = None,
     measure: Callable[[Any], CacheMeasurement] = measure_cache,
@@ -173,14 +168,12 @@ def score_cached(
         as `score`.
     """
     length = dataset[0]["input_ids"].shape[-1]
-    samples = min(_length(dataset), -(-tokens // length))
-    tally, measurement, sequences = _Tally(samples, length), None, 0
-    wanted: Tensor | None = None
+    samples = min(len(dataset), -(-tokens // length))
+    tally, measurement, sequences = _Tally(model, samples, length, reference), None, 0
     chosen = Subset(dataset, range(samples))
     for first, ids, labels in _batches(model, chosen, batch_size, "token by token", progress):
         cache = DynamicCache(config=model.config) if make_cache is None else make_cache()
-        if reference is not None:
-            wanted = _reference_logits(reference, ids)
+        wanted = _reference_logits(reference, ids)
         for t in range(length):
             step = slice(t, t + 1)
             logits = model(input_ids=ids[:, step], past_key_values=cache, use_cache=True).logits
@@ -188,7 +181,7 @@ def score_cached(
         if measurement is None:
             measurement, sequences = measure(cache), len(ids)
     assert measurement is not None
-    return CachedScore(**tally.figures(model), measurement=measurement, sequences=sequences)
+    return CachedScore(**tally.figures(), measurement=measurement, sequences=sequences)
 
 
 def equal_to_digits(first: float, second: float, digits: int = 4) -> bool:
@@ -198,7 +191,7 @@ def equal_to_digits(first: float, second: float, digits: int = 4) -> bool:
 
 
 def _batches(
-    model: PreTrainedModel, dataset: Dataset[dict[str, Tensor]], batch_size: int, what: str, progress: bool
+    model: PreTrainedModel, dataset: Samples, batch_size: int, what: str, progress: bool
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Index of each batch's first sample, its inputs and its labels `[B, S]` on the model's device."""
     check_length(dataset[0]["input_ids"].shape[-1], model.config)
@@ -210,11 +203,8 @@ def _batches(
         first += len(ids)
 
 
-def _reference_logits(reference: PreTrainedModel, ids: Tensor) -> Tensor:
+def _reference_logits(reference: PreTrainedModel | None, ids: Tensor) -> Tensor | None:
     """`[B, S, V]` on the device of `ids`."""
+    if reference is None:
+        return None
     return reference.eval()(input_ids=ids.to(reference.device), use_cache=False).logits.to(ids.device)
-
-
-def _length(dataset: Dataset[dict[str, Tensor]]) -> int:
-    assert isinstance(dataset, Sized)
-    return len(dataset)

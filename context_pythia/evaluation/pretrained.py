@@ -6,8 +6,9 @@ the main branch. Whatever fails while a model loads was decided by its files, so
 
 import logging as standard_logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,14 +22,7 @@ import context_pythia.model  # noqa: F401  registers the model with the Auto cla
 from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub
 from context_pythia.errors import Failure, UsageError, is_failure
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
+SIZES = {"vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"}
 
 
 def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
@@ -47,8 +41,8 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         Failure: the checkpoint is damaged: unreadable, with tensors missing, left over or of another shape, or with a
             configuration that no model can have.
     """
-    stored = stored_config(name)
     folder, revision = _place(name)
+    stored = stored_config(name)
     if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
         raise FileNotFoundError(f"{name} holds no safetensors: save its weights in that format, no other is read")
     logging.disable_progress_bar()
@@ -87,10 +81,18 @@ def stored_config(name: str) -> dict[str, Any]:
         if not isinstance(stored, dict):
             raise ValueError(f"it holds a {type(stored).__name__}")
         return stored
+    except ConnectionError:
+        raise
     except Exception as error:
-        if isinstance(error, ConnectionError):
-            raise
         raise _refusal(name, {}, error) from error
+
+
+def model_names(paths: Sequence[str]) -> dict[str, str]:
+    """How tables call these models, by the last part of the path where that is enough: name -> path."""
+    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise UsageError(f"the model {twice[0]} is named twice")
+    short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
+    return {name if short.count(name) == 1 else path: path for name, path in zip(short, paths, strict=True)}
 
 
 def hub_commit(name: str) -> str | None:
@@ -130,30 +132,22 @@ def _place(name: str) -> tuple[str, str | None]:
 
 def _check_values(stored: dict[str, Any]) -> None:
     """Raises ValueError for values that transformers accepts and no model can have."""
-    for name in SIZES:
-        if isinstance(value := stored.get(name), int) and value < 1:
-            raise ValueError(f"{name} {value}: must be at least 1")
     rope = stored.get("rope_parameters")
     for name, value in (stored | (rope if isinstance(rope, dict) else {})).items():
+        if name in SIZES and isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} {value}: must be at least 1")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} {value}: must be a finite number")
         if name in ("rotary_pct", "partial_rotary_factor") and not 0 < value <= 1:
             raise ValueError(f"{name} {value}: must be above 0 and at most 1")
-        if name in ("dtype", "torch_dtype") and not _is_dtype(value):
-            raise ValueError(f"{name} {value!r}: is none of torch's")
-
-
-def _is_dtype(value: Any) -> bool:
-    """Whether a configuration may give it as the weights' type."""
-    known = getattr(torch, str(value).removeprefix("torch."), None)
-    return value is None or value == "auto" or isinstance(known, torch.dtype)
 
 
 def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
     """What to tell the user of an `error` in loading."""
     cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     kind = "" if isinstance(cause, OSError | ValueError | ImportError) else f"{type(cause).__name__}: "
-    reason = f"{kind}{' '.join(str(cause).split())[:200]}"
+    # The longest that helps names each attention that there is; one about an unknown model lists hundreds.
+    reason = shorten(f"{kind}{cause}", 1000, placeholder=" ...")
     if quantiser := quantiser_of(stored):
         return UsageError(
             f"{name} is quantised ({quantiser}) and cannot be loaded here ({reason}): install what it needs, or give "

@@ -230,7 +230,10 @@ class TrainReport(BenchReport):
         yield from failures({row["name"]: row["error"] for row in metrics["rows"]}, text)
         plain = self._plain()
         shown = {"recipe": metrics["recipe"]["name"], "tokens": integer(metrics["tokens_per_step"])}
-        shown |= {"plain": plain["name"], "empty": _megabytes(plain.get("process_bytes")), "rates": self._rates()}
+        # Older records have each model in a process of its own.
+        key = "train_peak_of_process" if "process_bytes" in plain else "train_peak"
+        peak = text(key, empty=_megabytes(plain.get("process_bytes")))
+        shown |= {"plain": plain["name"], "rates": self._rates(), "peak": peak}
         yield Paragraph(text("train_note", **shown))
         yield Heading(text("parts"))
         yield self._parts()

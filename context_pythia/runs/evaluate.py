@@ -24,7 +24,7 @@ from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
-from context_pythia.evaluation.pretrained import hub_commit, load_pretrained
+from context_pythia.evaluation.pretrained import hub_commit, load_pretrained, model_names
 from context_pythia.evaluation.quantized import (
     measure_quantized,
     quantized_cache,
@@ -67,18 +67,18 @@ def evaluate(
         UsageError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
         Failure: a damaged model, or a task that failed.
     """
-    names = _names(models)
+    paths = model_names(models)
     if out is not None:
         _check_out(out)
     if caches:
         require_quantizer()
     manager = require_tasks(tasks, tasks_path) if tasks else None
     load = partial(load_pretrained, dtype=getattr(torch, dtype))
-    configs = {name: _config_of(load(path), path) for name, path in zip(names, models, strict=True)}
+    configs = {name: _config_of(load(path), path) for name, path in paths.items()}
     packed = load_data(data, progress)
     if recall_samples:
         require_words(packed.tokenizer, data.sequence_length)
-    notes = _check_vocabularies(dict(zip(names, models, strict=True)), configs, packed)
+    notes = _check_vocabularies(paths, configs, packed)
     metrics: dict[str, Any] = {
         "kind": "evaluation",
         "models": [],
@@ -96,11 +96,11 @@ def evaluate(
     }
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
     if out is not None:
-        _check_same_evaluation(out, names, metrics)
+        _check_same_evaluation(out, list(paths), metrics)
         out.mkdir(parents=True, exist_ok=True)
     device = best_device()
     reference: PreTrainedModel | None = None
-    for name, path in zip(names, models, strict=True):
+    for name, path in paths.items():
         model = load(path).to(device)
         try:
             rows = evaluate_model(
@@ -149,7 +149,7 @@ def evaluate_model(
     A row's `perplexity` is the parallel pass's, over all samples; `cached` holds what the token-by-token pass found on
     the first of them, and `cache` the bytes of one sequence in the cache that it filled. `kl` and `agreement` are those
     to the reference, from the parallel pass, or with a quantised cache from the token-by-token one. A quantised cache
-    that the model cannot have makes a row with an `error`.
+    for which memory does not suffice, or whose loss is not a number, makes a row with an `error`.
 
     Args:
         reference: the model to compare with; None if `model` is the first itself.
@@ -178,7 +178,9 @@ def evaluate_model(
             through = score_cached(
                 model, dataset, cached_tokens, make, measure_quantized, batch_size, reference or model, progress
             )
-        except (ValueError, RuntimeError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_failure(error):
+                raise
             rows.append(_row(model, name, kind, None) | {"error": first_line(error)})
             continue
         row = _row(model, name, kind, through) | {
@@ -276,14 +278,6 @@ def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any])
 
 def _held(out: Path, what: str) -> UsageError:
     return UsageError(f"--out {out}: {what}; choose another folder")
-
-
-def _names(models: Sequence[str]) -> list[str]:
-    """How tables call the models: by the last part of the path where that is enough."""
-    if twice := [model for i, model in enumerate(models) if model in models[:i]]:
-        raise UsageError(f"the model {twice[0]} is named twice")
-    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
-    return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 
 def _config_of(model: PreTrainedModel, path: str) -> GPTNeoXConfig:

@@ -49,3 +49,17 @@ def return_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # A threshold that was set is no longer moved.
     return bool(mallopt(M_MMAP_MAX, MOST_MAPPINGS)) and bool(mallopt(M_MMAP_THRESHOLD, OWN_MAPPING))
+
+
+def use_system_allocator() -> bool:
+    """Lets the process allocate as one without settings does once it has freed a few large tensors, from now on.
+
+    Returns:
+        Whether the settings took hold (False off glibc).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # glibc raises its threshold to what was freed, up to 32 MB, and returns the heap's top from twice that on.
+    settings = {M_MMAP_MAX: MOST_MAPPINGS, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}
+    return all([mallopt(option, value) for option, value in settings.items()])

@@ -1,7 +1,7 @@
 """`bench` end to end on tiny models: what it writes, says and refuses."""
 
 import json
-import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from context_pythia.bench.models import is_peer, share_parameters, sized_models,
 from context_pythia.bench.options import SIZES, BenchOptions, Source, parse_sources
 from context_pythia.cli import command_line as cli
 from context_pythia.cli.reported import bench
-from context_pythia.config.recipe import ArchitectureOptions
+from context_pythia.config.recipe import ArchitectureOptions, ModelOptions
 from context_pythia.errors import UsageError
 from context_pythia.model.cache import cache_bytes
 from context_pythia.report.bench import DecodeReport, TrainReport, crossover, paired_ratio
@@ -49,11 +49,12 @@ def metrics_of(out):
 
 def test_a_sweep_is_recorded_and_reported(tiny_size, tmp_path, capsys):
     out = tmp_path / "bench"
-    bench([], None, "pythia-14m", SOURCES, options(threads=1, memory_gb=0.5), out=out, lang="ja", progress=False)
+    given = options(lengths=(16,), threads=1, memory_gb=0.5)
+    bench([], None, "pythia-14m", SOURCES, given, out=out, progress=False)
     metrics = metrics_of(out)
     names = ["pythia-14m, DynamicCache", "pythia-14m, StaticCache", "shared 12", "layer 32 exact"]
     assert [entry["name"] for entry in metrics["models"]] == names
-    assert [(cell["batch_size"], cell["length"]) for cell in metrics["cells"]] == [(1, 8), (2, 8), (1, 16), (2, 16)]
+    assert [(cell["batch_size"], cell["length"]) for cell in metrics["cells"]] == [(1, 16), (2, 16)]
     numbers = {"pythia-14m, DynamicCache": 128, "pythia-14m, StaticCache": 128, "shared 12": 16, "layer 32 exact": 64}
     for cell in metrics["cells"]:
         for row in cell["rows"]:
@@ -70,12 +71,10 @@ def test_a_sweep_is_recorded_and_reported(tiny_size, tmp_path, capsys):
         assert one["fit_with_slack"] == (2**29 - entry["weight_bytes"]) // (one["bytes"] + one["slack"])
     files = {path.name for path in out.iterdir()}
     assert files == {
-        "metrics.json", "provenance.json", "report.md", "report.html", "report.ja.md", "report.ja.html", "decode.png",
-        "memory.png",
+        "metrics.json", "provenance.json", "report.md", "report.html", "decode.png", "memory.png",
     }  # fmt: skip
     report = (out / "report.md").read_text()
     assert "## Batch 2, 16 tokens" in report and "| layer 32 exact |" in report and "50.0 %" in report
-    assert "バッチ 2、16 トークン" in (out / "report.ja.md").read_text()
     assert "Batch 2, 16 tokens" in capsys.readouterr().out
     assert json.loads((out / "provenance.json").read_text())["threads"] == 1
 
@@ -84,17 +83,17 @@ def test_an_interrupted_sweep_keeps_its_finished_cells(tiny_size, tmp_path, monk
     measured, whole = [], module.measure_cell
 
     def measure_cell(*args, **kwargs):
-        if len(measured) == 2:
+        if measured:
             raise KeyboardInterrupt
         measured.append(1)
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(module, "measure_cell", measure_cell)
     with pytest.raises(KeyboardInterrupt):
-        bench([], None, "pythia-14m", SOURCES, options(), out=tmp_path, progress=False)
-    assert len(metrics_of(tmp_path)["cells"]) == 2
+        bench([], None, "pythia-14m", SOURCES[:1], options(prefill=False), out=tmp_path, progress=False)
+    assert len(metrics_of(tmp_path)["cells"]) == 1
     report = (tmp_path / "report.md").read_text()
-    assert "## Batch 2, 8 tokens" in report and "## Batch 1, 16 tokens" not in report
+    assert "## Batch 1, 8 tokens" in report and "## Batch 2, 8 tokens" not in report
 
 
 def test_saved_models_are_timed_beside_a_gpt_neox_of_their_shape(tmp_path, capsys):
@@ -109,18 +108,11 @@ def test_saved_models_are_timed_beside_a_gpt_neox_of_their_shape(tmp_path, capsy
     assert "note: none of the models is a GPT-NeoX" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"lengths": (16, 40)}, "length 40: is more than the 32 positions of one"),
-        ({"memory_gb": 1e-6}, "bench.memory_gb 1e-06: the weights of one alone take 0.00 GB"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, changes, message):
+def test_a_length_beyond_the_positions_is_refused_in_one_line(tmp_path):
     body = TINY | {"vocab_size": 50, "max_position_embeddings": 32}
     one = saved(tmp_path / "one", GPTNeoXForCausalLM(GPTNeoXConfig(**body)))
-    with pytest.raises(ValueError, match=message):
-        bench([one], None, None, None, options(**changes), out=tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="length 40: is more than the 32 positions of one"):
+        bench([one], None, None, None, options(lengths=(16, 40)), out=tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -273,44 +265,38 @@ def test_a_report_with_failures_can_be_written(tmp_path):
         write_report(tmp_path, lang)  # as the command `report` does, which knows a bench by its record
     assert "out of \\<memory\\>" in (tmp_path / "report.md").read_text()
     assert "out of &lt;memory&gt;" in (tmp_path / "report.ja.html").read_text()
+    assert "バッチ 16、2,048 トークン" in (tmp_path / "report.ja.md").read_text()
 
 
-def test_training_is_timed_in_processes_that_take_turns(tmp_path):
-    models = [{"name": "shared", "context_source": "shared", "context_dim": 12}]
-    recipe = tiny_recipe(tmp_path, architecture={"model_vocab_size": 280}, models=models)
+def test_training_is_timed_in_turns(tmp_path, capsys):
+    made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
+    models = [{"name": "shared", "context_source": "shared", "context_dim": 12}, made]
+    sections = {"heal": {"steps": 1}, "architecture": {"model_vocab_size": 280}}
+    recipe = tiny_recipe(tmp_path, models=[{"name": "Pythia"}, made], **sections)
+    recipe = replace(recipe, models=[ModelOptions(**one) for one in models])
     out = tmp_path / "out"
-    metrics = bench([], recipe, None, None, options(steps=1, threads=1), train=True, out=out, progress=False)
+    metrics = bench([], recipe, None, None, options(steps=1), train=True, out=out, progress=False)
     assert [one["name"] for one in metrics["rows"]] == ["plain fp32 GPT-NeoX", "shared"]
     for one in metrics["rows"]:
         assert one["error"] is None
         assert [len(turn) for turn in one["rounds"]] == [1, 1]
-        assert one["peak_bytes"] is None or one["peak_bytes"] > one["process_bytes"] > 0
-    assert (
-        metrics["rows"][1]["rounds"][0][0]["context_block"] > 0 == metrics["rows"][0]["rounds"][0][0]["context_block"]
-    )
+        assert one["peak_bytes"] is None or one["peak_bytes"] > 4 * one["parameters"]
+    plain, shared = (one["rounds"][0][0] for one in metrics["rows"])
+    assert shared["context_block"] > 0 == plain["context_block"]
     assert len(metrics["rates"]["float32"]) == 2 and metrics["tokens_per_step"] == 9 * 16
     speeds = [line[4] for line in TrainReport(metrics, {}, Texts("en", "bench")).steps().rows]
     assert speeds[0] == "1.00" and all(float(speed) > 0 for speed in speeds)
     assert {"report.md", "report.html", "parts.png", "metrics.json"} <= {path.name for path in out.iterdir()}
-    assert not multiprocessing.active_children()
-
-
-def test_what_is_made_of_the_trained_baseline_is_left_out_and_said(tmp_path, capsys):
-    made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
-    sections = {"heal": {"steps": 1}, "architecture": {"model_vocab_size": 280}}
-    recipe = tiny_recipe(tmp_path, models=[{"name": "Pythia"}, made], **sections)
-    given = options(lengths=(8,), batch_sizes=(1,), caches=("dynamic",), rounds=1)
-    metrics = bench([], recipe, None, None, given, progress=False)
-    assert [entry["name"] for entry in metrics["models"]] == ["Pythia, DynamicCache"]
-    assert metrics["notes"][0].startswith("converted is left out, it is made of the trained baseline")
+    assert metrics["notes"] == ["converted is left out, it is made of the trained baseline: healing is not timed"]
     assert f"note: {metrics['notes'][0]}" in capsys.readouterr().out
-    alone = tiny_recipe(tmp_path, models=[made], **sections)
+
+
+def test_a_recipe_of_models_made_of_its_trained_baseline_is_refused(tmp_path):
+    made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
+    alone = tiny_recipe(tmp_path, models=[made], heal={"steps": 1})
     for train, mend in ((False, "name its folder, not the recipe"), (True, "name models that are trained from")):
         with pytest.raises(ValueError, match=f"converted is made of the trained baseline: {mend}"):
-            bench([], alone, None, None, given, train=train, progress=False)
-    timed = bench([], recipe, None, None, options(steps=1, rounds=1, threads=1), train=True, progress=False)
-    assert [row["name"] for row in timed["rows"]] == ["plain fp32 GPT-NeoX", "Pythia"]
-    assert timed["notes"] == ["converted is left out, it is made of the trained baseline: healing is not timed"]
+            bench([], alone, None, None, options(), train=train, progress=False)
 
 
 def test_training_options_that_cannot_be_are_refused_before_anything_starts(tmp_path):

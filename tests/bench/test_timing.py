@@ -1,23 +1,23 @@
-"""The parts of a training step add up to it, in turns that are counted right."""
+"""Turns are counted right, and the parts of a training step add up to it."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.bench.timing import (
+from context_pythia.bench.timing import interleave
+from context_pythia.bench.training import (
     PARTS,
-    Stopwatch,
-    Turns,
+    phase2_turn,
+    plain_turn,
     product_rate,
     product_shapes,
+    random_data,
     step_flops,
-    train_as_phase2,
-    train_plainly,
 )
 from context_pythia.config.recipe import TrainOptions
-from context_pythia.data.packing import PackedData, PackedDataset
 
 BODY = {
     "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -29,28 +29,34 @@ def baseline():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**BODY))
 
 
-def data(samples: int) -> PackedData:
-    tokens = np.random.default_rng(0).integers(40, size=(samples, 9), dtype=np.int32)
-    return PackedData(PackedDataset(tokens), PackedDataset(tokens[:1]), None, {})
+def test_runs_take_turns_after_a_warm_up_and_leave_them_when_they_fail():
+    calls = []
+
+    def run(name: str) -> int:
+        calls.append(name)
+        if name == "broken" and len(calls) > 3:
+            raise RuntimeError("out of memory\nat line 3")
+        return len(calls)
+
+    rounds, results = [], {"a": [], "broken": []}
+    errors = interleave(
+        {name: partial(run, name) for name in results}, results, 3, progress=False, after_round=lambda: rounds.append(1)
+    )
+    assert calls == ["a", "broken", "a", "broken", "a", "a"]
+    assert results == {"a": [3, 5, 6], "broken": []}
+    assert errors == {"broken": "out of memory"} and len(rounds) == 3
 
 
-def turns(*sizes: int):
-    """Turns of so many steps, and the list that they are handed to."""
-    waiting, handed = iter([*sizes, 0]), []
-    return Turns(Stopwatch(torch.device("cpu")), lambda: next(waiting), handed.append), handed
-
-
-@pytest.mark.parametrize("source", [None, "shared", "layer"])
+@pytest.mark.parametrize("source", [None, "shared"])
 def test_phase_2_is_timed_by_part_and_really_trains(source, tmp_path):
     model = baseline()
     if source is not None:
         model = ContextPythiaForCausalLM(ContextPythiaConfig(**BODY, context_source=source, context_dim=16))
     before = model.lm_head.weight.detach().clone()
     options = TrainOptions(batch_size=2, gradient_accumulation=2, learning_rate=0.01)
-    taken, handed = turns(1, 2)
-    train_as_phase2(model, data(4 * 6), options, taken, tmp_path)
-    assert [len(turn) for turn in handed] == [1, 2]
-    for step in (step for turn in handed for step in turn):
+    steps = phase2_turn(tmp_path, model, random_data(4 * 3, 8, 40), options)
+    assert len(steps) == 2
+    for step in steps:
         assert set(step) == {"step", *PARTS}
         assert sum(step[part] for part in PARTS) == pytest.approx(step["step"])
         assert min(step[part] for part in ("body", "head_and_loss", "backward", "optimizer")) > 0
@@ -63,10 +69,9 @@ def test_phase_2_is_timed_by_part_and_really_trains(source, tmp_path):
 def test_the_plain_loop_is_timed_by_the_same_parts():
     model = baseline()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    taken, handed = turns(2, 2)
-    train_plainly(model, data(8), TrainOptions(batch_size=4, learning_rate=0.01), taken)
-    assert [len(turn) for turn in handed] == [2, 2]
-    assert all(set(step) == {"step", *PARTS} for turn in handed for step in turn)
+    steps = plain_turn(model, random_data(12, 8, 40), TrainOptions(batch_size=4, learning_rate=0.01))
+    assert len(steps) == 2
+    assert all(set(step) == {"step", *PARTS} for step in steps)
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 

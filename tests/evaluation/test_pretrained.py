@@ -68,7 +68,6 @@ def change(folder, **values):
         ({"hidden_size": -32}, "hidden_size -32: must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads 0: must be at least 1"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan: must be a finite number"),
-        ({"dtype": "float7"}, "dtype 'float7': is none of torch's"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 2.0}}, "partial_rotary_factor 2.0"),
         ({"context_dim": 0}, "context_dim 0: must be between 1 and 2 * hidden_size = 64"),
         ({"hidden_act": "nix"}, "KeyError: 'nix'"),
@@ -108,6 +107,13 @@ def test_an_attention_that_is_not_here_is_one_line(saved):
         load_pretrained(str(saved), torch.float32)
 
 
+def test_an_unknown_attention_is_named_with_all_that_there_are(saved):
+    change(saved, attn_implementation="nix")
+    with pytest.raises(Failure, match=r'attn_implementation="nix".*sdpa.*\): mend its config.json') as caught:
+        load_pretrained(str(saved), torch.float32)
+    assert "..." not in str(caught.value)
+
+
 def test_a_revision_of_a_hub_model_is_that_revisions_weights(saved, tmp_path, monkeypatch):
     hub = tmp_path / "hub" / "models--owner--name"
     for commit, revision, value in (("a" * 40, "main", 1.0), ("b" * 40, "step3000", 2.0)):
@@ -123,7 +129,7 @@ def test_a_revision_of_a_hub_model_is_that_revisions_weights(saved, tmp_path, mo
     for name, value, commit in (("owner/name", 1.0, "a"), ("owner/name@step3000", 2.0, "b")):
         model = load_pretrained(name, torch.float32)
         assert (model.gpt_neox.final_layer_norm.weight == value).all() and hub_commit(name) == commit * 40
-    with pytest.raises(ConnectionError, match="cannot reach the Hugging Face Hub for the model 'owner/name'"):
+    with pytest.raises(ConnectionError, match="no file or folder 'owner/name' here, and the Hugging Face Hub cannot"):
         load_pretrained("owner/name@step4000", torch.float32)
 
 
@@ -132,11 +138,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         load_pretrained(str(tmp_path), torch.float32)
 
 
-def test_a_hub_name_without_network_says_so():
+def test_a_name_of_no_folder_says_so_before_the_hub_that_cannot_be_reached():
     with pytest.raises(
-        ConnectionError, match="cannot reach the Hugging Face Hub for the model 'EleutherAI/pythia-70m'"
+        ConnectionError, match="no file or folder 'nothere' here, and the Hugging Face Hub cannot be asked for a model"
     ):
-        load_pretrained("EleutherAI/pythia-70m", torch.float32)
+        load_pretrained("nothere", torch.float32)
 
 
 @pytest.mark.parametrize("length", [1, 2, 33])

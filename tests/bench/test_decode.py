@@ -1,16 +1,16 @@
-"""The stopwatch times what it says it times, and leaves the caches as it found them."""
-
-from dataclasses import replace
-from functools import partial
+"""Cells time what they say they time, from caches that are the same at each run."""
 
 import pytest
 import torch
 from transformers import CompileConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.bench import speed
-from context_pythia.bench.speed import FilledCache, Subject, interleave, measure_cell, measure_conversation, turns
-from context_pythia.evaluation.memory import peak_during, weight_bytes
+from context_pythia.bench import decode as module
+from context_pythia.bench import models
+from context_pythia.bench.decode import filled_cache, measure_cell
+from context_pythia.bench.models import Subject
+from context_pythia.bench.options import BenchOptions
+from context_pythia.evaluation.memory import measure_generated_cache, peak_during, weight_bytes
 from context_pythia.model.cache import cache_bytes
 
 BODY = {
@@ -26,23 +26,27 @@ CONTEXTS = {
 }
 
 
-def subject(name: str) -> Subject:
+def subject(name: str, cache: str = "dynamic") -> Subject:
     torch.manual_seed(0)
     if name in CONTEXTS:
-        return Subject(name, ContextPythiaForCausalLM(ContextPythiaConfig(**BODY, **CONTEXTS[name])).eval())
+        return Subject(name, ContextPythiaForCausalLM(ContextPythiaConfig(**BODY, **CONTEXTS[name])).eval(), cache)
     if name == "int4":
         pytest.importorskip("hqq")
     return Subject(name, GPTNeoXForCausalLM(GPTNeoXConfig(**BODY)).eval(), name)
 
 
+def options(**changes) -> BenchOptions:
+    return BenchOptions(**{"lengths": (16,), "new_tokens": 4, "rounds": 2} | changes)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["dynamic", "static", "int4", *CONTEXTS])
-def test_a_filled_cache_is_the_same_after_every_decoding(name):
+def test_a_filled_cache_is_like_a_real_one_and_the_same_after_every_decoding(name):
     one = subject(name)
-    filled = FilledCache(one, batch_size=3, tokens=20, length=24)
+    fresh = filled_cache(one, batch_size=3, tokens=20, length=24)
 
     def decode(steps: int) -> torch.Tensor:
-        cache, logits = filled.restored(), []
+        cache, logits = fresh(), []
         assert int(cache.get_seq_length()) == 20
         for i in range(steps):
             ids = torch.tensor([[i + 1], [i + 2], [i + 3]])
@@ -54,34 +58,18 @@ def test_a_filled_cache_is_the_same_after_every_decoding(name):
     decode(2)
     # The exact numbers: a token too many or an old one too few moves them all.
     assert torch.equal(decode(4), first)
+    if name != "int4":
+        assert one.measure(fresh()).filled == cache_bytes(one.model.config, 20, 3)
+        assert measure_generated_cache(one.model, 20).filled == cache_bytes(one.model.config, 20)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["dynamic", "static", *CONTEXTS])
-def test_a_filled_cache_has_the_bytes_of_a_real_one(name):
-    one = subject(name)
-    filled = one.measure(FilledCache(one, batch_size=2, tokens=20, length=20).restored())
-    assert filled.length == 20
-    assert filled.filled == cache_bytes(one.model.config, 20, 2)
-    assert measure_conversation(one, 20).filled == cache_bytes(one.model.config, 20)
-
-
-def test_runs_take_turns_and_leave_them_when_they_fail_or_took_long():
-    calls = []
-
-    def run(name: str, seconds: float) -> float:
-        calls.append(name)
-        if name == "broken" and len(calls) > 3:
-            raise RuntimeError("out of memory\nat line 3")
-        return seconds
-
-    ticks = []
-    runs = {name: partial(run, name, s) for name, s in (("a", 1.0), ("slow", 5.0), ("broken", 1.0))}
-    seconds, errors = interleave(runs, 4, budget=8, done=lambda: ticks.append(1))
-    assert calls == ["a", "slow", "broken", "a", "slow", "broken", "a", "a"]
-    assert seconds == {"a": [1.0] * 4, "slow": [5.0] * 2, "broken": [1.0]}
-    assert errors == {"broken": "out of memory"}
-    assert len(ticks) == 12
+def test_a_filled_cache_has_room_for_the_tokens_that_are_timed():
+    one = subject("layer")
+    cache = filled_cache(one, batch_size=1, tokens=20, length=24)()
+    before = cache.layers[0].keys.data_ptr()
+    one.model(input_ids=torch.tensor([[1]]), past_key_values=cache, use_cache=True)
+    assert cache.layers[0].keys.data_ptr() == before
 
 
 def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(monkeypatch):
@@ -100,15 +88,13 @@ def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(mon
         timed.append(list(seen))
         return 8.0
 
-    monkeypatch.setattr(speed, "seconds_of", seconds_of)
-    ticks = []
-    (row,) = measure_cell([one], 2, 16, new_tokens=4, rounds=2, done=lambda: ticks.append(1))
+    monkeypatch.setattr(module, "seconds_of", seconds_of)
+    (row,) = measure_cell([one], 2, 16, options(), progress=False)
     steps = [(1, 12), (1, 13), (1, 14), (1, 15)]
-    assert timed == [[(16, 0)]] * 2 + [steps] * 4  # twice forward, twice generate()
+    assert timed == [[(16, 0)]] * 3 + [steps] * 6  # the warm-up and two rounds, the forward's and generate()'s
     assert (row.prefill, row.decode, row.generate) == ([8.0] * 2, [2.0] * 2, [2.0] * 2)
     assert row.cache.length == 16 and row.cache.filled == cache_bytes(one.model.config, 16, 2)
     assert row.error is None
-    assert len(ticks) == turns(2)
 
 
 def test_without_prefill_no_cell_reads_its_tokens():
@@ -117,23 +103,20 @@ def test_without_prefill_no_cell_reads_its_tokens():
     one.model.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    ticks = []
-    (row,) = measure_cell([one], 2, 16, new_tokens=4, rounds=2, prefill=False, done=lambda: ticks.append(1))
+    (row,) = measure_cell([one], 2, 16, options(prefill=False), progress=False)
     assert set(lengths) == {1}
     assert not row.prefill and row.peak_bytes is None and len(row.decode) == len(row.generate) == 2
     assert row.cache.length == 16 and row.cache.filled == cache_bytes(one.model.config, 16, 2)
-    assert len(ticks) == turns(2, prefill=False)
 
 
-@pytest.mark.parametrize("name", ["shared"])
-def test_a_compiled_row_is_timed_compiled(name, monkeypatch):
+def test_a_compiled_row_is_timed_compiled(monkeypatch):
     settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
     settings._compile_all_devices = True
-    monkeypatch.setattr(speed, "compiled_step", lambda: settings)
-    one = replace(subject(name), cache="compiled")
+    monkeypatch.setattr(models, "compiled_step", lambda: settings)
+    one = subject("shared", "compiled")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    (row,) = measure_cell([one], 2, 16, new_tokens=3, rounds=1)
+    (row,) = measure_cell([one], 2, 16, options(rounds=1, prefill=False), progress=False)
     assert row.error is None and len(row.generate) == len(row.decode) == 1
     assert row.cache.filled == cache_bytes(one.model.config, 16, 2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # by generate() and by the bare forward
@@ -142,16 +125,27 @@ def test_a_compiled_row_is_timed_compiled(name, monkeypatch):
 def test_a_row_that_does_not_fit_or_fails_is_recorded_and_the_others_are_timed(monkeypatch):
     rows = [subject("dynamic"), subject("layer"), subject("shared")]
     small = rows[1].bytes_needed(2, 16)
-    monkeypatch.setattr(speed, "free_memory", lambda device: small + 1)
+    monkeypatch.setattr(module, "free_memory", lambda device: small + 1)
 
     def fail(*args, **kwargs):
-        raise RuntimeError("the machine is on fire")
+        raise RuntimeError("out of memory\nat line 3")
 
     monkeypatch.setattr(rows[2].model.lm_head, "forward", fail)
-    large, fits, broken = measure_cell(rows, 2, 16, new_tokens=2, rounds=1)
+    large, fits, broken = measure_cell(rows, 2, 16, options(rounds=1), progress=False)
     assert "GB are free" in large.error and not large.prefill
-    assert broken.error == "the machine is on fire"
+    assert broken.error == "out of memory"
     assert fits.error is None and len(fits.generate) == 1
+
+
+def test_a_mistake_of_ours_ends_the_bench(monkeypatch):
+    one = subject("layer")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(one.model.lm_head, "forward", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        measure_cell([one], 2, 16, options(), progress=False)
 
 
 def test_an_earlier_peak_does_not_hide_a_later_one():

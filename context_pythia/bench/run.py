@@ -1,0 +1,122 @@
+"""`context-pythia bench`: how fast models prefill and decode, or train, beside GPT-NeoX, and what they hold in memory.
+
+metrics.json holds every single time of every run, and is written after each finished cell (a batch size and a length)
+or round of training steps, so that what was measured survives an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from context_pythia.bench.decode import decode_metrics
+from context_pythia.bench.models import recipe_models, saved_models, sized_models
+from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
+from context_pythia.bench.training import train_metrics
+from context_pythia.config.recipe import Recipe
+from context_pythia.errors import UsageError
+from context_pythia.files import write_json
+from context_pythia.runs.build import best_device
+from context_pythia.runs.record import provenance
+from context_pythia.training.trainer import quiet_transformers
+
+
+def bench(
+    models: Sequence[str],
+    recipe: Recipe | None,
+    size: str | None,
+    sources: Sequence[Source] | None,
+    options: BenchOptions,
+    train: bool = False,
+    out: Path | None = None,
+    progress: bool = True,
+    show: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Write the figures into `out` if it is given, and return them.
+
+    Args:
+        models: folders or Hub names; or give a `recipe`, whose models get random weights, or a `size`.
+        sources: of the Context-Pythias of that size.
+        train: time training steps of the recipe's models in place of prefill and decoding.
+        out: gets metrics.json and provenance.json, whenever there are new figures.
+        show: is called with the figures, whenever there are new ones.
+
+    Raises:
+        UsageError: something that cannot be measured as asked; found before anything is timed.
+        FileNotFoundError: there is no such model.
+    """
+    if out is not None:
+        _make_folder(out)
+    device, threads = best_device(), torch.get_num_threads()
+    recipe, notes = (None, []) if recipe is None else _of_first_weights(recipe, train)
+    torch.set_num_threads(options.threads or threads)
+    try:
+        own = {"threads": torch.get_num_threads(), "device": device.type, "compiled": COMPILED in options.caches}
+        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": asdict(options) | own}
+        metrics["notes"] = notes
+        for note in notes:
+            print(f"note: {note}", flush=True)
+        record = provenance(device)
+
+        def write() -> None:
+            if out is not None:
+                write_json(out / "metrics.json", metrics)
+                write_json(out / "provenance.json", record)
+
+        def done() -> None:
+            write()
+            show(metrics)
+
+        with quiet_transformers():
+            if train:
+                assert recipe is not None
+                train_metrics(recipe, options, metrics, progress, write)
+                show(metrics)
+            else:
+                decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress, done)
+    finally:
+        torch.set_num_threads(threads)
+    return metrics
+
+
+def _of_first_weights(recipe: Recipe, train: bool) -> tuple[Recipe, list[str]]:
+    """The recipe without models that are made of its trained baseline, and a line for each of these.
+
+    Raises:
+        UsageError: all of them are.
+    """
+    made = [model.name for model in recipe.models if model.from_baseline]
+    if len(made) == len(recipe.models):
+        mend = "name models that are trained from their first weights" if train else "name its folder, not the recipe"
+        raise UsageError(f"{made[0]} is made of the trained baseline: {mend}")
+    mend = "healing is not timed" if train else "bench its folder when it is"
+    notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
+    return replace(recipe, models=[model for model in recipe.models if not model.from_baseline]), notes
+
+
+def _load(
+    models: Sequence[str],
+    recipe: Recipe | None,
+    size: str | None,
+    sources: Sequence[Source] | None,
+    options: BenchOptions,
+) -> dict[str, PreTrainedModel]:
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    if size is not None:
+        positions = max(CONVERSATION, *options.lengths)
+        return sized_models(size, default_sources(size) if sources is None else sources, positions, dtype)
+    return saved_models(models, dtype) if recipe is None else recipe_models(recipe, dtype)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
+    if (out / "metrics.json").exists():
+        raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
