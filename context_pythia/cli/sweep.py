@@ -1,4 +1,4 @@
-"""`sweep`: train settings of a recipe over seeds, by any number of processes and machines."""
+"""`sweep`: train settings of a recipe over seeds, by any number of processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from context_pythia.cli.command import RecipeCommand, Report, required
 from context_pythia.config.options import option
-from context_pythia.config.recipe_files import in_order
 from context_pythia.sweep.options import SAMPLERS, SweepPlan, parse_over
 
 
@@ -16,7 +15,7 @@ class Sweep(Report, RecipeCommand):
     summary = "train settings of a recipe over seeds, by any number of processes"
     examples = (
         "sweep quick --models Pythia,shared --over context_dim=32,64 --over learning_rate=5e-4,1e-3 --out runs/dim",
-        "sweep report --over learning_rate=1e-4..1e-3 --sampler tpe --trials 50 --storage sqlite:///s.db --out s",
+        "sweep report --over learning_rate=1e-4..1e-3 --sampler tpe --trials 50 --out runs/rates",
     )
     resumable = True
 
@@ -27,16 +26,13 @@ class Sweep(Report, RecipeCommand):
     )
     sampler: str = option("grid", "grid: every combination; tpe: what looks best", SAMPLERS)
     trials: int | None = option(None, "of tpe: trainings in all, shared by models and seeds", bounds=">= 1")
-    storage: str | None = option(None, "Optuna storage to share (default: a file in DIR)", metavar="URL")
-    out: Path = required("folder, and name, of the study", metavar="DIR")
+    storage: str | None = option(None, "of tpe: Optuna storage to share (default: a file in DIR)", metavar="URL")
+    out: Path = required("folder of the sweep, which all its processes share", metavar="DIR")
 
     def run(self) -> None:
-        recipe = self.load_recipe()
-        names = [model.name for model in recipe.models]
-        models = names if self.models is None else in_order(self.models, names, recipe.name)
-        dimensions = [parse_over(text) for text in self.over]
-        seeds = [recipe.seed] if self.seeds is None else list(self.seeds)
-        plan = SweepPlan(recipe, models, dimensions, seeds, self.sampler, self.trials)
+        recipe = self.load_recipe(self.models)
+        seeds = [recipe.seed] if self.seeds is None else self.seeds
+        plan = SweepPlan(recipe, [parse_over(text) for text in self.over], seeds, self.sampler, self.trials)
         from context_pythia.cli.reported import sweep
 
         sweep(plan, self.out, storage=self.storage, lang=self.lang, progress=not self.quiet)

@@ -14,7 +14,6 @@ from context_pythia.report.sections import Series, facts, failures, position_pic
 from context_pythia.report.texts import Texts
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
-_STATES = ("complete", "failed", "running", "waiting")
 Row = dict[str, Any]
 
 
@@ -63,7 +62,8 @@ class SweepReport:
     def blocks(self, pictures: Mapping[str, bytes]) -> Iterator[Block]:
         text, metrics = self.text, self.metrics
         trials, rows = metrics["trials"], self.rows
-        counts = {state: sum(trial["state"] == state for trial in trials) for state in _STATES}
+        counts = {state: sum(trial["state"] == state for trial in trials) for state in ("complete", "failed")}
+        counts["unfinished"] = len(trials) - sum(counts.values())
         yield Heading(text("title", recipe=metrics["recipe"]["name"]), level=1)
         yield Paragraph(self._headline(), "lead")
         yield Paragraph(text("counts", total=len(trials), settings=len(rows), **counts), "note")

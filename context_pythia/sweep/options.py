@@ -13,16 +13,15 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from context_pythia.config.options import Option, Options, options_of, suggestion
-from context_pythia.config.recipe import PREFIXED, SECTIONS, ModelOptions, Recipe
+from context_pythia.config.recipe import OF_ONE_MODEL, PREFIXED, SECTIONS, ModelOptions, Recipe
 from context_pythia.config.recipe_files import overridden
 from context_pythia.errors import UsageError
 
 SAMPLERS = ("grid", "tpe")
-MODEL = "model"  # the searched dimension that says which model of the recipe is trained
-NOT_SEARCHED = ("model.name", "model.from_baseline")
+MODEL = "model"  # the section of a path that is a model's option
 # The options of a model that only some context sources read.
 SOURCES_OF = {
     "context_dim": ("input", "shared", "layer"),
@@ -43,7 +42,7 @@ def _keys() -> dict[str, tuple[str, Option]]:
         prefix = f"{section}_" if section in PREFIXED else ""
         for declared in options_of(owner):
             path = f"{section}.{declared.name}"
-            if path not in NOT_SEARCHED and not declared.free:
+            if path not in OF_ONE_MODEL and not declared.free:
                 found[path] = found[prefix + declared.name] = (path, declared)
     return found
 
@@ -52,24 +51,16 @@ KEYS = _keys()
 FLAGS = {path: key for key, (path, _) in KEYS.items() if "." not in key}  # plain names by path
 
 
-@dataclass(frozen=True)
-class Dimension:
-    """A searched option: `values` to choose from or, for the sampler `tpe`, the range between two values.
+class Dimension(NamedTuple):
+    """A searched option: `values` to choose from or, for the sampler `tpe`, the two ends of a range.
 
-    Attributes:
-        path: the option, such as `train.learning_rate`.
-        ranged: `values` are the two ends of a range.
-        log: numbers are searched, drawn and weighed by their logarithms.
+    `log`: numbers between the ends are drawn by their logarithms.
     """
 
     path: str
     values: tuple[Any, ...]
     ranged: bool = False
     log: bool = False
-
-    @property
-    def option(self) -> Option:
-        return KEYS[self.path][1]
 
 
 def parse_over(text: str) -> Dimension:
@@ -78,32 +69,25 @@ def parse_over(text: str) -> Dimension:
     Raises:
         UsageError: the key is unknown, or the values are none; whether the option admits them is checked with the plan.
     """
-    key, equals, given = text.partition("=")
-    key = key.strip().replace("-", "_")
-    if not equals or not given.strip():
+    key, _, given = text.partition("=")
+    key, given = key.strip().replace("-", "_"), given.strip()
+    if not given:
         raise UsageError(f"--over {text!r}: give key=value,value or, with --sampler tpe, key=low..high")
     if key == "seed":
         raise UsageError("--over seed: seeds are given by --seeds 0,1,2")
     if key not in KEYS:
-        paths = sorted({path for path, _ in KEYS.values()})
-        raise UsageError(f"--over key {key!r} is unknown{suggestion(key, KEYS)}; valid: {', '.join(paths)}")
+        raise UsageError(f"--over key {key!r} is unknown{suggestion(key, KEYS)}; valid: {', '.join(sorted(FLAGS))}")
     path, option = KEYS[key]
-    if found := re.fullmatch(r"(log:)?([^,:]+?)\.\.([^,]+)", given.strip()):
-        return _range(path, option, found[2], found[3], bool(found[1]))
-    values = tuple(option.parse(word.strip()) for word in given.split(","))
-    if len(set(map(repr, values))) < len(values):
-        raise UsageError(f"--over {key}: {given} names a value twice")
-    return Dimension(path, values, log=by_logarithm(option))
-
-
-def _range(path: str, option: Option, low: str, high: str, log: bool) -> Dimension:
-    ends = [option.parse(word.strip()) for word in (low, high)]
-    with_numbers = option.kind in (int, float) and all(isinstance(end, int | float) for end in ends)
-    if not with_numbers or ends[0] >= ends[1]:
-        raise UsageError(f"--over {path}: {low}..{high} is no range of numbers, low..high")
-    if log and ends[0] <= 0:
-        raise UsageError(f"--over {path}: log:{low}..{high} must begin above 0")
-    return Dimension(path, tuple(ends), ranged=True, log=log or by_logarithm(option))
+    ends = re.fullmatch(r"(log:)?([^,:]+?)\.\.([^,]+)", given)
+    if not ends:
+        return Dimension(path, tuple(dict.fromkeys(option.parse(word.strip()) for word in given.split(","))))
+    low, high = (option.parse(word.strip()) for word in ends.groups()[1:])
+    log = bool(ends[1]) or by_logarithm(option)
+    if option.kind not in (int, float) or isinstance(low, str) or isinstance(high, str) or low >= high:
+        raise UsageError(f"--over {path}: {given} is no range of numbers, low..high")
+    if log and low <= 0:
+        raise UsageError(f"--over {path}: {given} must begin above 0")
+    return Dimension(path, (low, high), True, log)
 
 
 def by_logarithm(option: Option) -> bool:
@@ -111,26 +95,18 @@ def by_logarithm(option: Option) -> bool:
     return option.kind is float and option.bounds.startswith("> 0") and "<" not in option.bounds
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What can be trained: one model with one seed.
+class Setting(NamedTuple):
+    """A training: `recipe` is the sweep's with one model, one seed and the searched values; `name` is its folder's."""
 
-    Attributes:
-        params: the searched values that concern the model, by path, and the model's name under `model`.
-        recipe: the sweep's recipe with these values, this model alone and this seed.
-        name: the model, each value that is not the sweep's recipe's, and the seed; it names the run folder.
-    """
-
-    params: Mapping[str, Any]
-    recipe: Recipe
     name: str
+    recipe: Recipe
 
     @property
     def model(self) -> ModelOptions:
         return self.recipe.models[0]
 
     def value(self, path: str) -> Any:
-        """The option's value in the recipe, searched or not; None where it does not concern the model."""
+        """The value of an option, searched or not; None where it does not concern the model."""
         return _value_in(self.recipe, path) if _concerns(path, self.model) else None
 
 
@@ -139,14 +115,12 @@ class SweepPlan:
     """A sweep as it was asked for. Making one checks every setting, so that a wrong value is found before any training.
 
     Attributes:
-        recipe: the recipe with its overrides, which holds what is not searched.
-        models: names of the recipe's models to train; each setting that concerns it is tried with each.
-        trials: trainings in all, of the sampler `tpe`; they are shared evenly by models and seeds.
+        recipe: with the models to train, and the values that are not searched.
+        trials: trainings in all, of the sampler `tpe`; models and seeds have equal shares.
         settings: of a grid, everything to train, each once; of `tpe`, each value and end of a range in turn.
     """
 
     recipe: Recipe
-    models: Sequence[str]
     dimensions: Sequence[Dimension]
     seeds: Sequence[int]
     sampler: str = "grid"
@@ -154,7 +128,7 @@ class SweepPlan:
     settings: list[Setting] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        paths = [one.path for one in self.dimensions]
+        paths, models = [one.path for one in self.dimensions], self.recipe.models
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise UsageError(f"--over {twice}: is given twice, name all its values in one")
         if self.sampler == "grid":
@@ -162,55 +136,57 @@ class SweepPlan:
                 raise UsageError(f"--over {ranged}: a range needs --sampler tpe; the grid takes values")
             if self.trials is not None:
                 raise UsageError("--trials: is for --sampler tpe; the grid trains every combination")
-        elif self.trials is None or self.trials % (share := len(self.models) * len(self.seeds)):
+        elif self.trials is None or self.trials % (share := len(models) * len(self.seeds)):
             raise UsageError(
                 f"--trials {self.trials}: --sampler tpe needs a multiple of {share} "
-                f"({len(self.models)} models x {len(self.seeds)} seeds), so that each gets as many"
+                f"({len(models)} models x {len(self.seeds)} seeds), so that each gets as many"
             )
-        healed = next((m.name for m in self.recipe.models if m.name in self.models and m.from_baseline), None)
-        if healed is not None and self._baseline not in self.models:
-            named = self._baseline or "a baseline of the recipe"
-            raise UsageError(f"{healed} is made of the trained baseline: name {named} with --models too")
-        if healed is not None and self.sampler != "grid":
-            raise UsageError(f"{healed} is made of the trained baseline of its setting: sweep it with --sampler grid")
-        # Seed by seed, so that an early look sees all settings; last what goes on from a trained baseline.
-        made = [self.setting(params, seed) for seed in self.seeds for params in self._combinations()]
-        self.settings = sorted({one.name: one for one in made}.values(), key=lambda one: one.model.from_baseline)
+        if healed := next((model.name for model in models if model.from_baseline), None):
+            if not any(model.is_baseline for model in models):
+                raise UsageError(f"{healed} starts from the trained baseline: name the baseline with --models too")
+            if self.sampler != "grid":
+                raise UsageError(f"{healed} starts from the trained baseline: sweep it with --sampler grid")
+        # Seed by seed, so that an early look sees all settings; last what starts from a trained baseline.
+        asked = itertools.product(self.seeds, [model.name for model in models], list(self._combinations()))
+        found = {one.name: one for one in (self.setting(model, values, seed) for seed, model, values in asked)}
+        self.settings = sorted(found.values(), key=lambda one: one.model.from_baseline)
 
-    def setting(self, params: Mapping[str, Any], seed: int) -> Setting:
-        """The setting of `params` (values by path, and the model's name under `model`), reduced to what concerns it.
+    def setting(self, model: str, values: Mapping[str, Any], seed: int) -> Setting:
+        """The training of a model with those of the values, by path, that concern it.
 
         Raises:
             UsageError: the values do not fit the options, or one another.
         """
-        alone = dataclasses.replace(self.recipe, models=[m for m in self.recipe.models if m.name == params[MODEL]])
-        values = {path: value for path, value in params.items() if path != MODEL}
-        full = overridden(alone, values | {"seed": seed})
-        values = {path: value for path, value in values.items() if _concerns(path, full.models[0])}
-        recipe = overridden(alone, values | {"seed": seed})
-        values = {path: _value_in(recipe, path) for path in sorted(values)}
-        differs = {path: value for path, value in values.items() if value != _value_in(alone, path)}
-        words = [recipe.models[0].folder, *(f"{FLAGS[path]}={_legible(path, v)}" for path, v in differs.items())]
-        return Setting({MODEL: params[MODEL]} | values, recipe, "_".join([*words, f"seed={seed}"]))
-
-    @property
-    def _baseline(self) -> str | None:
-        return next((model.name for model in self.recipe.models if model.is_baseline), None)
+        base = dataclasses.replace(self.recipe, models=[one for one in self.recipe.models if one.name == model])
+        full = overridden(base, values)
+        concerning = {path: value for path, value in values.items() if _concerns(path, full.models[0])}
+        recipe = overridden(base, concerning | {"seed": seed})
+        words = [f"{FLAGS[path]}={_legible(path, value)}" for path, value in differences(recipe, base).items()]
+        return Setting("_".join([recipe.models[0].folder, *words, f"seed={seed}"]), recipe)
 
     def origin(self, setting: Setting) -> Setting | None:
-        """The setting of the baseline that the model of `setting` is made of; None for one that is not made of any."""
+        """The training of the baseline that the model of `setting` starts from; None for a model that starts anew."""
         if not setting.model.from_baseline:
             return None
-        return self.setting({**setting.params, MODEL: self._baseline}, setting.recipe.seed)
+        baseline = next(model.name for model in self.recipe.models if model.is_baseline)
+        return self.setting(baseline, differences(setting.recipe, self.recipe), setting.recipe.seed)
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
-        lists = [[one.values for one in self.dimensions]]
-        if self.sampler != "grid":
-            first = [values[:1] for values in lists[0]]
-            lists = [first, *([*first[:i], one.values, *first[i + 1 :]] for i, one in enumerate(self.dimensions))]
-        for values in lists:
-            for name, *chosen in itertools.product(self.models, *values):
-                yield {MODEL: name} | dict(zip((one.path for one in self.dimensions), chosen, strict=True))
+        if self.sampler == "grid":
+            for chosen in itertools.product(*(one.values for one in self.dimensions)):
+                yield {one.path: value for one, value in zip(self.dimensions, chosen, strict=True)}
+            return
+        first = {one.path: one.values[0] for one in self.dimensions}
+        yield first
+        for one in self.dimensions:
+            for value in one.values:
+                yield first | {one.path: value}
+
+
+def differences(recipe: Recipe, base: Recipe) -> dict[str, Any]:
+    """The values of the recipe, by path, that are not those of `base`; its model is compared with that of its name."""
+    alone = dataclasses.replace(base, models=[one for one in base.models if one.name == recipe.models[0].name])
+    return {path: value for path in sorted(FLAGS) if (value := _value_in(recipe, path)) != _value_in(alone, path)}
 
 
 def _legible(path: str, value: Any) -> str:

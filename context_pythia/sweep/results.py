@@ -7,51 +7,33 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from context_pythia.config.recipe_files import recipe_to_dict
-from context_pythia.sweep.options import MODEL, Setting, SweepPlan
-from context_pythia.sweep.study import distribution
+from context_pythia.sweep.options import KEYS, Setting, by_logarithm
 
 TRIALS_AT_LEAST = 4  # with a result, for importances
 BEST_AT_LEAST, BEST_SHARE, BEST_AT_MOST = 5, 0.1, 0.5  # trials that count as good, and their share of all
+# What a trial keeps of a model's entry in its run folder's metrics.
+KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch", "error")
 
 
-def sweep_metrics(plan: SweepPlan, name: str, trials: Sequence[tuple[Setting, str, dict[str, Any]]]) -> dict[str, Any]:
-    """The content of a sweep's metrics.json.
-
-    Args:
-        name: of the study.
-        trials: each training's setting, its state, and what the study keeps of it.
-    """
-    searched = [one.path for one in plan.dimensions]
-    # Another call may have searched something else in the same study.
-    searched += sorted({path for setting, *_ in trials for path in setting.params} - {MODEL, *searched})
-    rows = [
-        {
-            "number": number,
-            "state": state,
-            "folder": setting.name,
-            "model": setting.model.name,
-            "baseline": setting.model.is_baseline,
-            "setting": {path: setting.value(path) for path in searched},
-            "seed": setting.recipe.seed,
-            **({"val_ppl": None, "cache_bytes": None, "error": None} | kept),
-        }
-        for number, (setting, state, kept) in enumerate(trials)
-    ]
-    return {
-        "kind": "sweep",
-        "study": name,
-        "sampler": plan.sampler,
-        "seeds": sorted({row["seed"] for row in rows}),
-        "searched": searched,
-        "recipe": recipe_to_dict(plan.recipe),
-        "trials": rows,
-        "settings": settings_over_seeds(rows),
-        "importance": importances(rows, searched),
+def trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable[str]) -> dict[str, Any]:
+    """A trial as metrics.json has it; `entry` is its model's in the run folder, None for a trial without an end."""
+    row: dict[str, Any] = {
+        "state": "unfinished" if entry is None else "failed" if entry["error"] else "complete",
+        "folder": setting.name,
+        "model": setting.model.name,
+        "baseline": setting.model.is_baseline,
+        "setting": {path: setting.value(path) for path in searched},
+        "seed": setting.recipe.seed,
+        **{key: entry and entry.get(key) for key in KEPT},
+        **{"val_ppl": None, "cache_bytes": None, "phase1": None},
     }
+    if entry and not entry["error"]:
+        row |= {"val_ppl": entry["best_val_ppl"], "cache_bytes": entry["cache"]["bytes_measured"]}
+        row["phase1"] = entry["phase1"] and {key: x for key, x in entry["phase1"].items() if key != "history"}
+    return row
 
 
 def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,18 +67,13 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
                 "positions": _mean_bands([trial.get("val_ppl_by_position") or [] for trial in done]),
             }
         )
-    for group in by_data(rows):
-        _compare(group)
-    return rows
-
-
-def by_data(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The settings, in groups of the same data by what was searched of it."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    by_data: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
-        groups.setdefault(repr(data), []).append(row)
-    return list(groups.values())
+        by_data.setdefault(repr(data), []).append(row)
+    for comparable in by_data.values():
+        _compare(comparable)
+    return rows
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
@@ -136,26 +113,34 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
         return {"reason": f"{len(done)} trials have a result, {TRIALS_AT_LEAST} at least are needed"}
     if len({trial["val_ppl"] for trial in done}) == 1:
         return {"reason": "all trials have the same perplexity"}
-    columns = {MODEL: [trial["model"] for trial in done]}
-    columns |= {path: [trial["setting"][path] for trial in done] for path in searched}
-    varied = {name: values for name, values in columns.items() if len(set(values) - {None}) > 1}
-    if not varied:
+    given = [{"model": trial["model"]} | {path: trial["setting"][path] for path in searched} for trial in done]
+    values = {name: {params[name] for params in given} - {None} for name in given[0]}
+    ranges = {name: _distribution(name, sorted(found, key=str)) for name, found in values.items() if len(found) > 1}
+    if not ranges:
         return {"reason": "nothing was searched: each option has one value"}
     import optuna
 
-    given = {name: [value for value in values if value is not None] for name, values in varied.items()}
-    ranges = {name: distribution(name, sorted(set(values), key=str)) for name, values in given.items()}
     study = optuna.create_study(direction="minimize")
-    for i, trial in enumerate(done):
-        params = {name: values[i] for name, values in varied.items() if values[i] is not None}
-        study.add_trial(
-            optuna.trial.create_trial(
-                value=trial["val_ppl"], params=params, distributions={name: ranges[name] for name in params}
-            )
-        )
+    for trial, params in zip(done, given, strict=True):
+        known = {name: params[name] for name in ranges if params[name] is not None}
+        of_trial = {name: ranges[name] for name in known}
+        study.add_trial(optuna.trial.create_trial(value=trial["val_ppl"], params=known, distributions=of_trial))
     quantile = min(BEST_AT_MOST, max(BEST_SHARE, BEST_AT_LEAST / len(done)))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of options that few trials have: the report shows how many there are
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {"evaluator": "PED-ANOVA", "quantile": quantile, "trials": len(done), "shares": shares}
+
+
+def _distribution(name: str, values: Sequence[Any]) -> Any:
+    """The range of an option's numbers, or its choices."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    option = KEYS[name][1] if name in KEYS else None
+    if option and all(type(value) in (int, float) for value in values):
+        kind = IntDistribution if option.kind is int else FloatDistribution
+        return kind(min(values), max(values), log=by_logarithm(option))
+    if option and option.choices:  # all of them, tried or not, as the prior counts them
+        return CategoricalDistribution([None, *option.choices] if option.optional else list(option.choices))
+    return CategoricalDistribution(list(values))

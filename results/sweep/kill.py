@@ -16,8 +16,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import optuna
-
 KILLS, TRIALS = 20, 12
 SWEEP = [
     sys.executable, "-m", "context_pythia", "sweep", "quick", "--models", "Pythia,layer",
@@ -59,15 +57,14 @@ def main() -> None:
         [entry["epoch"] for entry in json.loads(path.read_text())["models"][0]["history"]]
         for path in study.glob("trials/*/metrics.json")
     ]
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    trials = optuna.load_study(study_name="study", storage=f"sqlite:///{study}/study.db").trials
+    trials = json.loads((study / "metrics.json").read_text())["trials"]
     report = (study / "report.md").read_text() if (study / "report.md").exists() else ""
     figures = {
         "commit": json.loads((study / "provenance.json").read_text())["commit"],
         "kills": kills,
         "while_running": sum(kill["was_running"] for kill in kills),
         "seconds": round(time.monotonic() - began, 1),
-        "trials": dict(Counter(trial.state.name for trial in trials)),
+        "trials": dict(Counter(trial["state"] for trial in trials)),
         "run_folders": len(epochs),
         "trained_to_the_end": sorted(ends.values()),
         "report_counts": next((line for line in report.splitlines() if line.startswith("> ")), None),

@@ -276,8 +276,8 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
     asked = run("sweep", "quick", *argv, "--out", "here", "--storage", "sqlite:///s.db", "--lang", "ja")
     plan = asked.pop("plan")
     assert asked == {"out": Path("here"), "storage": "sqlite:///s.db", "lang": "ja", "progress": False}
-    assert plan.recipe == load_recipe("quick", {"train.epochs": 2})
-    assert (plan.models, plan.seeds, plan.sampler, plan.trials) == (["Pythia", "layer"], [0, 2], "grid", None)
+    assert plan.recipe == load_recipe("quick", {"train.epochs": 2}, ["Pythia", "layer"])
+    assert (plan.seeds, plan.sampler, plan.trials) == ((0, 2), "grid", None)
     assert [(one.path, one.values) for one in plan.dimensions] == [("model.context_dim", (32, 64))]
 
 

@@ -5,25 +5,25 @@ from types import SimpleNamespace
 
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.runs.record import Run, model_entry
-from context_pythia.sweep import study, worker
+from context_pythia.sweep import worker
 from context_pythia.sweep.options import SweepPlan, parse_over
 
-QUICK = load_recipe("quick")
 DATA = {"fingerprint": "the same text", "vocab_size": 300}
 STEPS = 10
 
 
-def plan_of(recipe=QUICK, over=(), models=("Pythia", "layer"), seeds=(0,), sampler="grid", trials=None) -> SweepPlan:
-    return SweepPlan(recipe, models, [parse_over(text) for text in over], seeds, sampler, trials)
+def plan_of(recipe="quick", over=(), models=("Pythia", "layer"), seeds=(0,), values=None, **asked) -> SweepPlan:
+    return SweepPlan(load_recipe(recipe, values, models), [parse_over(text) for text in over], seeds, **asked)
 
 
 def compare(recipe, folder, progress=False, origin=None, seconds=0.0):
     """`runs.train.compare` of one model, whose perplexity its settings decide."""
-    if worker._recorded(folder):
+    if worker._entry(folder):
         (folder / "twice").touch()
     (options,) = recipe.models
     run = Run(folder, recipe, origin)
     run.use_data(DATA)
+    run.write()
     log = folder / "steps"
     for step in range(len(log.read_text().splitlines()) if log.exists() else 0, STEPS):
         time.sleep(seconds)
@@ -38,12 +38,11 @@ def compare(recipe, folder, progress=False, origin=None, seconds=0.0):
 
 def stand_in(patch=setattr, seconds=0.0) -> None:
     patch(worker, "load_data", lambda options, progress: SimpleNamespace(summary=DATA))
+    patch(worker, "importances", lambda trials, searched: {"reason": "left to its own test"})
     patch(worker, "compare", lambda *args, **named: compare(*args, **named, seconds=seconds))
-    patch(study, "POLL", 0.05)
 
 
 def work(out, seconds: float, **plan) -> None:
     """A worker in a process of its own."""
     stand_in(seconds=seconds)
-    study.HEARTBEAT, study.GRACE = 1, 2
     worker.sweep(plan_of(**plan), out, progress=False)

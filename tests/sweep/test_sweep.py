@@ -21,7 +21,8 @@ SHARED = {"name": "shared", "context_source": "shared", "context_dim": 12}
 
 def plan_of(folder, over=(), models=(*NAMES, "shared"), seeds=(0,), **asked):
     recipe = healing_recipe(folder, models=[*MODELS, SHARED])
-    return SweepPlan(recipe, list(models), [parse_over(text) for text in over], seeds, **asked)
+    recipe.models = [model for model in recipe.models if model.name in models]
+    return SweepPlan(recipe, [parse_over(text) for text in over], seeds, **asked)
 
 
 def metrics_of(folder) -> dict:
@@ -87,8 +88,8 @@ def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"models": ["Converted"]}, "Converted is made of the trained baseline: name Pythia with --models too"),
-        ({"sampler": "tpe", "trials": 8}, "Control is made of .* its setting: sweep it with --sampler grid"),
+        ({"models": ["Converted"]}, "Converted starts from the trained baseline: name the baseline with --models too"),
+        ({"sampler": "tpe", "trials": 8}, "Control starts from the trained baseline: sweep it with --sampler grid"),
         ({"over": ["heal.warmup_ratio=0.1", "heal.schedule=constant"]}, "needs the schedule constant_with_warmup"),
     ],
 )

@@ -8,16 +8,17 @@ import sys
 import time
 from collections import Counter
 
-import optuna
 import pytest
 
-from context_pythia.config.recipe_files import load_recipe
 from context_pythia.errors import Failure
-from context_pythia.sweep import study, worker
-from context_pythia.sweep.study import open_studies
+from context_pythia.runs.record import Run, model_entry
+from context_pythia.sweep import worker
 from context_pythia.sweep.worker import sweep
 from tests.sweep import stand_in
 from tests.sweep.stand_in import plan_of
+
+GRID = {"over": ["learning_rate=1e-3,2e-3"], "seeds": (0, 1)}
+TPE = {"over": ["learning_rate=1e-3..2e-3"], "seeds": (0, 1), "sampler": "tpe", "trials": 8}
 
 
 @pytest.fixture
@@ -30,11 +31,11 @@ def trained(monkeypatch):
     return recipes
 
 
-def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_path):
-    """Twelve trainings by two workers, one of which is killed at a random moment, four times."""
+@pytest.mark.parametrize("asked", [GRID, TPE], ids=["grid", "tpe"])
+def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_path, asked):
+    """Eight trainings by two workers, one of which is killed at a random moment, three times."""
     out, dice, context = tmp_path / "a b?{c}", random.Random(0), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.sweep.stand_in"])
-    asked = {"over": ["learning_rate=1e-3,2e-3"], "seeds": (0, 1, 2)}
+    context.set_forkserver_preload(["tests.sweep.stand_in", "optuna", "sqlalchemy"])
 
     def start():
         process = context.Process(target=stand_in.work, args=(out, 0.01), kwargs=asked)
@@ -44,7 +45,7 @@ def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_p
     workers = [start(), start()]
     while not list(out.glob("trials/*/steps")):
         time.sleep(0.01)
-    for kill in range(4):
+    for kill in range(3):
         time.sleep(dice.uniform(0, 0.3))
         workers[kill % 2].kill()
         workers[kill % 2].join()
@@ -53,8 +54,10 @@ def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_p
         process.join()
         assert process.exitcode == 0
     trials = json.loads((out / "metrics.json").read_text())["trials"]
-    assert [trial["state"] for trial in trials] == ["complete"] * 12
-    assert {trial["folder"] for trial in trials} == {setting.name for setting in plan_of(**asked).settings}
+    assert [trial["state"] for trial in trials] == ["complete"] * 8
+    assert Counter((trial["model"], trial["seed"]) for trial in trials) == {
+        (model, seed): 2 for model in ("Pythia", "layer") for seed in (0, 1)
+    }
     # A training goes on where a kill left it: two at once, or one begun again, would repeat a step.
     for trial in trials:
         assert (out / "trials" / trial["folder"] / "steps").read_text().split() == [str(i) for i in range(10)]
@@ -62,141 +65,89 @@ def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_p
 
 
 def test_what_has_ended_is_never_trained_again(tmp_path, trained, capsys):
-    first = sweep(plan_of(), tmp_path / "sweep")
+    first = sweep(plan_of(), tmp_path)
     capsys.readouterr()
-    assert sweep(plan_of(), tmp_path / "sweep") == first
+    assert sweep(plan_of(), tmp_path) == first and len(trained) == 2
     assert capsys.readouterr().out == "all 2 trials have ended, nothing is left to train\n"
-    # The run folders are the record, without the study too.
-    (tmp_path / "sweep" / "study.db").unlink()
-    assert sweep(plan_of(), tmp_path / "sweep") == first and len(trained) == 2
 
 
 def test_a_grid_grows_in_the_same_folder(tmp_path, trained):
-    sweep(plan_of(over=["context_dim=32,64"]), tmp_path / "sweep")
-    wider = plan_of(over=["context_dim=16,128", "learning_rate=0.002"], seeds=(0, 1))
-    metrics = sweep(wider, tmp_path / "sweep")
-    assert len(trained) == 3 + 6 and len(metrics["trials"]) == 9
+    sweep(plan_of(over=["context_dim=32,64"]), tmp_path)
+    wider = plan_of(over=["context_dim=16,128", "learning_rate=0.002"], models=("layer",), seeds=(0, 1))
+    metrics = sweep(wider, tmp_path)
+    assert len(trained) == 3 + 4 and len(metrics["trials"]) == 7
     settings = {
         (one["setting"]["model.context_dim"], one["setting"]["train.learning_rate"]) for one in metrics["settings"]
     }
-    assert settings == {(None, 0.001), (32, 0.001), (64, 0.001), (None, 0.002), (16, 0.002), (128, 0.002)}
+    assert settings == {(None, 0.001), (32, 0.001), (64, 0.001), (16, 0.002), (128, 0.002)}
 
 
 def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, trained):
     over = ["learning_rate=log:1e-4..1e-2", "context_dim=32,64", "epochs=1..9"]
-    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=16), tmp_path / "sweep")
+    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=16), tmp_path)
     assert Counter((recipe.models[0].name, recipe.seed) for recipe in trained) == dict.fromkeys(
         [("Pythia", 0), ("Pythia", 1), ("layer", 0), ("layer", 1)], 4
     )
     assert all(row["n"] == 2 for row in metrics["settings"]) and len(metrics["settings"]) == 8
     rates = {recipe.train.learning_rate for recipe in trained}
     assert len(rates) >= 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
-    # A larger budget goes on; another search does not.
-    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=20), tmp_path / "sweep")
+    # A larger budget goes on, and another search has a budget of its own.
+    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=20), tmp_path)
     assert len(trained) == 20
-    with pytest.raises(ValueError, match="the sweep searches train.learning_rate=.*: choose another --out"):
-        sweep(plan_of(over=["epochs=1,2"], sampler="tpe", trials=4), tmp_path / "sweep")
+    sweep(plan_of(over=["epochs=10..99999"], sampler="tpe", trials=4), tmp_path)
+    assert len(trained) == 24
 
 
 def test_tpe_ends_where_nothing_new_is_left_and_leaves_out_what_does_not_go_together(tmp_path, trained, capsys):
-    sweep(plan_of(over=["epochs=1,2,3"], models=("Pythia",), sampler="tpe", trials=20), tmp_path / "sweep")
-    assert sorted(recipe.train.epochs for recipe in trained) in ([1, 2, 3], [1, 2], [1, 3], [2, 3])
     over = ["context_dim=40,20", "num_rotary_keys=1,4"]  # four rotary keys of 8 dims need more than 32
-    metrics = sweep(plan_of(over=over, models=("layer",), sampler="tpe", trials=20), tmp_path / "other")
+    metrics = sweep(plan_of(over=over, models=("layer",), sampler="tpe", trials=20), tmp_path)
     assert {recipe.models[0].context_dim for recipe in trained if recipe.models[0].num_rotary_keys == 4} <= {40}
-    assert {trial["state"] for trial in metrics["trials"]} == {"complete"}
-    assert "left out: context_dim 20: must be more than the 32 dims" in capsys.readouterr().out
+    assert len(trained) <= 3 and {trial["state"] for trial in metrics["trials"]} == {"complete"}
+    assert "left out, context_dim 20: must be more than the 32 dims" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("asked", [{}, {"over": ["epochs=1..9"], "sampler": "tpe", "trials": 2}], ids=["grid", "tpe"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_what_ends_a_worker_leaves_the_trial_to_the_next(tmp_path, trained, monkeypatch, error):
+def test_what_ends_a_worker_leaves_the_trial_to_the_next(tmp_path, trained, monkeypatch, error, asked):
     with monkeypatch.context() as patch:
         patch.setattr(worker, "compare", lambda *args, **named: (_ for _ in ()).throw(error))
         with pytest.raises((KeyboardInterrupt, OSError)):
-            sweep(plan_of(), tmp_path / "sweep")
-    metrics = sweep(plan_of(), tmp_path / "sweep")
+            sweep(plan_of(**asked), tmp_path)
+    metrics = sweep(plan_of(**asked), tmp_path)
     assert [trial["state"] for trial in metrics["trials"]] == ["complete"] * 2 and len(trained) == 2
 
 
-@pytest.mark.parametrize("added_again", [True, False])
-def test_a_worker_that_is_gone_before_its_first_heartbeat_is_found_out(
-    tmp_path, trained, monkeypatch, capsys, added_again
-):
-    """By another one, which may itself be gone before it adds the trial again."""
-    if not added_again:
-        monkeypatch.setattr(optuna.storages.RetryHeartbeatStaleTrialCallback, "__call__", lambda *args: None)
-    monkeypatch.setattr(study, "HEARTBEAT", 1)
-    monkeypatch.setattr(study, "GRACE", 1)
-    (tmp_path / "sweep").mkdir()
-    study.require_optuna()
-    (one,) = open_studies(plan_of(), tmp_path / "sweep", None)
-    study.add_missing(plan_of(), [one])
-    with pytest.warns(UserWarning, match="Heartbeat"):
-        one.ask()  # takes the first that waits
-    metrics = sweep(plan_of(), tmp_path / "sweep")
-    assert [trial["state"] for trial in metrics["trials"]] == ["complete"] * 2 and len(trained) == 2
-    assert "waiting for 1 trial" in capsys.readouterr().out
-    states = Counter(trial.state.name for trial in one.trials)
-    assert states == {"COMPLETE": 2, "FAIL": 1}
-
-
-def test_a_worker_that_was_taken_for_dead_goes_on(tmp_path, trained, monkeypatch):
-    """A machine that slept: another worker has ended its trial meanwhile."""
-
-    def slow(*args, **named):
-        stand_in.compare(*args, **named)
-        (one,) = open_studies(plan_of(), tmp_path / "sweep", None)
-        (running,) = one.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-        one.tell(running.number, state=optuna.trial.TrialState.FAIL)
-        one.add_trial(optuna.trial.create_trial(
-            state=optuna.trial.TrialState.WAITING, params=running.params, distributions=running.distributions,
-            user_attrs=running.user_attrs,
-        ))  # fmt: skip
-
-    monkeypatch.setattr(worker, "compare", slow)
-    metrics = sweep(plan_of(), tmp_path / "sweep")
-    assert [trial["state"] for trial in metrics["trials"]] == ["complete"] * 2
-
-
-def test_failures_are_recorded_and_not_tried_again(tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize("asked", [{}, {"sampler": "tpe", "trials": 2}], ids=["grid", "tpe"])
+def test_failures_are_recorded_and_not_tried_again(tmp_path, trained, monkeypatch, asked):
     def fail(recipe, folder, **named):
         trained.append(recipe)
-        run = worker.Run(folder, recipe)
-        run.add(worker_entry(recipe.models[0], error="training loss became nan at step 3"))
+        Run(folder, recipe).add(model_entry(recipe.models[0], error="training loss became nan at step 3"))
         raise Failure("1 of 1 models failed")
-
-    from context_pythia.runs.record import model_entry as worker_entry
 
     good = worker.compare
     monkeypatch.setattr(worker, "compare", lambda recipe, *args, **named: (
-        fail if recipe.train.learning_rate == 0.1 else good)(recipe, *args, **named))  # fmt: skip
-    plan = plan_of(over=["learning_rate=0.003,0.1"], models=("Pythia",))
-    metrics = sweep(plan, tmp_path / "sweep")
-    assert [trial["state"] for trial in metrics["trials"]] == ["complete", "failed"]
-    bad = metrics["trials"][1]
+        fail if recipe.models[0].name == "layer" else good)(recipe, *args, **named))  # fmt: skip
+    metrics = sweep(plan_of(**asked), tmp_path / "sweep")
+    bad, good = sorted(metrics["trials"], key=lambda trial: trial["model"] == "Pythia")
+    assert (good["state"], bad["state"]) == ("complete", "failed")
     assert bad["error"] == "training loss became nan at step 3" and bad["val_ppl"] is None
-    assert sweep(plan, tmp_path / "sweep") == metrics and len(trained) == 2
+    assert sweep(plan_of(**asked), tmp_path / "sweep") == metrics and len(trained) == 2
     with pytest.raises(Failure, match="all 1 trials failed: training loss became nan"):
-        sweep(plan_of(over=["learning_rate=0.1"], models=("Pythia",)), tmp_path / "other")
+        sweep(plan_of(models=("layer",)), tmp_path / "other")
 
 
-def test_a_folder_keeps_to_its_recipe_its_sampler_and_its_text(tmp_path, trained, monkeypatch):
-    out = tmp_path / "sweep"
-    sweep(plan_of(), out)
-    with pytest.raises(ValueError, match=r"sweep holds a run with train.epochs \d, not 9: choose another folder"):
-        sweep(plan_of(load_recipe("quick", {"train.epochs": 9})), out)
-    with pytest.raises(ValueError, match="holds a sweep with sampler grid: choose another"):
-        sweep(plan_of(sampler="tpe", trials=2), out)
+def test_a_folder_keeps_to_its_recipe_and_its_text(tmp_path, trained, monkeypatch):
+    sweep(plan_of(), tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with train.epochs \d, not 9: choose another folder"):
+        sweep(plan_of(values={"train.epochs": 9}), tmp_path)
     # Of another text nothing is trained: the first setting is recorded, and the second would be new.
     monkeypatch.setitem(stand_in.DATA, "fingerprint", "another text")
-    with pytest.raises(
-        ValueError, match=r"trials/pythia_seed=0 holds a run on data the same text, and the same names now"
-    ):
-        sweep(plan_of(seeds=(0, 1)), out)
+    message = "trials/pythia_seed=0 holds a run with data.fingerprint the same text, not another text"
+    with pytest.raises(ValueError, match=message):
+        sweep(plan_of(seeds=(0, 1)), tmp_path)
+    with pytest.raises(ValueError, match="pythia_seed=0 holds a run, or a sweep of an older version: choose another"):
+        sweep(plan_of(), tmp_path / "trials" / "pythia_seed=0")
     assert len(trained) == 2
-    (out / "recipe.yaml").unlink()
-    with pytest.raises(ValueError, match="holds a sweep of an older version: `report` reads it; choose another"):
-        sweep(plan_of(), out)
 
 
 def test_no_password_is_written_and_every_call_that_trained_is(tmp_path, trained, monkeypatch):
@@ -215,8 +166,8 @@ def test_no_password_is_written_and_every_call_that_trained_is(tmp_path, trained
 @pytest.mark.parametrize(
     "url", ["nonsense", "bad://me:secret@host/db", "redis://me:secret@host", "postgresql://me:secret"]
 )
-def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, url):
+def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, trained, url):
     with pytest.raises(ValueError, match=re.escape(f"--storage {url.replace('secret@', '***@')}"[:20])) as caught:
-        open_studies(plan_of(), tmp_path, url)
+        sweep(plan_of(sampler="tpe", trials=2), tmp_path, storage=url)
     assert "cannot be opened" in str(caught.value) and "\n" not in str(caught.value)
     assert "secret@" not in str(caught.value)
