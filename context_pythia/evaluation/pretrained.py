@@ -73,6 +73,15 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     return model.eval()
 
 
+def check_pretrained(name: str, dtype: torch.dtype) -> PreTrainedConfig:
+    """The configuration of a model that `load_pretrained` can load; raises what that raises.
+
+    Weights are compared by their names and shapes and not read, but for those of a quantiser.
+    """
+    device_map = None if quantiser_of(stored_config(name)) else {"": "meta"}
+    return load_pretrained(name, dtype, device_map).config
+
+
 def stored_config(name: str) -> dict[str, Any]:
     """What the checkpoint's config.json says, not yet checked; raises what `load_pretrained` raises."""
     folder, revision = _place(name)

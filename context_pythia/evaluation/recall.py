@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,37 +52,30 @@ class Words:
         return [key, *self.joint]
 
 
-def choose_words(tokenizer: PreTrainedTokenizerFast, facts: int, seed: int) -> Words:
-    """Keys and values for texts of so many facts, twice as many of both as one text takes.
+def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
+    """Keys and values for texts of so many tokens, twice as many of both as one text of facts alone takes.
 
     Raises:
-        UsageError: the tokenizer has too few whole words.
+        UsageError: the tokenizer has too few whole words, or no distance fits the texts.
     """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    joint, end, filler = ids(" is"), ids("."), ids(_FILLER)
-    taken = {*joint, *end, *filler, *tokenizer.all_special_ids}
+    words = Words([], [], ids(" is"), ids("."), ids(_FILLER))
+    distances(words, TASKS[0], length)
+    taken = {*words.joint, *words.end, *words.filler, *tokenizer.all_special_ids}
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    words = [i for i, text in enumerate(texts) if re.fullmatch(" [a-z]{3,}", text) and i not in taken]
-    wanted = 4 * facts
-    if len(words) < wanted:
+    whole = [i for i, text in enumerate(texts) if re.fullmatch(" [a-z]{3,}", text) and i not in taken]
+    facts = max(1, length // words.fact_length)
+    if len(whole) < 4 * facts:
         raise UsageError(
-            f"the tokenizer has {len(words)} whole words, texts of {facts} facts take {wanted}: "
+            f"the tokenizer has {len(whole)} whole words, texts of {facts} facts take {4 * facts}: "
             "ask for recall at a shorter length, or train a larger vocabulary"
         )
-    order = torch.randperm(len(words), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [words[i] for i in order[:wanted]]
-    return Words(chosen[: wanted // 2], chosen[wanted // 2 :], joint, end, filler)
-
-
-def require_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
-    """The words of texts of so many tokens; UsageError where they cannot be made."""
-    size = choose_words(tokenizer, 1, seed).fact_length
-    words = choose_words(tokenizer, max(1, length // size), seed)
-    distances(words, TASKS[0], length)
-    return words
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [whole[i] for i in order[: 4 * facts]]
+    return replace(words, keys=chosen[: 2 * facts], values=chosen[2 * facts :])
 
 
 def recall_texts(
@@ -168,7 +161,7 @@ def recall(
         UsageError: a text too short for any distance, or a tokenizer without enough words.
     """
     model.eval()
-    words = require_words(tokenizer, length, seed)
+    words = choose_words(tokenizer, length, seed)
     rows = []
     for task in tasks:
         for distance in distances(words, task, length):

@@ -24,14 +24,14 @@ from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
-from context_pythia.evaluation.pretrained import hub_commit, load_pretrained, model_names
+from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
 from context_pythia.evaluation.quantized import (
     measure_quantized,
     quantized_cache,
     require_quantizer,
     residual_length,
 )
-from context_pythia.evaluation.recall import recall, require_words
+from context_pythia.evaluation.recall import choose_words, recall
 from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import best_device
@@ -73,11 +73,10 @@ def evaluate(
     if caches:
         require_quantizer()
     manager = require_tasks(tasks, tasks_path) if tasks else None
-    load = partial(load_pretrained, dtype=getattr(torch, dtype))
-    configs = {name: _config_of(load(path), path) for name, path in paths.items()}
+    configs = {name: _config_of(path, getattr(torch, dtype)) for name, path in paths.items()}
     packed = load_data(data, progress)
     if recall_samples:
-        require_words(packed.tokenizer, data.sequence_length)
+        choose_words(packed.tokenizer, data.sequence_length)
     notes = _check_vocabularies(paths, configs, packed)
     metrics: dict[str, Any] = {
         "kind": "evaluation",
@@ -101,7 +100,7 @@ def evaluate(
     device = best_device()
     reference: PreTrainedModel | None = None
     for name, path in paths.items():
-        model = load(path).to(device)
+        model = load_pretrained(path, getattr(torch, dtype)).to(device)
         try:
             rows = evaluate_model(
                 model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
@@ -280,11 +279,12 @@ def _held(out: Path, what: str) -> UsageError:
     return UsageError(f"--out {out}: {what}; choose another folder")
 
 
-def _config_of(model: PreTrainedModel, path: str) -> GPTNeoXConfig:
-    """The configuration of a model that was loaded whole, so that damage shows before an hour of scoring."""
-    if not isinstance(model.config, GPTNeoXConfig):
-        raise UsageError(f"{path} is a {model.config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
-    return model.config
+def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
+    """The configuration of a model that can be loaded, so that damage shows before an hour of scoring."""
+    config = check_pretrained(path, dtype)
+    if not isinstance(config, GPTNeoXConfig):
+        raise UsageError(f"{path} is a {config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
+    return config
 
 
 def _check_vocabularies(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], data: PackedData) -> list[str]:

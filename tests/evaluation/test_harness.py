@@ -48,10 +48,9 @@ metric_list:
 
 
 @needs_harness
-@pytest.mark.parametrize("source", ["pythia", "layer"])
-def test_a_task_of_ones_own_gives_the_accuracy_of_the_likeliest_choices(tasks_path, source):
+def test_a_task_of_ones_own_gives_the_accuracy_of_the_likeliest_choices(tasks_path):
     tokenizer = train_tokenizer([TEXT] * 3, 270, progress=False)
-    model = build(source, vocab_size=vocabulary_rows(tokenizer))
+    model = build("layer", vocab_size=vocabulary_rows(tokenizer))
     right = 0
     for i in range(9):
         losses = []
@@ -81,23 +80,15 @@ def test_an_unknown_task_is_named(tasks_path, monkeypatch):
 
 
 @needs_harness
-def test_a_task_whose_data_cannot_be_read_fails_in_one_line(tasks_path):
-    (tasks_path / "data.jsonl").unlink()
-    tokenizer = train_tokenizer([TEXT], 270, progress=False)
-    model = build("pythia", vocab_size=vocabulary_rows(tokenizer))
-    with pytest.raises(RuntimeError, match="tasks own_words failed: ") as caught:
-        run_tasks(model, tokenizer, ["own_words"], require_tasks(["own_words"], tasks_path))
-    assert "\n" not in str(caught.value)
-
-
-@needs_harness
 def test_half_a_surrogate_pair_in_a_tasks_data_is_one_line_with_its_row(tasks_path):
     with (tasks_path / "data.jsonl").open("a") as file:
         file.write('\n{"question": "half \\ud83d", "choices": ["a", "b", "c"], "answer": 1}')
     tokenizer = train_tokenizer([TEXT], 270, progress=False)
     model = build("pythia", vocab_size=vocabulary_rows(tokenizer))
-    with pytest.raises(Failure, match="tasks own_words failed: .*surrogate pair in string is invalid. in row 9"):
+    said = "tasks own_words failed: .*surrogate pair in string is invalid. in row 9"
+    with pytest.raises(Failure, match=said) as caught:
         run_tasks(model, tokenizer, ["own_words"], require_tasks(["own_words"], tasks_path))
+    assert "\n" not in str(caught.value)
 
 
 @needs_harness

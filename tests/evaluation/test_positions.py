@@ -25,9 +25,9 @@ def test_longer_samples_have_the_bands_of_shorter_ones_and_more():
     assert position_bands(2048) == [*position_bands(512), (512, 1024), (1024, 2048)]
 
 
-@pytest.mark.parametrize("length", range(1, 300))
-def test_every_position_is_in_one_band(length):
-    assert [p for start, stop in position_bands(length) for p in range(start, stop)] == list(range(length))
+def test_every_position_is_in_one_band():
+    for length in range(1, 300):
+        assert [p for start, stop in position_bands(length) for p in range(start, stop)] == list(range(length))
 
 
 def test_the_bands_weighed_by_their_tokens_are_the_total():

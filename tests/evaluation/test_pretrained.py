@@ -10,7 +10,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.memory import measure_generated_cache
-from context_pythia.evaluation.pretrained import hub_commit, load_pretrained
+from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def saved(tmp_path):
 def test_a_sound_model_is_loaded_in_the_wanted_dtype(saved):
     model = load_pretrained(str(saved), torch.bfloat16)
     assert isinstance(model, ContextPythiaForCausalLM) and model.dtype == torch.bfloat16 and not model.training
+    assert check_pretrained(str(saved), torch.bfloat16).context_dim == 12
 
 
 def cut(path):
@@ -46,9 +47,10 @@ def reshape_a_tensor(path):
 @pytest.mark.parametrize("damage", [cut, drop_a_tensor, reshape_a_tensor, lambda path: path.unlink()])
 def test_damaged_weights_are_refused_in_one_line(saved, damage):
     damage(saved / "model.safetensors")
-    with pytest.raises(RuntimeError, match="is damaged .*train or download it again") as caught:
-        load_pretrained(str(saved), torch.float32)
-    assert "\n" not in str(caught.value)
+    for load in (load_pretrained, check_pretrained):
+        with pytest.raises(RuntimeError, match="is damaged .*train or download it again") as caught:
+            load(str(saved), torch.float32)
+        assert "\n" not in str(caught.value)
 
 
 def test_damaged_configuration_is_refused(saved):

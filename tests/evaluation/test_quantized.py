@@ -49,7 +49,7 @@ def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind,
     assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
 
 
-@pytest.mark.parametrize("source", ["pythia", "input", "shared", "layer"])
+@pytest.mark.parametrize("source", ["input", "layer"])
 def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
     model = build(source, hidden_size=128, context_dim=80)
     own = score_cached(model, dataset, 1000, progress=False)

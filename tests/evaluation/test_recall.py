@@ -19,7 +19,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def words(tokenizer):
-    return choose_words(tokenizer, 20, seed=0)
+    return choose_words(tokenizer, LENGTH)
 
 
 class Reader(torch.nn.Module):
@@ -63,7 +63,7 @@ def test_distances_double_up_to_the_longest(words):
 
 
 def test_a_reader_finds_what_is_within_its_reach_alone(tokenizer):
-    words = choose_words(tokenizer, LENGTH // 4, seed=0)
+    words = choose_words(tokenizer, LENGTH)
     rows = recall(Reader(words, reach=70), tokenizer, LENGTH, samples=40)
     assert [(row["task"], row["distance"]) for row in rows] == [
         (task, distance) for task in TASKS for distance in distances(words, task, LENGTH)
@@ -87,4 +87,4 @@ def test_what_cannot_be_asked_is_one_line(tokenizer, words):
     with pytest.raises(UsageError, match="texts of 33 tokens: give 34 or more"):
         distances(words, "key", 33)
     with pytest.raises(UsageError, match=r"the tokenizer has \d+ whole words, texts of 500 facts take 2000"):
-        choose_words(tokenizer, 500, seed=0)
+        choose_words(tokenizer, 2000)
