@@ -59,7 +59,8 @@ def use_system_allocator() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
+    libc = ctypes.CDLL(None)
+    libc.malloc_trim(0)  # what the heap still holds would be used before any new mapping
     # glibc raises its threshold to what was freed, up to 32 MB, and returns the heap's top from twice that on.
     settings = {M_MMAP_MAX: MOST_MAPPINGS, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26}
-    return all([mallopt(option, value) for option, value in settings.items()])
+    return all([libc.mallopt(option, value) for option, value in settings.items()])
