@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from context_pythia.bench.options import SIZES, BenchOptions, ServeOptions, parse_sources
-from context_pythia.cli.command import OF_A_RECIPE, ModelCommand, Report
+from context_pythia.cli.command import OF_A_RECIPE, Command, Report
 from context_pythia.config.options import option
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
 from context_pythia.errors import UsageError
 
 
 @dataclass(kw_only=True)
-class Bench(Report, ModelCommand):
+class Bench(Report, Command):
     summary = "speed and memory of prefill, decoding, training or serving beside GPT-NeoX"
     examples = (
         "bench --size pythia-70m --sources shared:256,layer:256,layer:512:exact --out bench",

@@ -11,10 +11,9 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from context_pythia.config.options import Options, option
+from context_pythia.config.options import Options, option, options_of
 from context_pythia.config.recipe import SECTIONS, ModelOptions, Recipe
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
-from context_pythia.errors import UsageError
 
 LANGUAGES = ("en", "ja")
 # The sections of a recipe, by the paths of their values.
@@ -55,7 +54,12 @@ class Command(Options):
         raise NotImplementedError
 
     def label(self, name: str) -> str:
+        """As the command line calls it."""
         return name.upper() if name in self.arguments else f"--{name}".replace("_", "-")
+
+    def own(self) -> dict[str, Any]:
+        """The values of the command's own options, by name."""
+        return {declared.name: getattr(self, declared.name) for declared in options_of(type(self))}
 
     def values_of(self, section: str) -> dict[str, Any]:
         """The values given for one section, by name."""
@@ -64,29 +68,6 @@ class Command(Options):
             for path, value in self.values.items()
             if path.startswith(f"{section}.")
         }
-
-
-@dataclass(kw_only=True)
-class ModelCommand(Command):
-    """Base of the commands that read saved models; `model` or `models` names them."""
-
-    revision: str | None = option(None, "branch, tag or commit of the Hub models, such as step3000 of Pythia's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.revision is None:
-            return
-        for own in ("model", "models"):
-            if given := getattr(self, own, None):
-                found = [given] if isinstance(given, str) else given
-                named = [
-                    model if "@" in model or Path(model).exists() else f"{model}@{self.revision}" for model in found
-                ]
-                if named == list(found):
-                    raise UsageError(f"--revision {self.revision}: is for models of the Hub, and {found[0]} is none")
-                setattr(self, own, named[0] if isinstance(given, str) else named)
-                return
-        raise UsageError(f"--revision {self.revision}: is for models of the Hub, and none is named")
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +41,13 @@ class Train(RecipeCommand):
     quiet: bool = option(False, "show no progress bars")
 
     def run(self) -> None:
-        recipe = self.load_recipe([self.model])
-        from context_pythia.runs.train import train
+        from context_pythia.runs.train import compare
 
-        train(recipe, folder_of(recipe, self.out), progress=not self.quiet)
+        self._run(compare)
+
+    def _run(self, work: Callable[..., None]) -> None:
+        recipe = self.load_recipe([self.model])
+        work(recipe, folder_of(recipe, self.out), progress=not self.quiet)
 
 
 @dataclass(kw_only=True)
@@ -52,7 +56,6 @@ class Phase1(Train):
     examples = ("phase1 quick --model shared --phase1-convergence-rate 0.99",)
 
     def run(self) -> None:
-        recipe = self.load_recipe([self.model])
         from context_pythia.runs.train import run_phase1
 
-        run_phase1(recipe, folder_of(recipe, self.out), progress=not self.quiet)
+        self._run(run_phase1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from context_pythia.cli.command import ModelCommand, required
+from context_pythia.cli.command import Command, required
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.options import option
 from context_pythia.config.recipe import DataOptions, HealOptions
 
 
 @dataclass(kw_only=True)
-class Convert(ModelCommand):
+class Convert(Command):
     summary = "give a trained GPT-NeoX model a smaller cache"
     examples = (
         "convert EleutherAI/pythia-70m --kv-reduction 0.75 --data corpus.jsonl.gz --out pythia-70m-quarter",

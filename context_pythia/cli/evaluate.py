@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from context_pythia.cli.command import ModelCommand, Report, required
+from context_pythia.cli.command import Command, Report, required
 from context_pythia.config.options import option
 from context_pythia.config.recipe import PRECISIONS, DataOptions
 
@@ -13,7 +13,7 @@ CACHES = ("none", "int8", "int4")
 
 
 @dataclass(kw_only=True)
-class Evaluate(Report, ModelCommand):
+class Evaluate(Report, Command):
     summary = "perplexity, accuracy and measured cache of models side by side"
     examples = (
         "eval runs/quick/models/pythia runs/quick/models/shared --samples 1200 --out eval",

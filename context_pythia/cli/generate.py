@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from context_pythia.cli.command import ModelCommand, required
+from context_pythia.cli.command import Command, required
 from context_pythia.config.options import option
 from context_pythia.config.recipe import PRECISIONS
 
 
 @dataclass(kw_only=True)
-class Generate(ModelCommand):
+class Generate(Command):
     summary = "write text with a trained model"
     examples = (
         'generate runs/quick/models/shared --prompt "def main(" --stats',
@@ -32,15 +32,4 @@ class Generate(ModelCommand):
     def run(self) -> None:
         from context_pythia.runs.generate import generate
 
-        generate(
-            self.model,
-            self.prompt,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            num_beams=self.num_beams,
-            seed=self.seed,
-            dtype=self.dtype,
-            stats=self.stats,
-            compile=self.compile,
-        )
+        generate(**self.own())

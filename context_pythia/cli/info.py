@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from context_pythia.cli.command import OF_A_RECIPE, ModelCommand
+from context_pythia.cli.command import OF_A_RECIPE, Command
 from context_pythia.config.options import option
 from context_pythia.config.recipe import PRECISIONS
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
@@ -12,7 +12,7 @@ from context_pythia.errors import UsageError
 
 
 @dataclass(kw_only=True)
-class Info(ModelCommand):
+class Info(Command):
     summary = "parameters and cache bytes, by formula and measured"
     examples = ("info --recipe report", "info runs/quick/models/shared --length 2048 --dtype bfloat16 --json")
     arguments = ("model",)

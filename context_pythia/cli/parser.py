@@ -65,9 +65,20 @@ def parse(commands: dict[str, type[Command]], argv: Sequence[str] | None) -> tup
         args.parser.error(f"unknown argument {unknown[0]}{_advice(unknown[0], args.command, known)}")
     given = vars(args)
     values = {dest.removeprefix(SETTING): value for dest, value in given.items() if dest.startswith(SETTING)}
-    values |= _set_values(args.command, given.get("set") or [])
+    values |= _set_values(args.command, given.get("set") or [], args.parser.prog)
     fields = {declared.name for declared in options_of(args.command)}
     return args, {name: value for name, value in given.items() if name in fields} | {"values": values}
+
+
+class SetAction(argparse._AppendAction):
+    """`--set KEY=VALUE`; `--set help` lists the keys and ends, as `--help` does."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if values == "help":
+            for path, declared in _settable(parser.get_default("command")).items():
+                print(f"{path:32} {_help(declared)}")
+            parser.exit()
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _settable(command: type[Command]) -> dict[str, Option]:
@@ -80,14 +91,14 @@ def _settable(command: type[Command]) -> dict[str, Option]:
     }
 
 
-def _set_values(command: type[Command], texts: Sequence[str]) -> dict[str, Any]:
+def _set_values(command: type[Command], texts: Sequence[str], program: str) -> dict[str, Any]:
     known = _settable(command)
     values = {}
     for text in texts:
         path, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text!r}: give section.key=value, such as {next(iter(known))}=...")
-        only_known([path], known, "--set")
+        only_known([path], known, "--set", f"{program} --set help")
         values[path] = known[path].parse(value)
     return values
 
@@ -144,10 +155,11 @@ def _add_options(parser: argparse.ArgumentParser, command: type[Command]) -> Non
     if command.sections:
         parser.add_argument(
             "--set",
-            action="append",
+            action=SetAction,
             metavar="KEY=VALUE",
             help=f"any value of {', '.join(filter(None, command.sections))}, such as "
-            f"{'train.max_grad_norm=0.5' if of_recipe else 'data.text_field=body'}; may be given several times",
+            f"{'train.max_grad_norm=0.5' if of_recipe else 'data.text_field=body'}; `--set help` lists all; "
+            "may be given several times",
         )
 
 
@@ -177,7 +189,7 @@ def _help(declared: Option, default: str | None = None) -> str:
     """The option's help and its default: the declared one, or another in words."""
     if default is None:
         if declared.required or declared.default in (None, (), False) or "(default" in declared.help:
-            return declared.help.replace("%", "%%")
+            return declared.help
         value = declared.default
         default = "yes" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f"{declared.help} (default: {default})".replace("%", "%%")
+    return f"{declared.help} (default: {default})"

@@ -65,11 +65,11 @@ def evaluate(*args: Any, out: Path | None = None, lang: str = "en", **options: A
 
 
 def convert(model: str, out: Path, *args: Any, **options: Any) -> None:
-    """`runs.convert.convert`, and the model's card."""
+    """`runs.convert.Conversion`, and the model's card."""
     from context_pythia.report.card import write_card
-    from context_pythia.runs import convert
+    from context_pythia.runs.convert import Conversion
 
-    convert.convert(model, out, *args, **options)
+    Conversion(model, out, *args, **options).run()
     write_card(out)
 
 

@@ -38,12 +38,6 @@ class ConvertOptions(Options):
     batch_size: int | None = option(
         None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1", free=True
     )
-    statistics_gb: float = option(
-        8.0,
-        "memory for statistics, at most half of what is free; more passes over the text if it is short",
-        bounds="> 0",
-        free=True,
-    )
     dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS, flag=True)
     seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296", flag=True)
 

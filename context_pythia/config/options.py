@@ -13,10 +13,10 @@ import functools
 import math
 import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 from context_pythia.errors import UsageError
 
@@ -25,67 +25,35 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def option(
-    default: Any,
-    help: str,
-    choices: Iterable[str] | None = None,
-    bounds: str = "",
-    free: bool = False,
-    flag: bool = False,
-    metavar: str = "",
-) -> Any:
-    """A documented dataclass field.
+@dataclass(frozen=True)
+class Option:
+    """What a field of an option dataclass declares.
 
-    Args:
-        default: its default; `dataclasses.MISSING` where a value must be given.
+    Attributes:
         help: one line for the command line's help.
-        choices: the valid values, where there is a list of them.
+        choices: the valid values; none where there is no list of them.
         bounds: comparisons that a number must pass, with spaces and "and" as a user reads them: `"> 0 and <= 1"`.
         free: it changes results by rounding at most, so what was begun with one value may go on with another.
         flag: commands that take a recipe have a flag for it; the others are set by `--set`.
         metavar: what stands for the value in the help, instead of its kind.
-    """
-    choices = None if choices is None else tuple(choices)
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "bounds": bounds,
-            "free": free,
-            "flag": flag,
-            "metavar": metavar,
-        },
-    )
-
-
-def default_of(owner: type[Options], name: str, default: Any) -> Any:
-    """The field that `owner` declares, with another default, for a subclass."""
-    return field(default=default, metadata=owner.__dataclass_fields__[name].metadata)
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field declares.
-
-    Attributes:
+        default: `dataclasses.MISSING` where a value must be given.
         kind: `str`, `int`, `float`, `bool` or `Path`; of each value, if there are several.
         several: `tuple` or `list` where the field holds any number of values. On the command line a tuple's are
             separated by commas, and a list's are given one by one.
         optional: None is valid.
     """
 
-    name: str
-    kind: type[Any]
-    several: type[Any] | None
-    optional: bool
     help: str
-    choices: tuple[str, ...] | None
-    bounds: str
-    free: bool
-    flag: bool
-    metavar: str
+    choices: tuple[str, ...] = ()
+    bounds: str = ""
+    free: bool = False
+    flag: bool = False
+    metavar: str = ""
     default: Any = None
+    name: str = ""
+    kind: type[Any] = str
+    several: type[Any] | None = None
+    optional: bool = False
 
     @property
     def required(self) -> bool:
@@ -107,6 +75,19 @@ class Option:
         return text
 
 
+def option(default: Any, help: str, choices: Iterable[str] = (), bounds: str = "", **declared: Any) -> Any:
+    """A dataclass field that declares an `Option`."""
+    return field(
+        default=default, metadata={"option": Option(help, tuple(choices), bounds, default=default, **declared)}
+    )
+
+
+def default_of(owner: type[Options], name: str, default: Any) -> Any:
+    """The field that `owner` declares, with another default, for a subclass."""
+    declared = dataclasses.replace(owner.__dataclass_fields__[name].metadata["option"], default=default)
+    return field(default=default, metadata={"option": declared})
+
+
 @dataclass
 class Options:
     """Base of the option dataclasses: building one with a wrong type, choice or number raises `UsageError`."""
@@ -116,6 +97,11 @@ class Options:
     def __post_init__(self) -> None:
         for declared in options_of(type(self)):
             setattr(self, declared.name, _checked(declared, getattr(self, declared.name), self.label(declared.name)))
+
+    @classmethod
+    def of_record(cls, values: Mapping[str, Any]) -> Self:
+        """The options in a record of any version: what it lacks had its default, what has gone decides nothing."""
+        return cls(**{one.name: values[one.name] for one in options_of(cls) if one.name in values})
 
     def label(self, name: str) -> str:
         """How errors call the option of this name."""
@@ -132,21 +118,20 @@ def _declared(owner: type[Options]) -> list[Option]:
     hints = get_type_hints(owner)
     declared = []
     for f in dataclasses.fields(owner):
-        if "bounds" not in f.metadata:
-            continue
-        alternatives = get_args(hints[f.name]) if get_origin(hints[f.name]) is types.UnionType else (hints[f.name],)
-        kind = next(k for k in alternatives if k is not types.NoneType)
-        several = get_origin(kind)
-        declared.append(
-            Option(
-                f.name,
-                get_args(kind)[0] if several else kind,
-                several,
-                types.NoneType in alternatives,
-                **f.metadata,
-                default=f.default,
+        if "option" in f.metadata:
+            hint = hints[f.name]
+            alternatives = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+            kind = next(k for k in alternatives if k is not types.NoneType)
+            several = get_origin(kind)
+            declared.append(
+                dataclasses.replace(
+                    f.metadata["option"],
+                    name=f.name,
+                    kind=get_args(kind)[0] if several else kind,
+                    several=several,
+                    optional=types.NoneType in alternatives,
+                )
             )
-        )
     return declared
 
 
@@ -157,18 +142,24 @@ def deciding(options: Options) -> dict[str, Any]:
     }
 
 
-def suggestion(word: Any, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for the known word that looks most like `word`, or nothing."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def suggestion(word: Any, known: Iterable[str], most: int = 1) -> str:
+    """` (did you mean X?)` for the known words that look most like `word`, or nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=most)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
-def only_known(given: Iterable[Any], known: Iterable[str], what: str) -> None:
-    """Raise `UsageError` for the first of the given names that is not known."""
+def only_known(given: Iterable[Any], known: Iterable[str], what: str, listed_by: str = "") -> None:
+    """Raise `UsageError` for the first of the given names that is not known.
+
+    Args:
+        listed_by: the command that lists the known names, where they are too many for a line.
+    """
     known = list(known)
     for name in given:
         if name not in known:
-            raise UsageError(f"{what} {name!r} is unknown{suggestion(name, known)}; valid: {', '.join(known)}")
+            close = suggestion(name, known, 3 if listed_by else 1)
+            where = f"`{listed_by}` lists all" if listed_by else f"valid: {', '.join(known)}"
+            raise UsageError(f"{what} {name!r} is unknown{close}; {where}")
 
 
 def _checked(declared: Option, value: Any, label: str) -> Any:

@@ -173,6 +173,10 @@ class HealOptions(OptimizationOptions):
         flag=True,
     )
 
+    def trains(self, parameter: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return self.parameters == "all" or (".attention." in parameter and ".attention.dense." not in parameter)
+
     def teaches_a_control(self, body: Any) -> bool:
         """Whether a model learns when it is healed towards itself; `body` has its dropouts."""
         return bool(self.ce_weight or body.hidden_dropout or body.attention_dropout)

@@ -140,7 +140,7 @@ def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
     changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
     known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
-    only_known(overrides, known, "option")
+    only_known(overrides, known, "option", "context-pythia compare --set help")
     for path, value in overrides.items():
         section, _, name = path.rpartition(".")
         changes[section][name] = value

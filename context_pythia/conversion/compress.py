@@ -7,7 +7,7 @@ each layer is factorized anew as its weights are written. Statistics that an int
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import GPTNeoXForCausalLM
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.conversion.calibrate import LayerStatistics, collect
 from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
-from context_pythia.conversion.transplant import context_config, keys_and_values, transplant
+from context_pythia.conversion.original import keys_and_values
+from context_pythia.conversion.transplant import context_config, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.memory import free_memory
@@ -25,6 +26,7 @@ from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # widths that memory and vector units like
 STATISTICS_BYTES = 48  # of a layer, times D^2
+MOST_STATISTICS = 8 * 2**30  # bytes at once; of more layers' statistics the text is read several times
 PASS_TOKENS = 4096  # each layer's weights are read twice a pass, so a pass should not be short
 
 
@@ -71,64 +73,78 @@ def compressed(
         UsageError: the text is too short.
         Failure: a damaged checkpoint, or damaged statistics.
     """
-    layers = range(original.config.num_hidden_layers)
     started = calibrated = time.perf_counter()
-    make: Callable[[int], Factors]
+    plan: _Exact | _Calibrated
     if packed is None:
-        widths = [width for _ in layers]
-        frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
-        pairs = [[original.config.num_attention_heads] * frequencies for _ in layers]
-
-        def make(layer: int) -> Factors:
-            try:
-                return exact_factors(keys_and_values(original, layer))
-            except Failure as error:
-                raise Failure(f"layer {layer}: {error}") from error
-
+        plan = _Exact(original)
     else:
         statistics = _statistics(original, options, packed.train, partial, progress)
         calibrated = time.perf_counter()
-
-        def factorizer(layer: int) -> LayerFactorizer:
-            return LayerStatistics.load(statistics[layer]).factorizer(
-                keys_and_values(original, layer), options.weighting
-            )
-
-        frontiers, choices, counts = [], [], []
-        for layer in layers:
-            prepared = factorizer(layer)
-            errors, chosen = prepared.frontier()
-            frontiers.append(errors)
-            counts.append({total: prepared.pair_counts(total) for total in chosen.unique().tolist()})
-            choices.append(chosen)
-        multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
-        widths = [width] * len(layers) if options.uniform else allocate(frontiers, width * len(layers), multiple)
-        pairs = [counts[layer][int(choices[layer][widths[layer]])] for layer in layers]
-
-        def make(layer: int) -> Factors:
-            return factorizer(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
-
+        plan = _Calibrated(original, width, options, statistics)
     described: list[dict[str, Any]] = []
 
     def factors() -> Iterator[Factors]:
-        for layer in layers:
-            made = make(layer)
+        for layer, layer_width in enumerate(plan.widths):
+            result = plan.factors(layer)
             described.append(
                 {
-                    "width": widths[layer],
-                    "rotary_pairs": made.pairs,
-                    "latent": widths[layer] - 2 * sum(made.pairs),
-                    "error": made.error,
-                    "spectrum": made.spectrum.tolist(),
-                    "condition": made.condition,
+                    "width": layer_width,
+                    "rotary_pairs": result.pairs,
+                    "latent": layer_width - 2 * sum(result.pairs),
+                    "error": result.error,
+                    "spectrum": result.spectrum.tolist(),
+                    "condition": result.condition,
                 }
             )
-            yield made
+            yield result
 
-    config = context_config(original.config, width, pairs, widths)
+    config = context_config(original.config, width, plan.pairs, plan.widths)
     model = transplant(original, factors(), config, partial, getattr(torch, options.dtype))
     seconds = {"calibration": calibrated - started, "factorization": time.perf_counter() - calibrated}
     return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
+
+
+class _Exact:
+    """All rotary keys and the rest of the model's width in each layer: half of the cache, and no error."""
+
+    def __init__(self, original: GPTNeoXForCausalLM):
+        config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
+        self.original = original
+        self.widths = [config.hidden_size] * config.num_hidden_layers
+        self.pairs = [[config.num_attention_heads] * frequencies for _ in self.widths]
+
+    def factors(self, layer: int) -> Factors:
+        try:
+            return exact_factors(keys_and_values(self.original, layer))
+        except Failure as error:
+            raise Failure(f"layer {layer}: {error}") from error
+
+
+class _Calibrated:
+    """Widths and rotary pairs that the layers' errors, weighed by the statistics, ask for."""
+
+    def __init__(self, original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]):
+        self.original, self.weighting, self.statistics = original, options.weighting, statistics
+        frontiers, choices, counts = [], [], []
+        for layer in range(len(statistics)):
+            factorizer = self._factorizer(layer)
+            errors, chosen = factorizer.frontier()
+            frontiers.append(errors)
+            counts.append({total: factorizer.pair_counts(total) for total in chosen.unique().tolist()})
+            choices.append(chosen)
+        multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
+        layers = len(statistics)
+        self.widths = [width] * layers if options.uniform else allocate(frontiers, width * layers, multiple)
+        self.pairs = [counts[layer][int(choices[layer][self.widths[layer]])] for layer in range(layers)]
+
+    def _factorizer(self, layer: int) -> LayerFactorizer:
+        """Made anew each time: one layer's moments are in memory at once."""
+        statistics = LayerStatistics.load(self.statistics[layer])
+        return statistics.factorizer(keys_and_values(self.original, layer), self.weighting)
+
+    def factors(self, layer: int) -> Factors:
+        pairs = self.pairs[layer]
+        return self._factorizer(layer).factors(pairs, self.widths[layer] - 2 * sum(pairs))
 
 
 def _statistics(
@@ -151,8 +167,7 @@ def _statistics(
     text = PackedDataset(train.tokens[chosen.numpy()])
     files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]
     missing = [layer for layer, file in enumerate(files) if not file.exists()]
-    free = free_memory(torch.device("cpu"))
-    room = min(options.statistics_gb * 2**30, float("inf") if free is None else free / 2)
+    room = min(MOST_STATISTICS, (free_memory(torch.device("cpu")) or MOST_STATISTICS) / 2)
     at_once = max(1, int(room / (STATISTICS_BYTES * hidden**2)))
     for start in range(0, len(missing), at_once):
         held = collect(

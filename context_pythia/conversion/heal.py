@@ -108,7 +108,7 @@ def heal(
             raise UsageError(f"the student has {rows} logits and the teacher {wanted}: give models of one vocabulary")
         identity["teacher_crc32"] = fingerprint(teacher)
         make_trainer = functools.partial(DistillationTrainer, teacher=teacher, ce_weight=ce_weight)
-    with trained_alone(student, options.parameters):
+    with trained_alone(student, options):
         result = train_language_model(
             student,
             data,
@@ -168,18 +168,13 @@ class DistillationTrainer(LanguageModelTrainer):
         return torch.autocast(self.args.device.type, enabled=False)
 
 
-def is_healed(name: str, parameters: str) -> bool:
-    """Whether healing trains the parameter `name`, by `HealOptions.parameters`."""
-    return parameters == "all" or (".attention." in name and ".attention.dense." not in name)
-
-
 @contextlib.contextmanager
-def trained_alone(model: PreTrainedModel, parameters: str) -> Iterator[None]:
+def trained_alone(model: PreTrainedModel, options: HealOptions) -> Iterator[None]:
     """Within it only the parameters to be healed require gradients."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_healed(name, parameters))
+            parameter.requires_grad_(options.trains(name))
         yield
     finally:
         for name, parameter in model.named_parameters():

@@ -8,77 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import dispatch_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers.integrations.accelerate import load_offloaded_parameter
 
-from context_pythia.conversion.factorize import Factors, KeysAndValues
-from context_pythia.errors import Failure, UsageError
-from context_pythia.evaluation.pretrained import quantiser_of
+from context_pythia.conversion.factorize import Factors
+from context_pythia.conversion.original import read_weight, split_projection
+from context_pythia.errors import Failure
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
-# A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
-CHANGING_ROPE = ("dynamic", "longrope")
 # Entries of a configuration that point to code beside it, which a converted model has not.
 OF_ITS_FILES = ("auto_map", "custom_pipelines")
-
-
-def check_convertible(stored: Mapping[str, Any], name: str) -> None:
-    """Raises UsageError, in one line, for a checkpoint whose `stored_config` says that it is of another family, or
-    quantised. One that names no family is left to its loading."""
-    model_type = stored.get("model_type")
-    if model_type == ContextPythiaConfig.model_type:
-        raise UsageError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
-    if model_type not in (None, GPTNeoXConfig.model_type):
-        raise UsageError(
-            f"{name} is a {model_type} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
-            "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
-        )
-    if quantiser := quantiser_of(stored):
-        raise UsageError(
-            f"{name} is quantised ({quantiser}): give the checkpoint in full precision that it was made of"
-        )
-
-
-def check_rope(config: GPTNeoXConfig, name: str) -> None:
-    """Raises UsageError, in one line, for a GPT-NeoX whose kind of RoPE cannot be converted."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind in CHANGING_ROPE:
-        raise UsageError(
-            f"{name} has RoPE of the type {kind!r}, whose angles change with the length: it cannot convert"
-        )
-
-
-def read_weight(model: GPTNeoXForCausalLM, name: str) -> torch.Tensor:
-    """A parameter on the CPU, from the checkpoint where the model leaves it there (accelerate reads that to a GPU)."""
-    weight = model.get_parameter(name).detach()
-    return (load_offloaded_parameter(model, name) if weight.is_meta else weight).cpu()
-
-
-def split_projection(model: GPTNeoXForCausalLM, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The fused projection by parts: weight `[3, D, D]` and bias `[3, D]`, queries, keys and values, head by head."""
-    name, heads = f"gpt_neox.layers.{layer_idx}.attention.query_key_value", model.config.num_attention_heads
-    weight = read_weight(model, f"{name}.weight").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
-    if model.get_submodule(name).bias is None:
-        return weight, None
-    return weight, read_weight(model, f"{name}.bias").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1)
-
-
-def keys_and_values(model: GPTNeoXForCausalLM, layer_idx: int) -> KeysAndValues:
-    """A layer's key and value weights, in float64."""
-    weight, bias = split_projection(model, layer_idx)
-    weight = weight[1:].flatten(0, 1).double()
-    return KeysAndValues(
-        weight,
-        weight.new_zeros(len(weight)) if bias is None else bias[1:].flatten().double(),
-        model.config.num_attention_heads,
-        model.gpt_neox.layers[layer_idx].attention.rotary_ndims,
-    )
 
 
 def context_config(

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ from context_pythia.data import associations
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
 from context_pythia.errors import Failure, UsageError
+from context_pythia.files import write_json
 
 _FORMAT = 1
 _HEAD_CHARACTERS = 1 << 23
 _BATCH_CHARACTERS = 1 << 18
-_SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -90,7 +90,6 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
     Raises UsageError or FileNotFoundError for options, text or tokenizers that cannot be used, a corpus shorter than
     `samples` among them; ConnectionError for a Hub name without a network.
     """
-    _validate(options)
     if options.data == associations.NAME:
         return _associations(options)
     tokenizer = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
@@ -137,17 +136,6 @@ def _associations(options: DataOptions) -> PackedData:
     return PackedData(train, validation, tokenizer, associations.summary(options))
 
 
-def _validate(options: DataOptions) -> None:
-    if options.samples < 2:
-        raise UsageError(f"samples={options.samples}: at least 2 are needed, one to train and one to validate on")
-    if options.sequence_length < 1:
-        raise UsageError(f"sequence_length={options.sequence_length}: at least 1 token is needed")
-    if not 0 < options.validation_fraction < 1:
-        raise UsageError(f"validation_fraction={options.validation_fraction}: must lie between 0 and 1")
-    if options.tokenizer == "train" and options.vocab_size < _SMALLEST_VOCABULARY:
-        raise UsageError(f"vocab_size={options.vocab_size}: a byte-level one has at least {_SMALLEST_VOCABULARY}")
-
-
 def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
     key = {
         "format": _FORMAT,
@@ -177,32 +165,23 @@ def _name(data: str) -> str:
 # --- Packing: the stream of documents into rows -----------------------------------------------------------------
 
 
-@dataclass
 class _Rows:
-    """One split while its file is filled: `used` of `size` tokens are written, from `documents` documents."""
+    """One split while it is filled: `used` tokens of `documents` documents are written."""
 
-    file: BinaryIO
-    dtype: np.dtype
-    shape: tuple[int, int]
-    used: int = 0
-    documents: int = 0
-
-    def __post_init__(self) -> None:
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(self.file, header)
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype):
+        self.tokens = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).reshape(-1)
+        self.used = self.documents = 0
 
     @property
     def room(self) -> int:
-        return self.shape[0] * self.shape[1] - self.used
+        return len(self.tokens) - self.used
 
     def add(self, tokens: list[int], end: int) -> int:
         """Writes a document and its end as far as there is room; returns how many tokens that were."""
-        if not self.room:
-            return 0
         taken = [*tokens, end][: self.room]
-        self.file.write(np.asarray(taken, dtype=self.dtype).tobytes())
+        self.tokens[self.used : self.used + len(taken)] = taken
         self.used += len(taken)
-        self.documents += 1
+        self.documents += bool(taken)
         return len(taken)
 
 
@@ -217,17 +196,14 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
         tokenizer.save_pretrained(folder / "tokenizer")
     dtype = np.dtype("<u2" if vocabulary_rows(tokenizer) <= 1 << 16 else "<u4")
     width = options.sequence_length + 1
-    sizes = options.split_sizes(options.samples)
-    with (
-        (folder / "train.npy").open("wb") as train_file,
-        (folder / "validation.npy").open("wb") as validation_file,
-        tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=not progress) as bar,
-    ):
-        train = _Rows(train_file, dtype, (sizes[0], width))
-        validation = _Rows(validation_file, dtype, (sizes[1], width))
-        assigned = (
-            (train if _hash(text) > threshold else validation, text) for text in itertools.chain(_drained(head), stream)
-        )
+    train, validation = (
+        _Rows(folder / f"{name}.npy", (rows, width), dtype)
+        for name, rows in zip(("train", "validation"), options.split_sizes(options.samples), strict=True)
+    )
+    assigned = (
+        (train if _hash(text) > threshold else validation, text) for text in itertools.chain(_drained(head), stream)
+    )
+    with tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=not progress) as bar:
         for batch in _batches((rows, text) for rows, text in assigned if rows.room):
             for (rows, _), tokens in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
                 bar.update(rows.add(tokens, tokenizer.eos_token_id))
@@ -235,8 +211,9 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
                 break
     if train.room or validation.room:
         raise UsageError(_too_short(options, train.used // width, validation.used // width))
-    counts = {"documents_train": train.documents, "documents_validation": validation.documents}
-    (folder / "counts.json").write_text(json.dumps(counts))
+    write_json(
+        folder / "counts.json", {"documents_train": train.documents, "documents_validation": validation.documents}
+    )
 
 
 def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]:

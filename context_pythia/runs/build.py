@@ -15,8 +15,7 @@ from transformers import (
     set_seed,
 )
 
-from context_pythia.config.recipe import ModelOptions, Recipe
-from context_pythia.conversion.heal import is_healed
+from context_pythia.config.recipe import HealOptions, ModelOptions, Recipe
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import measure_generated_cache
@@ -115,9 +114,9 @@ def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:
     return width
 
 
-def describe_parameters(model: PreTrainedModel, healed: str | None = None) -> dict[str, int]:
-    """How many there are, and how many are trained: by healing, where `healed` (`HealOptions.parameters`) is given."""
-    trained = (p for name, p in model.named_parameters() if (is_healed(name, healed) if healed else p.requires_grad))
+def describe_parameters(model: PreTrainedModel, healing: HealOptions | None = None) -> dict[str, int]:
+    """How many there are, and how many are trained: by `healing`, where it is given."""
+    trained = (p for name, p in model.named_parameters() if (healing.trains(name) if healing else p.requires_grad))
     return {"parameters": model.num_parameters(), "trainable_parameters": sum(p.numel() for p in trained)}
 
 

@@ -14,26 +14,27 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import context_pythia.model
 from context_pythia.config.convert import ConvertOptions
-from context_pythia.config.options import options_of
+from context_pythia.config.options import deciding
 from context_pythia.config.recipe import DataOptions, HealOptions
+from context_pythia.config.same import check_same, differences
 from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
-from context_pythia.conversion.transplant import check_convertible, check_rope, read_weight
+from context_pythia.conversion.original import check_weights, load_original
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
-from context_pythia.errors import Failure, UsageError, first_line
+from context_pythia.errors import UsageError, first_line
 from context_pythia.evaluation.memory import process_memory
-from context_pythia.evaluation.pretrained import check_length, hub_commit, load_pretrained, stored_config
+from context_pythia.evaluation.pretrained import check_length, hub_commit, load_pretrained
 from context_pythia.files import read_record, write_json
 from context_pythia.model import AUTO_MAP
 from context_pythia.model.cache import cached_numbers_per_token
@@ -44,92 +45,224 @@ from context_pythia.training.checkpoints import publish
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
 SHARD = "500MB"  # of the output: as much of it is in memory at a time
-FREE_OPTIONS = {
-    f"{owner.section}.{declared.name}"
-    for owner in (ConvertOptions, HealOptions, DataOptions)
-    for declared in options_of(owner)
-    if declared.free
-}
 # Relative error of an exact conversion's keys and values that is worth a warning, and a condition number that is not:
 # in bfloat16 any model rounds that much.
 MOST_ROUNDING, MOST_CONDITION = 0.02, 16
 DECODED = 8  # tokens that are decoded to measure the cache: the weights are read from disk for each
 
 
-def convert(
-    model: str,
-    out: Path,
-    options: ConvertOptions,
-    data: DataOptions,
-    healing: HealOptions,
-    ship_code: bool = False,
-    control: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Write the converted model, its tokenizer and record to `out`, and return the record.
+@dataclass
+class Conversion:
+    """What is asked for, and its work in progress.
 
-    Args:
+    Attributes:
         model: folder or Hub name of a GPT-NeoX model.
+        out: folder of the result.
         data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
         ship_code: add our modelling code, so that `trust_remote_code=True` loads the model without this package.
         control: convert nothing and heal the original itself, with the same loss: what more training, and learning
             from its own predictions, is worth without a smaller cache.
+        partial: folder of the work in progress: what it was begun with, calibration statistics, the converted model,
+            the healed one.
+        settings: what is asked for, as a record holds it.
 
     Raises:
-        UsageError: a model, width or text that cannot be used, or an `out` that holds something else.
-        Failure: a damaged checkpoint.
-        OSError: the output cannot be written.
+        UsageError: options that cannot be together.
     """
-    if control and not healing.steps:
-        raise UsageError("convert: --control heals the original itself, so give --heal-steps")
-    if control and (options.context_dim, options.kv_reduction) != (None, 0.5):
-        raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
-    if not healing.steps and (given := _changed(healing)):
-        raise UsageError(f"heal.{given}: nothing is healed without --heal-steps, give the number of steps")
-    if data.tokenizer == "train":
-        raise UsageError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
-    settings = {"model": model, "files": _identity(model), "control": control, "ship_code": ship_code}
-    settings |= {"convert": asdict(options), "data": asdict(data), "heal": asdict(healing)}
-    if held := _finished(out, settings):
-        print(f"{out} holds this conversion already")
-        return held
-    target = out.resolve()
-    if target.is_mount():
-        raise UsageError(f"--out {out}: is a mount point, which nothing can be moved to; give a folder in it")
-    partial = target.with_name(f".{target.name}.partial")
-    with _whole_writes(partial):
-        _open_partial(partial, settings)
-        record = _convert(model, partial, options, data, healing, ship_code, control, progress)
-        record["settings"] = settings
-        made = partial / ("healed" if healing.steps else "converted")
-        write_json(made / RECORD, record)
-        os.replace(made, target)
-        shutil.rmtree(partial)
-    print(_summary(record, out))
-    return record
+
+    model: str
+    out: Path
+    options: ConvertOptions
+    data: DataOptions
+    healing: HealOptions
+    ship_code: bool = False
+    control: bool = False
+    progress: bool = True
+    partial: Path = field(init=False)
+    settings: dict[str, Any] = field(init=False)
+    _text: PackedData | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        steps = self.healing.steps
+        if self.control and not steps:
+            raise UsageError("convert: --control heals the original itself, so give --heal-steps")
+        if self.control and (self.options.context_dim, self.options.kv_reduction) != (None, 0.5):
+            raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
+        if not steps and (given := differences(asdict(HealOptions()), asdict(self.healing))):
+            name, (_, value) = next(iter(given.items()))
+            raise UsageError(f"heal.{name} {value}: nothing is healed without --heal-steps, give the number of steps")
+        if self.data.tokenizer == "train":
+            raise UsageError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
+        target = self.out.resolve()
+        self.partial = target.with_name(f".{target.name}.partial")
+        self.settings = {
+            "model": self.model,
+            "files": _files(self.model),
+            "control": self.control,
+            "ship_code": self.ship_code,
+            "convert": asdict(self.options),
+            "data": asdict(self.data),
+            "heal": asdict(self.healing),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Write the model, its tokenizer and record to `out`, and return the record.
+
+        Raises:
+            UsageError: a model, width or text that cannot be used, or an `out` that holds something else.
+            Failure: a damaged checkpoint.
+            OSError: the output cannot be written.
+        """
+        if record := self.finished():
+            print(f"{self.out} holds this conversion already")
+            return record
+        target = self.out.resolve()
+        if target.is_mount():
+            raise UsageError(f"--out {self.out}: is a mount point, which nothing can be moved to; give a folder in it")
+        with _resumable(self.partial):
+            self.open_partial()
+            record = self.convert()
+            if self.healing.steps:
+                record |= self.heal()
+            record["settings"] = self.settings
+            result = self.partial / ("healed" if self.healing.steps else "converted")
+            write_json(result / RECORD, record)
+            os.replace(result, target)
+            shutil.rmtree(self.partial)
+        print(_summary(record, self.out))
+        return record
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record in `out` if it holds this very conversion; None if there is nothing there."""
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return None
+        if not (self.out / RECORD).is_file():
+            raise UsageError(f"--out {self.out}: holds something else; choose another folder")
+        record = read_record(self.out / RECORD)
+        self._check_same(record["settings"], f"--out {self.out}: holds a conversion", "choose another folder")
+        return record
+
+    def open_partial(self) -> None:
+        """Make the folder of work in progress, or check that it is of the same conversion.
+
+        Other options of healing are refused only where healing has begun: what was converted stays good.
+        """
+        recorded: dict[str, Any] = {}
+        healed, file = self.partial / "healed", self.partial / SETTINGS
+        self.partial.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            recorded = read_record(file)
+            conversion = recorded | {"heal": self.settings["heal"]}
+            self._check_same(conversion, f"{self.partial} holds an unfinished conversion", "finish it or delete it")
+            if healed.exists():
+                mend = f"finish it, or delete {healed} to heal anew"
+                self._check_same(recorded, f"{self.partial} holds an unfinished healing", mend)
+        elif any(not path.name.startswith(f".{SETTINGS}") for path in self.partial.iterdir()):
+            raise UsageError(
+                f"{self.partial} holds files that are not a conversion's: move them, it is for work in progress"
+            )
+        write_json(file, recorded | self.settings)
+
+    def _check_same(self, recorded: dict[str, Any], holder: str, mend: str) -> None:
+        if recorded["files"] != self.settings["files"]:
+            raise UsageError(f"{holder} of other files than are now in {self.model}: {mend}")
+        check_same(_deciding(recorded), _deciding(self.settings), holder, mend)
+
+    def text(self, longest: Any) -> PackedData:
+        """The text to calibrate and heal on.
+
+        Args:
+            longest: the configuration of the model that is to read it.
+
+        Raises:
+            UsageError: its samples are longer than the model's positions, or it is not the text that this conversion
+                was begun on.
+        """
+        if self._text is None:
+            check_length(self.data.sequence_length, longest)
+            self._text = load_data(self.data, self.progress)
+            recorded, fingerprint = read_record(self.partial / SETTINGS), self._text.summary["fingerprint"]
+            check_same(
+                {"data": recorded.get("data_fingerprint", fingerprint)},
+                {"data": fingerprint},
+                f"{self.partial} holds an unfinished conversion",
+                f"the text of {self.data.data} has changed; delete that folder",
+            )
+            write_json(self.partial / SETTINGS, recorded | {"data_fingerprint": fingerprint})
+        return self._text
+
+    def convert(self) -> dict[str, Any]:
+        """The record of the converted model, which lies in the folder `converted` of `partial`."""
+        folder = self.partial / "converted"
+        if (folder / RECORD).is_file():
+            print(f"goes on with the converted model in {folder}")
+            return read_record(folder / RECORD)
+        started = time.perf_counter()
+        return_freed_memory()
+        original, tokenizer, width = self._open_original()
+        config = original.config
+        calibrates = width < config.hidden_size
+        text = self.text(config) if calibrates or self.healing.steps else None
+        record = {
+            "original": self.model,
+            "original_commit": hub_commit(self.model),
+            "data_fingerprint": text.summary["fingerprint"] if text else None,
+            "context_dim": None if self.control else width,
+            "numbers_per_token_original": cached_numbers_per_token(config),
+            **describe_parameters(original),
+        }
+        if self.control:
+            result = load_pretrained(self.model, getattr(torch, self.options.dtype))
+        else:
+            calibration = text if calibrates else None
+            result, details = compressed(original, width, self.options, calibration, self.partial, self.progress)
+            record |= details
+        record["cache"] = describe_cache(result, min(128, config.max_position_embeddings), DECODED)
+        folder.mkdir(exist_ok=True)
+        if self.ship_code and not self.control:
+            ship_code(result.config, folder)
+        publish(result, tokenizer, folder, SHARD)
+        record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
+        if record.get("exact"):
+            _warn_of_rounding(record, self.options.dtype)
+        write_json(folder / RECORD, record)
+        return record
+
+    def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, int]:
+        """The model to convert, its weights on disk; its tokenizer; and the width of the contexts."""
+        original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
+        config = original.config
+        if self.control and not self.healing.teaches_a_control(config):
+            raise UsageError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
+        width = config.hidden_size if self.control else checked_width(self.options, original)
+        reads_text = width < config.hidden_size or bool(self.healing.steps)
+        if reads_text and (rows := vocabulary_rows(tokenizer)) > config.vocab_size:
+            raise UsageError(
+                f"the tokenizer {self.data.tokenizer} makes {rows} tokens and {self.model} knows {config.vocab_size}: "
+                "give the model's own with --tokenizer"
+            )
+        check_weights(original, self.model)
+        return original, tokenizer, width
+
+    def heal(self) -> dict[str, Any]:
+        """What the record says of healing; the folder `healed` of `partial` is then the result."""
+        converted, healed = self.partial / "converted", self.partial / "healed"
+        text = self.text(AutoConfig.from_pretrained(converted))
+        dtype = getattr(torch, self.options.dtype)
+        student = load_pretrained(str(converted), dtype)
+        teacher = None if self.healing.ce_weight == 1 else load_pretrained(self.model, dtype)
+        result = heal(
+            student, teacher, text, self.healing, seed=self.options.seed, folder=healed, progress=self.progress
+        )
+        for path in converted.iterdir():
+            # The converted model's weights, and the index of their shards, are those from before.
+            weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+            if not weights and not (healed / path.name).exists():
+                shutil.copy2(path, healed / path.name)
+        return {"healing": asdict(result), "peak_bytes": process_memory("VmHWM")}
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in `out` if it holds this very conversion; None if there is nothing there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    difference = ""
-    if (out / RECORD).is_file():
-        held = read_record(out / RECORD)
-        difference = _difference(held.get("settings", {}), settings)
-        if not difference:
-            return held
-        difference = f", a conversion with {difference}"
-    raise UsageError(f"--out {out}: exists and holds something else{difference}; choose another folder")
-
-
-def _changed(healing: HealOptions) -> str:
-    """The first option that is not as it is by default, with its value; "" if there is none."""
-    default = asdict(HealOptions())
-    return next((f"{name} {value}" for name, value in asdict(healing).items() if value != default[name]), "")
-
-
-def _identity(model: str) -> dict[str, list[int]] | None:
+def _files(model: str) -> dict[str, list[int]] | None:
     """Size and date of the files of a model's folder; None for a Hub name, which is taken to mean the same files."""
     if not Path(model).is_dir():
         return None
@@ -137,53 +270,25 @@ def _identity(model: str) -> dict[str, list[int]] | None:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
 
 
-def _difference(held: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The first setting whose value decides the result and was another, with both values; "" if there is none."""
-    old, new = _flat(held), _flat(settings)
-    same = bool(new["files"]) and old.get("files") == new["files"]  # one folder may be named in several ways
-    own = same and all(flat.get("data.tokenizer") == flat.get("model") for flat in (old, new))
-    renamed = {"model": same, "data.tokenizer": own}
-    for name, value in new.items():
-        if name not in FREE_OPTIONS and old.get(name) != value and not renamed.get(name):
-            if name == "files":
-                return f"other files in {settings['model']} than are there now"
-            return f"{name} {old.get(name)}, not {value}"
-    return ""
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a record's settings decides the result.
 
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Options by the names that their errors have, `section.option`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and name != "files":
-            flat |= {f"{name}.{option}": inner for option, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _open_partial(partial: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of work in progress, or check that it is of the same conversion.
-
-    Other options of healing are refused only where healing has begun: what was converted stays good.
+    A folder is known by its files: it may be named in several ways, and its tokenizer with it.
     """
-    partial.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Any] = {}
-    if (partial / SETTINGS).is_file():
-        held, healed = read_record(partial / SETTINGS), partial / "healed"
-        if difference := _difference(held | {"heal": settings["heal"]}, settings):
-            raise UsageError(f"{partial} holds an unfinished conversion with {difference}: finish it or delete it")
-        if healed.exists() and (difference := _difference(held, settings)):
-            raise UsageError(
-                f"{partial} holds an unfinished healing with {difference}: finish it, or delete {healed} to heal anew"
-            )
-    elif any(not path.name.startswith(f".{SETTINGS}") for path in partial.iterdir()):
-        raise UsageError(f"{partial} holds files that are not a conversion's: move them, it is for work in progress")
-    write_json(partial / SETTINGS, held | settings)
+    result = {key: settings[key] for key in ("model", "control", "ship_code")}
+    for owner in (ConvertOptions, DataOptions, HealOptions):
+        result[owner.section] = deciding(owner.of_record(settings[owner.section]))
+    if settings["files"]:
+        if settings["data"]["tokenizer"] == settings["model"]:
+            result["data"]["tokenizer"] = "the model's"
+        del result["model"]
+    return result
 
 
 @contextlib.contextmanager
-def _whole_writes(partial: Path) -> Iterator[None]:
+def _resumable(partial: Path) -> Iterator[None]:
+    """Say of a full disk how to go on, and leave `partial` only where it holds something to go on with: a command that
+    is refused must not lock the output."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -195,150 +300,27 @@ def _whole_writes(partial: Path) -> Iterator[None]:
             "which goes on with what is there, or delete it"
         ) from error
     finally:
-        # A command that is refused, or fails before there is anything to go on with, must not lock the output.
-        worth = [*partial.glob("statistics-*.safetensors"), *partial.glob(f"converted/{RECORD}")]
-        if (partial / SETTINGS).is_file() and not worth:
+        progress = [*partial.glob("statistics-*.safetensors"), *partial.glob(f"converted/{RECORD}")]
+        if (partial / SETTINGS).is_file() and not progress:
             shutil.rmtree(partial)
 
 
-def _convert(
-    model: str,
-    partial: Path,
-    options: ConvertOptions,
-    data: DataOptions,
-    healing: HealOptions,
-    ship_code: bool,
-    control: bool,
-    progress: bool,
-) -> dict[str, Any]:
-    """The record of the conversion; its model lies in `partial`, healed or as converted."""
-    converted = partial / "converted"
-    packed: PackedData | None = None
-    if (converted / RECORD).is_file():
-        record = read_record(converted / RECORD)
-        print(f"goes on with the converted model in {converted}")
-    else:
-        started = time.perf_counter()
-        return_freed_memory()
-        original = _load_original(model)
-        config, tokenizer = original.config, load_tokenizer(data.tokenizer)
-        if control and not healing.teaches_a_control(config):
-            raise UsageError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
-        width = config.hidden_size if control else checked_width(options, original)
-        reads_text = width < config.hidden_size or bool(healing.steps)
-        if reads_text and vocabulary_rows(tokenizer) > config.vocab_size:
-            raise UsageError(
-                f"the tokenizer {data.tokenizer} makes {vocabulary_rows(tokenizer)} tokens and {model} knows "
-                f"{config.vocab_size}: give the model's own with --tokenizer"
-            )
-        _check_weights(original, model)
-        if reads_text:
-            packed = _load_text(data, config, partial, progress)
-        record = {
-            "original": model,
-            "original_commit": hub_commit(model),
-            "data_fingerprint": packed.summary["fingerprint"] if packed else None,
-            "context_dim": None if control else width,
-            "numbers_per_token_original": cached_numbers_per_token(config),
-            **describe_parameters(original),
-        }
-        student: PreTrainedModel
-        if control:
-            student = load_pretrained(model, getattr(torch, options.dtype))
-        else:
-            text = packed if width < config.hidden_size else None
-            student, details = compressed(original, width, options, text, partial, progress)
-            record |= details
-        record["cache"] = describe_cache(student, min(128, config.max_position_embeddings), DECODED)
-        converted.mkdir(exist_ok=True)
-        if ship_code and not control:
-            _ship_code(student, converted)
-        publish(student, tokenizer, converted, SHARD)
-        record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
-        if record.get("layers"):
-            _warn_of_rounding(record, options.dtype)
-        write_json(converted / RECORD, record)
-    if healing.steps:
-        packed = packed or _load_text(data, AutoConfig.from_pretrained(converted), partial, progress)
-        dtype = getattr(torch, options.dtype)
-        student = load_pretrained(str(converted), dtype)
-        teacher = None if healing.ce_weight == 1 else load_pretrained(model, dtype)
-        healed = partial / "healed"
-        result = heal(student, teacher, packed, healing, seed=options.seed, folder=healed, progress=progress)
-        record |= {"healing": asdict(result), "peak_bytes": process_memory("VmHWM")}
-        for path in converted.iterdir():
-            # The converted model's weights, and the index of their shards, are those from before.
-            weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-            if not weights and not (healed / path.name).exists():
-                shutil.copy2(path, healed / path.name)
-    return record
-
-
-def _ship_code(model: PreTrainedModel, folder: Path) -> None:
-    """Lay our modelling code in `folder` and name it in the configuration of the model, which is saved there next."""
+def ship_code(config: Any, folder: Path) -> None:
+    """Lay our modelling code in `folder` and name it in the configuration, which is saved there next."""
     for path in Path(context_pythia.model.__path__[0]).glob("[!_]*.py"):
         shutil.copyfile(path, folder / path.name)
-    model.config.auto_map = AUTO_MAP
-
-
-def _load_original(model: str) -> GPTNeoXForCausalLM:
-    """The model to convert, its weights left on disk; UsageError for other families and kinds."""
-    # The bare file first, which families have that transformers does not know.
-    check_convertible(stored_config(model), model)
-    # Weights are read from disk as they are needed; on a GPU, a module that stays there makes it the one that computes.
-    parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
-    parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(best_device()))
-    original = load_pretrained(model, torch.float32, parts)
-    check_rope(original.config, model)
-    return original
-
-
-def _check_weights(original: GPTNeoXForCausalLM, model: str) -> None:
-    """Raises Failure for a damaged checkpoint, of which every weight is read."""
-    for name, place in original.state_dict().items():
-        try:
-            weight = read_weight(original, name)
-        except (OSError, SafetensorError) as error:
-            raise Failure(
-                f"the checkpoint in {model} is damaged ({first_line(error)}): download or train it again"
-            ) from error
-        if weight.shape != place.shape:
-            raise Failure(
-                f"the checkpoint in {model} is damaged ({name} has the shape {list(weight.shape)}, not "
-                f"{list(place.shape)}): download or train it again"
-            )
-        if not bool(weight.isfinite().all()):
-            raise Failure(f"the checkpoint in {model} is damaged ({name} is not finite): download or train it again")
-
-
-def _load_text(data: DataOptions, config: Any, partial: Path, progress: bool) -> PackedData:
-    """The text to calibrate and heal on.
-
-    Raises UsageError where its samples are longer than the model's positions, or where the work in `partial` was begun
-    on another text.
-    """
-    check_length(data.sequence_length, config)
-    packed = load_data(data, progress)
-    settings = read_record(partial / SETTINGS)
-    if settings.setdefault("data_fingerprint", packed.summary["fingerprint"]) != packed.summary["fingerprint"]:
-        raise UsageError(
-            f"{partial} holds an unfinished conversion by other text than is now in {data.data}: delete it"
-        )
-    write_json(partial / SETTINGS, settings)
-    return packed
+    config.auto_map = AUTO_MAP
 
 
 def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
-    """Say where the keys of an exact conversion are nearly dependent, so that rounding costs digits."""
-    layers = record["layers"] if record["exact"] else []
-    worst = max(range(len(layers)), key=lambda layer: layers[layer]["condition"], default=0)
+    """Say where the rotary keys of an exact conversion are nearly dependent, so that rounding costs digits."""
+    condition, layer = max((layer["condition"], index) for index, layer in enumerate(record["layers"]))
     rounding = torch.finfo(getattr(torch, dtype)).eps
-    lost = layers[worst]["condition"] * rounding if layers else 0.0
-    if lost > max(MOST_ROUNDING, MOST_CONDITION * rounding):
+    if condition * rounding > max(MOST_ROUNDING, MOST_CONDITION * rounding):
         print(
-            f"warning: the rotary keys of layer {worst} nearly depend on each other (condition number "
-            f"{layers[worst]['condition']:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
-            f"{lost:.1g}; compare with the original by `context-pythia eval`",
+            f"warning: the rotary keys of layer {layer} nearly depend on each other (condition number "
+            f"{condition:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
+            f"{condition * rounding:.1g}; compare with the original by `context-pythia eval`",
             file=sys.stderr,
         )
 

@@ -23,7 +23,7 @@ from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
-from context_pythia.evaluation.perplexity import CachedScore, equal_to_digits, score, score_cached
+from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
 from context_pythia.evaluation.quantized import (
     measure_quantized,
@@ -35,7 +35,7 @@ from context_pythia.evaluation.recall import choose_words, recall
 from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import best_device
-from context_pythia.runs.record import provenance
+from context_pythia.runs.provenance import provenance
 
 
 def evaluate(
@@ -77,7 +77,6 @@ def evaluate(
     packed = load_data(data, progress)
     if recall_samples:
         choose_words(packed.tokenizer, data.sequence_length)
-    notes = _check_vocabularies(paths, configs, packed)
     metrics: dict[str, Any] = {
         "kind": "evaluation",
         "models": [],
@@ -91,14 +90,14 @@ def evaluate(
             "limit": limit,
             "recall_samples": recall_samples or None,
         },
-        "notes": notes,
+        "notes": _vocabulary_notes(paths, configs, packed),
     }
-    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
+    for note in metrics["notes"]:
+        print(f"note: {note}", flush=True)
     if out is not None:
         _check_same_evaluation(out, list(paths), metrics)
         out.mkdir(parents=True, exist_ok=True)
-    device = best_device()
-    reference: PreTrainedModel | None = None
+    device, reference = best_device(), None
     for name, path in paths.items():
         model = load_pretrained(path, getattr(torch, dtype)).to(device)
         try:
@@ -111,16 +110,14 @@ def evaluate(
             raise Failure(f"{name}: {first_line(error)}") from error
         metrics["models"] += rows
         compare_with_first(metrics["models"])
-        if out is not None:
-            write_json(out / "metrics.json", metrics)
+        _record(metrics, out)
         if recall_samples:
             rows[0]["recall"] = recall(
                 model, packed.tokenizer, data.sequence_length, samples=recall_samples, batch_size=batch_size
             )
         if manager is not None:
             rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
-            if out is not None:
-                write_json(out / "metrics.json", metrics)
+        _record(metrics, out)
         if progress:
             print("\n".join(_summary(row) for row in rows), file=sys.stderr, flush=True)
         reference = reference or model
@@ -131,6 +128,11 @@ def evaluate(
         facts["hub_commits"] = {path: commit for path in models if (commit := hub_commit(path))}
         write_json(out / "provenance.json", provenance(device) | facts)
     return metrics
+
+
+def _record(metrics: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        write_json(out / "metrics.json", metrics)
 
 
 def evaluate_model(
@@ -155,23 +157,20 @@ def evaluate_model(
     """
     whole = score(model, dataset, batch_size, reference, progress)
     through = score_cached(model, dataset, cached_tokens, batch_size=batch_size, progress=progress)
-    samples = len(through.losses)
-    parallel = whole.perplexity_of_first(samples)
-    row = _row(model, name, "none", through) | {
+    parallel = whole.perplexity_of_first(len(through.losses))
+    row = _row(model, name) | {
         "perplexity": whole.perplexity,
         "accuracy": whole.accuracy,
         "tokens": whole.tokens,
         "perplexity_by_position": whole.by_position,
-        "kl": whole.kl,
-        "agreement": whole.agreement,
-        "logit_difference": whole.difference,
+        **_nearness(whole),
+        **_through_cache(model, through),
     }
-    row["cached"] |= {
-        "parallel_perplexity": parallel,
-        "agrees": equal_to_digits(through.perplexity, parallel),
-    }
+    row["cached"] |= {"parallel_perplexity": parallel, "agrees": equal_to_digits(through.perplexity, parallel)}
     rows, length = [row], dataset.sequence_length
     for kind in caches:
+        row = _row(model, name) | {"quantised": kind}
+        rows.append(row)
         make = partial(quantized_cache, model.config, kind, length)
         try:
             through = score_cached(
@@ -180,15 +179,10 @@ def evaluate_model(
         except (RuntimeError, MemoryError) as error:
             if not is_failure(error):
                 raise
-            rows.append(_row(model, name, kind, None) | {"error": first_line(error)})
+            row["error"] = first_line(error)
             continue
-        row = _row(model, name, kind, through) | {
-            "kl": through.kl,
-            "agreement": through.agreement,
-            "logit_difference": through.difference,
-        }
+        row |= _nearness(through) | _through_cache(model, through)
         row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(length)}
-        rows.append(row)
     return rows
 
 
@@ -205,33 +199,11 @@ def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
                 part["change"] = part["perplexity"] / base["perplexity"] - 1
 
 
-def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | None) -> dict[str, Any]:
-    """A row with the figures of the token-by-token pass; what is not known yet is null."""
-    cached = cache = None
-    if through is not None:
-        measured, sequences = through.measurement, through.sequences
-        cached = {
-            "perplexity": through.perplexity,
-            "change": None,
-            "accuracy": through.accuracy,
-            "tokens": through.tokens,
-            "perplexity_by_position": through.by_position,
-            "parallel_perplexity": None,
-            "agrees": None,
-        }
-        cache = {
-            "length": measured.length,
-            "sequences": sequences,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "bytes_measured": measured.filled / sequences,
-            "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
-            "bytes_slack": measured.slack / sequences,
-            "residual_length": None,
-            "reduction_measured": None,
-        }
+def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """A row without figures: what is not known is null."""
     return {
         "name": name,
-        "quantised": None if kind == "none" else kind,
+        "quantised": None,
         "context_source": getattr(model.config, "context_source", None),
         "context_dim": getattr(model.config, "context_dim", None),
         "parameters": model.num_parameters(),
@@ -243,21 +215,53 @@ def _row(model: PreTrainedModel, name: str, kind: str, through: CachedScore | No
         "agreement": None,
         "logit_difference": None,
         "change": None,
-        "cached": cached,
-        "cache": cache,
+        "cached": None,
+        "cache": None,
         "tasks": None,
         "recall": None,
         "error": None,
     }
 
 
+def _nearness(score: Score) -> dict[str, float | None]:
+    """How near the predictions are to those of the reference."""
+    return {"kl": score.kl, "agreement": score.agreement, "logit_difference": score.difference}
+
+
+def _through_cache(model: PreTrainedModel, score: CachedScore) -> dict[str, Any]:
+    """The figures of the token-by-token pass, and the cache of one of its sequences."""
+    measured, sequences = score.measurement, score.sequences
+    return {
+        "cached": {
+            "perplexity": score.perplexity,
+            "change": None,
+            "accuracy": score.accuracy,
+            "tokens": score.tokens,
+            "perplexity_by_position": score.by_position,
+            "parallel_perplexity": None,
+            "agrees": None,
+        },
+        "cache": {
+            "length": measured.length,
+            "sequences": sequences,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bytes_measured": measured.filled / sequences,
+            "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
+            "bytes_slack": measured.slack / sequences,
+            "residual_length": None,
+            "reduction_measured": None,
+        },
+    }
+
+
 def _check_out(out: Path) -> None:
     """Raises UsageError where `out` is or holds what cannot be an evaluation."""
+    kinds = {"recipe.yaml": "training run", "config.json": "model"}
+    what = next((f"holds a {kind}" for file, kind in kinds.items() if (out / file).exists()), None)
     if out.exists() and not out.is_dir():
-        raise _held(out, "is a file")
-    for file, kind in {"recipe.yaml": "training run", "config.json": "model"}.items():
-        if (out / file).exists():
-            raise _held(out, f"holds a {kind}")
+        what = "is a file"
+    if what:
+        raise UsageError(f"--out {out}: {what}; choose another folder")
 
 
 def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
@@ -275,10 +279,6 @@ def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any])
     )
 
 
-def _held(out: Path, what: str) -> UsageError:
-    return UsageError(f"--out {out}: {what}; choose another folder")
-
-
 def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
     """The configuration of a model that can be loaded, so that damage shows before an hour of scoring."""
     config = check_pretrained(path, dtype)
@@ -287,7 +287,7 @@ def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
     return config
 
 
-def _check_vocabularies(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], data: PackedData) -> list[str]:
+def _vocabulary_notes(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], data: PackedData) -> list[str]:
     """A line for each way in which vocabularies differ.
 
     Raises:

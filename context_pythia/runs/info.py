@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from context_pythia.config.recipe import ModelOptions, Recipe
+from context_pythia.config.recipe import HealOptions, ModelOptions, Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.runs.build import build_model, describe_cache, describe_parameters, expected_rows
@@ -33,7 +33,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
         for options in recipe.models:
             with torch.device("meta"):
                 counted = build_model(options, recipe, rows).to(torch_dtype)
-            healed = recipe.heal.parameters if options.from_baseline else None
+            healed = recipe.heal if options.from_baseline else None
             models.append(_describe(options.name, counted, _narrow(options, recipe).to(torch_dtype), length, healed))
             if healed and options.context_source is not None:
                 # How it divides the context between rotary keys and latent decides the size of the way back.
@@ -52,7 +52,7 @@ def _narrow(options: ModelOptions, recipe: Recipe) -> PreTrainedModel:
 
 
 def _describe(
-    name: str, counted: PreTrainedModel, cached: PreTrainedModel, length: int, healed: str | None = None
+    name: str, counted: PreTrainedModel, cached: PreTrainedModel, length: int, healed: HealOptions | None = None
 ) -> dict[str, Any]:
     """The parameters of one model, and the cache that `generate()` fills of another with the same cache."""
     if length > (positions := cached.config.max_position_embeddings):

@@ -10,29 +10,21 @@ models/NAME        the model in Hugging Face form
 from __future__ import annotations
 
 import dataclasses
-import platform
-import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
-import context_pythia
 from context_pythia import processes
 from context_pythia.config.recipe import ModelOptions, Recipe
 from context_pythia.config.recipe_files import deciding_values, load_recipe, recipe_to_dict, save_recipe
 from context_pythia.config.same import check_same
 from context_pythia.errors import Failure
 from context_pythia.files import damaged, read_record, write_json
-
-VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
+from context_pythia.runs.provenance import provenance, write_call
+from context_pythia.runs.provenance import without_password as without_password
 
 
 def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
@@ -97,8 +89,6 @@ class Run:
             ) from error
         self.recipe = recipe
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
-        if (folder / "metrics.json").exists():
-            self.metrics = read_metrics(folder / "metrics.json")
         self._entries: dict[str, dict[str, Any]] = {}  # of this process
         self._take_in_recorded()
         # All processes of one launch must pass over the same models, so what others finish later does not count.
@@ -156,16 +146,19 @@ class Run:
 
         Reductions follow from the baseline's measured bytes, whoever has recorded it.
         """
-        held = self.metrics["models"]
+        recorded: dict[str, Any] = {"models": [], "data": {}}
         if (self.folder / "metrics.json").exists():
-            held = read_metrics(self.folder / "metrics.json")["models"]
+            recorded = read_metrics(self.folder / "metrics.json")
         if (self.folder / "recipe.yaml").exists():
-            healed = any(entry.get("from_baseline") for entry in held)
+            healed = any(entry["from_baseline"] for entry in recorded["models"])
             self.recipe = merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder, healed)
-        entries = {entry["name"]: entry for entry in held} | self._entries
+        entries = {entry["name"]: entry for entry in recorded["models"]} | self._entries
         order = [model.name for model in self.recipe.models]
-        self.metrics["models"] = [entries[name] for name in order if name in entries]
-        self.metrics["recipe"] = recipe_to_dict(self.recipe)
+        self.metrics = {
+            "models": [entries[name] for name in order if name in entries],
+            "data": self.metrics["data"] or recorded["data"],
+            "recipe": recipe_to_dict(self.recipe),
+        }
         done = [entry for entry in self.metrics["models"] if entry["cache"]]
         baseline = next((entry["cache"] for entry in done if is_baseline(entry)), None)
         for entry in done:
@@ -184,58 +177,6 @@ class Run:
         of_run = {"seed": self.recipe.seed, "data_fingerprint": self.metrics["data"].get("fingerprint")}
         with FileLock(self.folder / ".lock"):
             write_call(self.folder / "provenance.json", provenance(device) | {"models": models}, of_run)
-
-
-def write_call(path: Path, facts: Mapping[str, Any], of_folder: Mapping[str, Any] | None = None) -> None:
-    """Record the `provenance` of a call in the file, and keep what it holds of earlier ones. The caller has the lock.
-
-    Args:
-        of_folder: what is the same for all calls.
-    """
-    of_folder = of_folder or {}
-    now = facts["created"]
-    held = read_record(path) if path.exists() else {}
-    created, earlier = held.pop("created", now), held.pop("earlier", [])
-    if held:
-        earlier.append({key: value for key, value in held.items() if key not in of_folder})
-    write_json(path, {**facts, "created": created, "updated": now, **of_folder, "earlier": earlier})
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What decides how fast a training on `device` is; seconds compare between equal ones alone."""
-    return {
-        "device": _device_name(device),
-        "processes": processes.count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where, when and with what figures were made on `device`."""
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "context_pythia": context_pythia.__version__,
-            **{name: version(name) for name in VERSIONS_OF},
-        },
-        "platform": platform.platform(),
-        **machine(device),
-        "commit": _commit(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([_program(Path(sys.argv[0])), *map(without_password, sys.argv[1:])]),
-    }
-
-
-def without_password(text: str) -> str:
-    """`text` with `***` for what a URL in it keeps secret: a password, a user that is a token, an option named so."""
-    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
-    text = re.sub(r"://[^:/@\s]+@", "://***@", text)
-    return re.sub(r"([?&](?:password|passwd|pwd|token|secret|key)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
-
-
-def _program(path: Path) -> str:
-    """As it is installed: `python -m context_pythia` is the command by another name."""
-    return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
 def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
@@ -257,41 +198,15 @@ def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Reci
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json with all that its readers rely on; UsageError, in one line, if something is missing."""
-    metrics, keys = read_record(path), set(model_entry(ModelOptions()))
-    # Older runs have none of these.
-    keys -= {"val_ppl_by_position", "machine", "from_baseline", "baseline", "key_value_heads", "intermediate_size"}
+    """metrics.json, of any version, with every key of a model's entry; UsageError, in one line, if it is damaged."""
+    metrics = read_record(path)
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):
             raise damaged(path, f"it has no {key!r}")
     for number, model in enumerate(metrics["models"], start=1):
-        missing = sorted(keys - set(model)) if isinstance(model, dict) else ["name"]
-        if missing:
-            raise damaged(path, f"model {number} has no {missing[0]!r}")
+        for key in ("name", "context_source", "cache", "error"):
+            if not isinstance(model, dict) or key not in model:
+                raise damaged(path, f"model {number} has no {key!r}")
+    every = dict.fromkeys(model_entry(ModelOptions()))
+    metrics["models"] = [every | {"baseline": is_baseline(model)} | model for model in metrics["models"]]
     return metrics
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", cpu.read_text()) if cpu.exists() else []
-    return f"CPU ({names[0] if names else platform.machine()})"
-
-
-def _commit() -> str | None:
-    """Commit of the source tree that the package runs from, `None` if it runs from an installation.
-
-    An environment may lie inside some other repository, which does not track this file.
-    """
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=40") or None
-    except (OSError, subprocess.SubprocessError):
-        return None

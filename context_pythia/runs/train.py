@@ -1,8 +1,7 @@
 """The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
 
-`compare` runs them all; `run_phase1` and `train` are the same steps for one model, in the same
-folder. All of them go on where an earlier call stopped, and run in as many processes as `torchrun` starts; models that
-are made of the trained baseline run in one.
+`compare` runs all models of the recipe that it is given, `run_phase1` phase 1 of them. Both go on where an earlier call
+stopped, and run in as many processes as `torchrun` starts; models that are made of the trained baseline run in one.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ from context_pythia.runs.build import (
     describe_parameters,
     embedding_rows,
 )
-from context_pythia.runs.convert import convert
-from context_pythia.runs.record import Run, machine, model_entry
+from context_pythia.runs.convert import Conversion
+from context_pythia.runs.provenance import machine
+from context_pythia.runs.record import Run, model_entry
 from context_pythia.training.epochs import seconds_per_epoch
 from context_pythia.training.phase1 import Phase1Result, train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
@@ -51,35 +51,30 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
     Raises:
         Failure: a model failed; the others are recorded first.
     """
-    run, data = _open_to_train(recipe, out, progress, origin)
+    check_training(recipe)
+    run, data = _open(recipe, out, progress, origin)
+    if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
+        run.write_provenance(wanted, best_device())
     failures = []
     for options in recipe.models:
         if run.finished(options.name):
             print(f"{options.name}: finished before, kept", flush=True)
             continue
+        make = _heal_and_measure if options.from_baseline else _train_and_measure
         try:
-            run.add(_make_and_measure(options, run, data, progress))
+            with _alone_with(options, run):
+                run.add(make(options, run, data, progress))
         except Exception as error:
             # Of several processes the others wait for this one in the middle of a model.
             if processes.count() > 1 or not is_failure(error):
                 raise
             failures.append(f"{options.name}: {first_line(error)}")
             run.add(model_entry(options, error=first_line(error)))
+        else:
+            print(f"{options.name}: wrote {run.model_folder(options)}", flush=True)
         gc.collect()
     if failures:
         raise Failure(f"{len(failures)} of {len(recipe.models)} models failed: {failures[0]}")
-
-
-@processes.joined()
-def train(recipe: Recipe, out: Path, progress: bool = True) -> None:
-    """Both phases of the recipe's models; a failure ends the call."""
-    run, data = _open_to_train(recipe, out, progress)
-    for options in recipe.models:
-        if run.finished(options.name):
-            print(f"{options.name}: finished before, kept")
-            continue
-        run.add(_make_and_measure(options, run, data, progress))
-        print(f"wrote {run.model_folder(options)}")
 
 
 @processes.joined()
@@ -100,6 +95,13 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
         with _alone_with(options, run):
             _phase1(_build(options, run, data), options, run, data, progress)
         print(f"wrote {run.phase1_folder(options)}")
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raise `UsageError` for options of training or healing that cannot be here, or not together."""
+    check_options(recipe.train)
+    if any(options.from_baseline for options in recipe.models):
+        check_options(training_options(recipe.heal))
 
 
 def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
@@ -130,21 +132,6 @@ def _check_origins(recipe: Recipe, run: Run) -> None:
         )
 
 
-def check_training(recipe: Recipe) -> None:
-    """Raise `UsageError` for options of training or healing that cannot be here, or not together."""
-    check_options(recipe.train)
-    if any(options.from_baseline for options in recipe.models):
-        check_options(training_options(recipe.heal))
-
-
-def _open_to_train(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
-    check_training(recipe)
-    run, data = _open(recipe, out, progress, origin)
-    if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
-        run.write_provenance(wanted, best_device())
-    return run, data
-
-
 def _build(options: ModelOptions, run: Run, data: PackedData) -> Any:
     rows = embedding_rows(run.recipe, data.summary["vocab_size"])
     return build_model(options, run.recipe, rows, data.tokenizer).to(best_device())
@@ -160,12 +147,6 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
         flush=True,
     )
     return result
-
-
-def _make_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
-    make = _heal_and_measure if options.from_baseline else _train_and_measure
-    with _alone_with(options, run):
-        return make(options, run, data, progress)
 
 
 @contextlib.contextmanager
@@ -221,23 +202,21 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
     width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}
-    # What was trained on the text is the model's own now.
+    # A tokenizer that was trained on the text is the model's own now.
     text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
     tokens = min(ConvertOptions.calibration_tokens, len(data.train) * recipe.data.sequence_length)
     conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
-    record = convert(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
-    healing = record["healing"]
-    kept = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
+    work = Conversion(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
+    healing = work.run()["healing"]
+    best = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
     model = load_pretrained(str(folder), torch.float32).to(best_device())
     return model_entry(
         options,
         from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
-        **describe_parameters(model, recipe.heal.parameters),
+        **describe_parameters(model, recipe.heal),
         best_val_ppl=healing["val_ppl"],
-        best_epoch=kept["epoch"],
-        val_accuracy=healing["val_accuracy"],
-        val_ppl_by_position=healing["val_ppl_by_position"],
-        history=healing["history"],
+        best_epoch=best["epoch"],
+        **{key: healing[key] for key in ("val_accuracy", "val_ppl_by_position", "history")},
         seconds_per_epoch=seconds_per_epoch(healing["history"]),
         cache=describe_cache(model, recipe.data.sequence_length),
         machine=machine(best_device()),

@@ -9,7 +9,6 @@ from context_pythia.config.recipe import (
     ArchitectureOptions,
     DataOptions,
     ModelOptions,
-    Phase1Options,
     Recipe,
     TrainOptions,
 )
@@ -61,12 +60,6 @@ def test_report_recipe_has_the_settings_of_the_report():
     assert {m.context_dim for m in recipe.models} == {256}
 
 
-def test_quick_recipe_sets_all_three_sources_beside_the_baseline_offline():
-    recipe = load_recipe("quick")
-    assert [model.context_source for model in recipe.models] == [None, "input", "shared", "layer"]
-    assert (recipe.data.data, recipe.data.tokenizer) == ("builtin", "train")
-
-
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_a_recipe_comes_back_from_its_dict_and_its_file(name, tmp_path):
     recipe = load_recipe(name, {"train.learning_rate": 3e-5})
@@ -82,10 +75,6 @@ def test_a_file_says_only_what_differs(write):
     assert recipe.train == TrainOptions(epochs=3, learning_rate=1e-4)
     assert recipe.data == DataOptions()
     assert recipe.models == [ModelOptions("base"), ModelOptions("wide", "layer", 512)]
-
-
-def test_an_empty_file_is_the_default_recipe(write):
-    assert load_recipe(write("")) == Recipe(name="mine")
 
 
 def test_overrides_go_over_the_recipe_and_keep_the_rest(write):
@@ -131,14 +120,10 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         ("trian: {epochs: 3}", r"section 'trian' is unknown \(did you mean train\?\); valid: name, seed, data, "),
         ("train: {epoch: 3}", r"option train: 'epoch' is unknown \(did you mean epochs\?\); valid: batch_size, "),
         ("train: {epochs: three}", "train.epochs 'three': must be a whole number"),
-        ("train: {epochs: true}", "train.epochs True: must be a whole number"),
-        ("train: {epochs: 2.5}", "train.epochs 2.5: must be a whole number"),
         ("train: {epochs: null}", "train.epochs None: must be a whole number"),
-        ("train: {learning_rate: fast}", "train.learning_rate 'fast': must be a number"),
         ("train: {learning_rate: .nan}", "train.learning_rate nan: must be a finite number"),
         ("train: {tensorboard: 1}", "train.tensorboard 1: must be true or false"),
         ("train: {schedule: cosin}", r"train.schedule 'cosin': must be one of constant, .*did you mean cosine"),
-        ("data: {data: [a, b]}", r"data.data \['a', 'b'\]: must be text"),
         ("data: corpus.txt", "section data: must be a mapping"),
         ("[1, 2]", "must be a mapping"),
         ("models: {name: base}", "section models: must be a list"),
@@ -148,10 +133,8 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
             "models: [{name: a, context_width: 3}]",
             "model a: option 'context_width' is unknown .*context_dim.*valid: name, ",
         ),
-        ("models: [{name: a, context_source: layers}]", "model a: context_source 'layers': must be one of input"),
         ("models: [{name: a}, {name: A}]", "name 'A': is taken by 'a'"),
         ("models: [{name: 'a,b'}]", "name 'a,b': must hold letters or digits, and no comma"),
-        ("models: [{name: ' '}]", "name ' ': must hold letters"),
         ("models: [{name: a, from_baseline: true}]", "heal.steps 0: a is the baseline converted and healed"),
         (
             "heal: {steps: 3}\nmodels: [{name: a, from_baseline: true}]",
@@ -164,7 +147,6 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
             "a: context_dim 513: .* hidden_size = 512, which is",
         ),
         (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 is for training from"),
-        (HEALED.format("context_source: layer, num_rotary_keys: 8"), "a: num_rotary_keys 8 is for training from"),
         (BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"), "and there are b and c: name one"),
         (BASED.format("{name: a, from_baseline: true}, {name: b}"), "models: a is made of b: name it behind that"),
         ("name: ../up", "name '../up': must be"),
@@ -182,12 +164,6 @@ def test_yaml_cannot_build_objects(write):
         load_recipe(write("!!python/object/apply:os.getcwd []"))
 
 
-def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
-    with pytest.raises(ValueError, match="is not UTF-8"):
-        load_recipe(str(tmp_path / "latin.yaml"))
-
-
 def test_an_unknown_recipe_is_named_with_the_packaged_ones():
     with pytest.raises(ValueError, match=r"recipe 'quik' is unknown \(did you mean quick\?\); valid: quick, report"):
         load_recipe("quik")
@@ -198,14 +174,12 @@ def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
         load_recipe("quick", models=["shard"])
     for text, message in (
         ("models: 3", "section models: must be a list, not 3"),
-        ("models: []", "models: is empty, name at least one model"),
         ("models: [{name: 5}]", "model 5: name 5: must be text"),
-        ("models: [{name: a}, {nmae: b}]", "model 2: option 'nmae' is unknown"),
         ("models: [{name: a}, {context_dim: 8}]", "model 2: has no name"),
     ):
         with pytest.raises(ValueError, match=message):
             load_recipe(write(text), models=["a"])
-    with pytest.raises(ValueError, match=r"option 'train.lr' is unknown.*; valid: name, seed, model.name, "):
+    with pytest.raises(ValueError, match=r"option 'train.lr' is unknown.*; `context-pythia compare --set help`"):
         load_recipe("quick", {"train.lr": 1.0})
 
 
@@ -213,13 +187,7 @@ def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
     ("path", "value", "message"),
     [
         ("train.epochs", 0, "train.epochs 0: must be >= 1"),
-        ("train.batch_size", 0, "train.batch_size 0: must be >= 1"),
-        ("train.learning_rate", 0.0, "train.learning_rate 0.0: must be > 0"),
         ("train.warmup_ratio", 1.5, "train.warmup_ratio 1.5: must be >= 0 and <= 1"),
-        ("phase1.convergence_rate", 0.0, "phase1.convergence_rate 0.0: must be > 0 and <= 1"),
-        ("phase1.convergence_rate", 1.01, "phase1.convergence_rate 1.01: must be > 0 and <= 1"),
-        ("phase1.learning_rate", -1.0, "phase1.learning_rate -1.0: must be > 0"),
-        ("data.validation_fraction", 1.0, "data.validation_fraction 1.0: must be > 0 and < 1"),
         ("data.sequence_length", 4096, "data.sequence_length 4096: must be at most max_position_embeddings = 2048"),
         (
             "architecture.hidden_size",
@@ -228,13 +196,10 @@ def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
         ),
         ("architecture.hidden_size", 32, "architecture.hidden_size 32: .*a multiple of 8 .* = 64"),
         ("architecture.model_vocab_size", 1000, "model_vocab_size 1000: must be at least vocab_size = 50304"),
-        ("model.context_dim", 0, "context_dim 0: must be between 1 and 2 \\* hidden_size = 1024"),
         ("model.context_dim", 1025, "context_dim 1025: must be between 1 and 2 \\* hidden_size = 1024"),
         ("model.context_dim", 16, "context_dim 16: must be more than the 16 dims of the rotary keys"),
-        ("model.context_sharing", 0, "context_sharing 0: must be >= 1"),
         ("model.context_sharing", 7, "context_sharing 7: must be between 1 and num_hidden_layers = 6"),
         ("model.num_rotary_keys", 3, "num_rotary_keys 3: must be 1 or num_attention_heads = 8"),
-        ("seed", -1, "seed -1: must be >= 0"),
     ],
 )
 def test_numbers_out_of_bounds_are_named(path, value, message):
@@ -257,8 +222,6 @@ def test_bounds_admit_their_edges():
 
 
 def test_python_code_meets_the_same_checks():
-    with pytest.raises(ValueError, match="phase1.max_iterations 0"):
-        Phase1Options(max_iterations=0)
     with pytest.raises(ValueError, match="context_dim 0"):
         Recipe(models=[ModelOptions("a", "shared", 0)])
     with pytest.raises(ValueError, match="must be one of float32, bfloat16, float16"):

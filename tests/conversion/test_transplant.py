@@ -12,14 +12,8 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.conversion.factorize import exact_factors
-from context_pythia.conversion.transplant import (
-    check_convertible,
-    check_rope,
-    context_config,
-    keys_and_values,
-    split_projection,
-    transplant,
-)
+from context_pythia.conversion.original import keys_and_values, split_projection
+from context_pythia.conversion.transplant import context_config, transplant
 from context_pythia.evaluation.memory import measure_generated_cache
 from context_pythia.evaluation.pretrained import load_pretrained
 from tests.model.conftest import SIZE, randomise
@@ -27,17 +21,10 @@ from tests.model.conftest import SIZE, randomise
 TURNED = {"rope_theta": 10000.0}
 KINDS = {
     "pythia": {},
-    "no parallel residual": {"use_parallel_residual": False},
-    "no biases": {"attention_bias": False},
     "no biases, no parallel residual": {"attention_bias": False, "use_parallel_residual": False},
-    "all rotary": {"rope_parameters": TURNED | {"rope_type": "default", "partial_rotary_factor": 1.0}},
-    "all rotary, no biases": {
+    "all rotary, tied": {
         "rope_parameters": TURNED | {"rope_type": "default", "partial_rotary_factor": 1.0},
-        "attention_bias": False,
-    },
-    "tied": {"tie_word_embeddings": True},
-    "linear RoPE": {
-        "rope_parameters": TURNED | {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}
+        "tie_word_embeddings": True,
     },
     "yarn RoPE": {
         "rope_parameters": TURNED
@@ -117,10 +104,9 @@ def test_logits_are_the_originals_in_parallel_and_through_the_cache(original, id
     torch.testing.assert_close(logits(double, ids).float(), expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_context_of_2048_tokens(kind, exact):
+def test_a_whole_context_of_2048_tokens(exact):
     ids = torch.randint(2, 97, (1, 2048), generator=torch.Generator().manual_seed(2))
-    original = make_original(**KINDS[kind], max_position_embeddings=2048)
+    original = make_original(max_position_embeddings=2048)
     expected = logits(original, ids)
     converted = exact(original)
     torch.testing.assert_close(logits(converted, ids), expected, rtol=0, atol=1e-3)
@@ -143,16 +129,12 @@ def test_padding_on_the_left_changes_nothing(original, ids, exact):
     assert torch.equal(converted.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False), found)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generated_texts_are_the_originals(beams, original, ids, exact):
-    settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": beams, "attention_mask": torch.ones_like(ids)}
-    expected = original.generate(ids, **settings)
-    assert torch.equal(exact(original).generate(ids, **settings), expected)
-
-
-def test_the_measured_cache_is_exactly_half(original, exact):
-    before = measure_generated_cache(original, 64, batch_size=2)
-    after = measure_generated_cache(exact(original), 64, batch_size=2)
+def test_texts_of_beams_are_the_originals_and_the_cache_is_half(ids, exact):
+    original = make_original()
+    settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "attention_mask": torch.ones_like(ids)}
+    expected, converted = original.generate(ids, **settings), exact(original)
+    assert torch.equal(converted.generate(ids, **settings), expected)
+    before, after = (measure_generated_cache(model, 64, batch_size=2) for model in (original, converted))
     assert after.filled * 2 == before.filled
 
 
@@ -195,15 +177,14 @@ def test_the_converted_model_holds_no_weights_and_runs(exact, tmp_path, ids):
     assert (cache.length, 2 * cache.filled) == (30, measure_generated_cache(original, 30).filled)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_stays_so(dtype, ids, exact):
+def test_a_model_in_half_precision_stays_so(ids, exact):
+    dtype = torch.bfloat16
     original = make_original()
     expected = logits(original, ids)
     converted = exact(original.to(dtype))
     assert {tensor.dtype for tensor in converted.parameters()} == {dtype}
     got = logits(converted, ids).float()
-    rounding = 0.1 if dtype == torch.bfloat16 else 0.02
-    assert float((got - expected).norm() / expected.norm()) < rounding
+    assert float((got - expected).norm() / expected.norm()) < 0.1
 
 
 def test_widths_of_layers_are_written_down_only_where_they_differ():
@@ -227,17 +208,3 @@ def test_too_few_factors_are_an_error(tmp_path):
     factors = [exact_factors(keys_and_values(original, layer)) for layer in (0, 1)]
     with pytest.raises(RuntimeError, match=r"layers\.2\.attention\.context\.bias has no weight in the original"):
         transplant(original, factors, config, tmp_path, torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_whose_angles_change_with_the_length_is_refused(kind):
-    config = GPTNeoXConfig(**SIZE)
-    config.rope_parameters = TURNED | {"rope_type": kind, "factor": 2.0, "partial_rotary_factor": 0.25}
-    with pytest.raises(ValueError, match=f"NAME has RoPE of the type '{kind}'"):
-        check_rope(config, "NAME")
-
-
-def test_other_families_are_refused_by_name():
-    with pytest.raises(ValueError, match="NAME is a llama model: only GPT-NeoX checkpoints") as error:
-        check_convertible({"model_type": "llama"}, "NAME")
-    assert "\n" not in str(error.value)

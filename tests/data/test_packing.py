@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from context_pythia.config.recipe import DataOptions
 from context_pythia.data import packing
@@ -120,12 +119,6 @@ def test_two_documents_are_enough_and_one_is_not(options, tmp_path):
         load(options)
 
 
-def test_a_single_text_file_can_be_split(options, tmp_path):
-    (tmp_path / "book.txt").write_text("\n\n".join(texts()))
-    options.data = str(tmp_path / "book.txt")
-    assert load(options).summary["source"] == "book.txt"
-
-
 def test_the_tokenizer_is_trained_on_the_training_split_only(options, tmp_path, monkeypatch):
     marked = [text.replace("bel", "qzx") if i % 2 else text for i, text in enumerate(texts(80))]
     options.data = str(write_jsonl(tmp_path / "marked.jsonl", marked))
@@ -141,16 +134,6 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(options, tmp_path, 
     validation = data.tokenizer.decode(data.validation.tokens.reshape(-1).tolist())
     assert seen and set(seen) < set(marked)
     assert not any(text in validation for text in seen)
-
-
-def test_a_trained_tokenizer_reads_back_every_text(options):
-    tokenizer = load(options).tokenizer
-    text = "  def f(x):\n\treturn x , y  # don 't 語 😀 <s>\x00\n"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert tokenizer("e\u0301")["input_ids"] == tokenizer("é")["input_ids"]
-    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.unk_token == tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.eos_token_id == 0
-    assert len(tokenizer) <= 320
 
 
 def test_summary_says_what_was_packed(options):
@@ -174,15 +157,6 @@ def test_the_second_load_neither_tokenises_nor_trains(options, monkeypatch):
     assert np.array_equal(second.train.tokens, first.train.tokens)
     assert not second.train.tokens.flags.writeable
     assert second.tokenizer.backend_tokenizer.to_str() == first.tokenizer.backend_tokenizer.to_str()
-
-
-def test_packing_again_gives_the_same_bytes(options, tmp_path):
-    first = load(options)
-    options.cache_dir = str(tmp_path / "other")
-    second = load(options)
-    assert np.array_equal(second.train.tokens, first.train.tokens)
-    assert np.array_equal(second.validation.tokens, first.validation.tokens)
-    assert second.summary == first.summary
 
 
 def test_changed_text_or_settings_change_the_fingerprint(options, tmp_path):
@@ -218,31 +192,12 @@ def test_truncation_written_in_a_tokenizer_file_does_not_shorten_documents(optio
     assert np.array_equal(load(options).train.tokens, trained.train.tokens)
 
 
-def test_the_tokenizer_survives_a_model_folder(options, tmp_path):
-    tokenizer = load(options).tokenizer
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt_neox"}')
-    again = AutoTokenizer.from_pretrained(tmp_path / "model")
-    text = "e\u0301 bela  corund\n\n 'x"
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert again.pad_token_id == tokenizer.pad_token_id
-
-
-def test_a_large_vocabulary_is_kept_in_four_bytes(options, tmp_path):
-    tokenizer = train_tokenizer(texts(), 320, progress=False)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"].append({**state["added_tokens"][0], "id": 70_000, "content": "<far>", "special": False})
-    tokens = state["model"]["vocab"]
-    tokens.update({f"unused{i}": i for i in range(len(tokens), 70_001)})
-    tokens.pop("unused70000")
-    tokens["<far>"] = 70_000
-    (tmp_path / "large.json").write_text(json.dumps(state))
-    options.data = str(write_jsonl(tmp_path / "far.jsonl", [text.replace("bela", "<far>") for text in texts()]))
-    options.tokenizer = str(tmp_path / "large.json")
-    data = load(options)
-    assert data.train.tokens.dtype == np.uint32
-    assert 70_000 in data.train.stream(0, data.train.num_tokens)
-    assert data.summary["vocab_size"] == 70_001
+def test_a_large_vocabulary_is_kept_in_four_bytes(options, tmp_path, monkeypatch):
+    expected = load(options).train.tokens
+    options.cache_dir = str(tmp_path / "other")
+    monkeypatch.setattr(packing, "vocabulary_rows", lambda tokenizer: 70_001)
+    tokens = load(options).train.tokens
+    assert expected.dtype == np.uint16 and tokens.dtype == np.uint32 and np.array_equal(tokens, expected)
 
 
 def test_damage_in_the_cache_is_mended_by_packing_again(options, tmp_path):
@@ -321,23 +276,6 @@ def test_an_empty_corpus_is_refused(options, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n\n")
     options.data = str(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match=r"empty\.txt is an empty corpus"):
-        load(options)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("samples", 1),
-        ("sequence_length", 0),
-        ("validation_fraction", 0.0),
-        ("validation_fraction", 1.0),
-        ("validation_fraction", float("nan")),
-        ("vocab_size", 256),
-    ],
-)
-def test_options_out_of_range_are_named(options, name, value):
-    setattr(options, name, value)
-    with pytest.raises(ValueError, match=f"^{name}={value}: "):
         load(options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from context_pythia.runs.convert import _ship_code
+from context_pythia.runs.convert import ship_code
 
 from ..model.conftest import build
 
@@ -43,7 +43,7 @@ def shipped(tmp_path_factory):
     for source in SOURCES:
         model, own = build(source), folder / source.replace(", ", "-").replace(" ", "-")
         own.mkdir()
-        _ship_code(model, own)
+        ship_code(model.config, own)
         model.save_pretrained(own)
         written[own.name] = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2).tolist()
     return folder, written

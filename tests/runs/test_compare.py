@@ -14,10 +14,11 @@ from context_pythia import ContextPythiaForCausalLM
 from context_pythia.cli.reported import compare
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.errors import Failure
-from context_pythia.runs import train as module
+from context_pythia.runs import train
 from context_pythia.runs.build import build_model
-from context_pythia.runs.record import Run, provenance
-from context_pythia.runs.train import run_phase1, train
+from context_pythia.runs.provenance import provenance
+from context_pythia.runs.record import Run
+from context_pythia.runs.train import run_phase1
 from tests.conftest import tiny_recipe
 
 
@@ -32,6 +33,8 @@ def test_every_model_is_recorded_with_its_figures(finished_run):
         assert entry["error"] is None
         assert 1 < entry["best_val_ppl"] < 280
         assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
+        (band,) = entry["val_ppl_by_position"]
+        assert band["to"] == 16 and band["perplexity"] == pytest.approx(entry["best_val_ppl"], rel=1e-5)
         assert entry["history"][1]["train_loss"] < entry["history"][0]["train_loss"]
         assert entry["cache"]["bytes_measured"] == entry["cache"]["bytes_formula"]
         assert entry["machine"]["threads"] == torch.get_num_threads() and entry["machine"]["processes"] == 1
@@ -48,26 +51,6 @@ def test_caches_are_measured_at_the_trained_length(finished_run):
     assert caches[0]["reduction_measured"] is None
     reductions = [cache["reduction_measured"] for cache in caches[1:]]
     assert reductions == pytest.approx([-12 / 2048, 1 - 16 / 128, 1 - 12 / 128])
-
-
-def test_samples_of_2048_tokens_are_trained_on_and_judged_in_all_their_bands(tmp_path, own_cache):
-    length = 2048
-    recipe = tiny_recipe(
-        tmp_path,
-        data={"samples": 5, "sequence_length": length, "validation_fraction": 0.2},
-        architecture={"max_position_embeddings": length},
-        train={"epochs": 1, "batch_size": 2},
-        models=[{"name": "Pythia"}, {"name": "shared", "context_source": "shared", "context_dim": 12}],
-    )
-    compare(recipe, tmp_path / "run", progress=False)
-    models = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
-    assert [model["cache"]["bytes_measured"] for model in models] == [4 * length * numbers for numbers in (128, 16)]
-    for model in models:
-        bands = model["val_ppl_by_position"]
-        assert [band["to"] for band in bands] == [16, 32, 64, 96, 128, 256, 512, 1024, 2048]
-        mean = sum(band["tokens"] * math.log(band["perplexity"]) for band in bands) / length
-        assert math.exp(mean) == pytest.approx(model["best_val_ppl"], rel=1e-5)
-    assert "| 1,024–2,048 |" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_run_folder_is_whole(finished_run):
@@ -95,7 +78,7 @@ def test_models_are_usable_by_generate(finished_run):
 def test_saved_weights_have_the_recorded_perplexity(finished_run):
     entry = metrics(finished_run)["models"][2]
     recipe = tiny_recipe(finished_run.parent)
-    validation = module.load_data(recipe.data, progress=False).validation
+    validation = train.load_data(recipe.data, progress=False).validation
     model = AutoModelForCausalLM.from_pretrained(finished_run / "models" / "shared").eval()
     rows = [validation[i] for i in range(len(validation))]
     ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
@@ -108,8 +91,8 @@ def test_saved_weights_have_the_recorded_perplexity(finished_run):
 
 def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
     before, provenance = metrics(finished_run), (finished_run / "provenance.json").read_bytes()
-    monkeypatch.setattr(module, "train_language_model", None)
-    monkeypatch.setattr(module, "train_context_block", None)
+    monkeypatch.setattr(train, "train_language_model", None)
+    monkeypatch.setattr(train, "train_context_block", None)
     compare(tiny_recipe(finished_run.parent), finished_run, progress=False)
     assert metrics(finished_run) == before
     assert (finished_run / "provenance.json").read_bytes() == provenance
@@ -120,7 +103,9 @@ def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, m
     recipe = tiny_recipe(finished_run.parent)
     run = tmp_path / "run"
     alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
-    for number, (step, name) in enumerate([(run_phase1, "shared"), (train, "Pythia"), (train, "shared")]):
+    for number, (step, name) in enumerate(
+        [(run_phase1, "shared"), (train.compare, "Pythia"), (train.compare, "shared")]
+    ):
         monkeypatch.setattr(sys, "argv", ["context-pythia", f"call {number}"])
         step(alone[name], run, progress=False)
         assert len(metrics(run)["models"]) == number
@@ -168,12 +153,12 @@ def test_options_that_change_no_result_may_change(finished_run, tmp_path):
 def test_a_folder_keeps_to_its_text(tmp_path):
     recipe = tiny_recipe(tmp_path)
     alone = [dataclasses.replace(recipe, models=[recipe.models[index]]) for index in (0, 3)]
-    train(alone[0], tmp_path / "run", progress=False)
+    compare(alone[0], tmp_path / "run", progress=False)
     (tmp_path / "corpus" / "00.txt").write_text("the text was another one when this run began\n" * 40)
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     for again in alone:
         with pytest.raises(ValueError, match="the text has changed; choose another folder with --out"):
-            train(again, tmp_path / "run", progress=False)
+            compare(again, tmp_path / "run", progress=False)
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
 
 
@@ -181,7 +166,7 @@ def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(module, "train_language_model", fail)
+    monkeypatch.setattr(train, "train_language_model", fail)
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(RuntimeError, match="1 of 1 models failed: Pythia: MemoryError"):
         compare(dataclasses.replace(recipe, models=recipe.models[:1]), tmp_path / "run", progress=False)
@@ -191,14 +176,14 @@ def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
 def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_path, monkeypatch):
     recipe = tiny_recipe(finished_run.parent)
     recipe = dataclasses.replace(recipe, models=[recipe.models[3], recipe.models[0]])
-    whole = module.train_language_model
+    whole = train.train_language_model
 
     def fail_with_context(model, *args, **kwargs):
         if isinstance(model, ContextPythiaForCausalLM):
             raise Failure("the loss became nan at step 3")
         return whole(model, *args, **kwargs)
 
-    monkeypatch.setattr(module, "train_language_model", fail_with_context)
+    monkeypatch.setattr(train, "train_language_model", fail_with_context)
     with pytest.raises(RuntimeError, match="1 of 2 models failed: Layer 12 x2: the loss became nan"):
         compare(recipe, tmp_path / "run", progress=False)
     failed, baseline = metrics(tmp_path / "run")["models"]
@@ -219,44 +204,43 @@ def test_options_that_cannot_be_are_refused_before_phase_1(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     wrong = tiny_recipe(tmp_path, train=options)
-    for command in (compare, train):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            command(dataclasses.replace(wrong, models=[wrong.models[2]]), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        compare(dataclasses.replace(wrong, models=[wrong.models[2]]), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", [compare, train, run_phase1])
-def test_a_model_that_another_call_trains_is_refused_and_the_others_are_not(tmp_path, own_cache, command):
+def test_a_model_that_another_call_trains_is_refused_and_the_others_are_not(tmp_path, own_cache):
     recipe = tiny_recipe(tmp_path)
-    held, other = (dataclasses.replace(recipe, models=[recipe.models[i]]) for i in (1, 2))
+    locked, other = (dataclasses.replace(recipe, models=[recipe.models[i]]) for i in (1, 2))
     (tmp_path / "run" / ".locks").mkdir(parents=True)
     with FileLock(tmp_path / "run" / ".locks" / "input.lock"):
-        with pytest.raises(ValueError, match=r"another call trains input in .*run now: wait for its end"):
-            command(held, tmp_path / "run", progress=False)
+        for command in (compare, run_phase1):
+            with pytest.raises(ValueError, match=r"another call trains input in .*run now: wait for its end"):
+                command(locked, tmp_path / "run", progress=False)
         assert metrics(tmp_path / "run")["models"] == []
-        command(other, tmp_path / "run", progress=False)
+        run_phase1(other, tmp_path / "run", progress=False)
 
 
 def test_a_refused_command_leaves_the_folder_free(tmp_path):
     wrong = tiny_recipe(tmp_path, data={"data": str(tmp_path / "missing.txt")})
     with pytest.raises(FileNotFoundError, match="missing.txt"):
-        train(wrong, tmp_path / "run", progress=False)
+        compare(wrong, tmp_path / "run", progress=False)
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_run_folder_that_cannot_be_made_is_a_failure(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot make the run folder .* choose another with --out") as caught:
-        train(tiny_recipe(tmp_path), tmp_path / "file" / "run", progress=False)
+        compare(tiny_recipe(tmp_path), tmp_path / "file" / "run", progress=False)
     assert not isinstance(caught.value, FileNotFoundError | NotADirectoryError)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"models": [{"name": "Pythia"}], "data": {}, "recipe": {}}'])
+@pytest.mark.parametrize("content", ["{", '{"models": [{"name": "Pythia"}], "data": {}, "recipe": {}}'])
 def test_damaged_metrics_are_named(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match="metrics.json is damaged"):
-        train(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
+        compare(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
 
 
 @pytest.mark.parametrize("program", ["/env/bin/context-pythia", "/env/site-packages/context_pythia/__main__.py"])
@@ -270,11 +254,7 @@ def test_a_pass_over_models_of_equal_size(tmp_path, own_cache):
         tmp_path,
         architecture={"match_parameters": True},
         train={"tokens": 256, "batch_size": 2},
-        models=[
-            {"name": "Pythia"},
-            {"name": "MQA x2", "context_source": "grouped", "context_sharing": 2},
-            {"name": "layer", "context_source": "layer", "context_dim": 12},
-        ],
+        models=[{"name": "Pythia"}, {"name": "MQA x2", "context_source": "grouped", "context_sharing": 2}],
     )
     compare(recipe, tmp_path / "run", progress=False)
     baseline, *others = metrics(tmp_path / "run")["models"]

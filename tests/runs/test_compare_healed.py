@@ -11,17 +11,14 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM, processes
 from context_pythia.cli.reported import compare
-from context_pythia.config.convert import ConvertOptions
 from context_pythia.errors import Failure
 from context_pythia.report.run import RunReport, learning_curves
 from context_pythia.report.texts import Texts
 from context_pythia.runs import train as module
-from context_pythia.runs.convert import convert
 from context_pythia.runs.record import Run
-from context_pythia.runs.train import train
 from tests.conftest import tiny_recipe
 
-HEAL = {"steps": 9, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
+HEAL = {"steps": 7, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
 MODELS = [
     {"name": "Pythia"},
     {"name": "Control", "from_baseline": True},
@@ -62,7 +59,7 @@ def test_healing_begins_at_the_trained_baseline(run):
     for entry in (control, converted):
         origin = {key: baseline[key] for key in ("name", "best_epoch", "best_val_ppl")}
         assert entry["from_baseline"] == origin
-        assert [row["step"] for row in entry["history"]] == [0, 6, 9]
+        assert [row["step"] for row in entry["history"]] == [0, 6, 7]
         assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
         assert entry["best_epoch"] == next(
             row["epoch"] for row in entry["history"] if row["val_ppl"] == entry["best_val_ppl"]
@@ -91,26 +88,14 @@ def test_saved_weights_have_the_recorded_perplexity(folder, run):
         assert math.exp(loss) == pytest.approx(entries(run)[name]["best_val_ppl"], rel=1e-5)
 
 
-def test_it_is_the_conversion_of_the_command(folder, run, tmp_path):
-    recipe = healing_recipe(folder)
-    text = dataclasses.replace(recipe.data, tokenizer=str(run / "models" / "pythia"))
-    options = ConvertOptions(context_dim=6, calibration_tokens=54 * 16)
-    record = convert(str(run / "models" / "pythia"), tmp_path / "out", options, text, recipe.heal, progress=False)
-    entry = entries(run)["Converted"]
-    for row, again in zip(entry["history"], record["healing"]["history"], strict=True):
-        for key in ("step", "train_loss", "val_ppl", "val_accuracy"):
-            assert row[key] == again[key]
-    assert entry["val_ppl_by_position"] == record["healing"]["val_ppl_by_position"]
-
-
 def test_the_report_says_what_the_longer_training_is_worth(run):
     english, japanese = ((run / name).read_text() for name in ("report.md", "report.ja.md"))
     control, converted = (entries(run)[name] for name in ("Control", "Converted"))
     change = converted["best_val_ppl"] / control["best_val_ppl"] - 1
     assert f"Converted against the control Control: {'+' if change > 0 else '−'}{abs(change):.1%}"[:-1] in english
     assert "| Control | control: baseline, healed |" in english and "| Converted | layer 6, converted |" in english
-    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps on the same text, taught by" in english
-    assert "Step 9/9: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
+    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "7 steps on the same text, taught by" in english
+    assert "Step 7/7: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
     assert (
         "| Control | 対照：ベースラインの追加学習 |" in japanese and "対照 Control に対する Converted の差" in japanese
     )
@@ -122,56 +107,43 @@ def test_curves_go_on_where_the_baseline_ended(run):
     baseline, _, converted = entries(run)
     assert [one.baseline for one in report.series] == [True, False, False]
     assert [x for x, _ in perplexity.curves[baseline]] == [1, 2]
-    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, 3.5] and perplexity.stars[converted][0] > 2
+    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, pytest.approx(2 + 7 / 6)] and perplexity.stars[
+        converted
+    ][0] > 2
     # The loss of healing is not that of training.
     assert loss.curves[baseline] and not loss.curves[converted]
 
 
 def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
-    monkeypatch.setattr(module, "convert", None)
+    monkeypatch.setattr(module, "Conversion", None)
     before = entries(run)
     compare(healing_recipe(folder), run, progress=False)
     assert capsys.readouterr().out.count("finished before, kept") == 3 and entries(run) == before
 
 
 def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
-    with pytest.raises(ValueError, match=r"holds a run with heal.steps 9, not 5: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds a run with heal.steps 7, not 5: choose another folder"):
         Run(run, healing_recipe(folder, {**HEAL, "steps": 5}))
 
 
-def test_healing_that_failed_may_be_tried_with_other_options(folder, tmp_path, monkeypatch):
-    recipe = alone(healing_recipe(folder, {**HEAL, "learning_rate": 1e9}), "Pythia", "Converted")
-    with pytest.raises(RuntimeError, match="1 of 2 models failed"):
-        monkeypatch.setattr(module, "convert", lambda *args, **kwargs: (_ for _ in ()).throw(Failure("nan")))
-        compare(recipe, tmp_path, progress=False)
-    assert Run(tmp_path, healing_recipe(folder)).finished("Pythia")
+def test_healing_is_made_up_for_where_it_failed_and_goes_on_however_its_folder_is_named(
+    folder, run, tmp_path, monkeypatch
+):
+    def heal_anew(error, heal=HEAL):
+        with monkeypatch.context() as patch:
+            patch.setattr("context_pythia.runs.convert.heal", lambda *args, **named: (_ for _ in ()).throw(error))
+            recipe = healing_recipe(folder, heal)
+            origin = Run(Path(run.name), healing_recipe(folder))
+            compare(alone(recipe, "Converted"), tmp_path / "run", progress=False, origin=origin)
 
-
-def test_a_healing_goes_on_however_its_folder_is_named(folder, run, tmp_path, monkeypatch):
-    recipe = alone(healing_recipe(folder), "Converted")
     monkeypatch.chdir(run.parent)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "context_pythia.runs.convert.heal", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            compare(recipe, tmp_path, progress=False, origin=Run(Path(run.name), healing_recipe(folder)))
-    compare(recipe, tmp_path, progress=False, origin=Run(run, healing_recipe(folder)))
-    assert entries(tmp_path)["Converted"]["best_val_ppl"] == entries(run)["Converted"]["best_val_ppl"]
-
-
-def test_a_failed_healing_is_recorded_and_made_up_for(folder, run, tmp_path, monkeypatch):
-    recipe, real = alone(healing_recipe(folder), "Pythia", "Converted"), module.convert
-
-    def fail(*arguments, **named):
-        raise Failure("loss became nan at or before step 3")
-
-    monkeypatch.setattr(module, "convert", fail)
-    with pytest.raises(RuntimeError, match="1 of 2 models failed: Converted: loss became nan"):
-        compare(recipe, tmp_path / "run", progress=False)
+    with pytest.raises(RuntimeError, match="1 of 1 models failed: Converted: loss became nan"):
+        heal_anew(Failure("loss became nan at or before step 3"), {**HEAL, "learning_rate": 1e9})
     assert entries(tmp_path / "run")["Converted"]["error"] == "loss became nan at or before step 3"
-    monkeypatch.setattr(module, "convert", real)
-    compare(recipe, tmp_path / "run", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        heal_anew(KeyboardInterrupt())
+    recipe = healing_recipe(folder)
+    compare(alone(recipe, "Converted"), tmp_path / "run", progress=False, origin=Run(run, recipe))
     assert entries(tmp_path / "run")["Converted"]["best_val_ppl"] == entries(run)["Converted"]["best_val_ppl"]
 
 
@@ -189,7 +161,7 @@ def test_a_baseline_that_failed_is_not_converted(folder, tmp_path, monkeypatch):
 def test_a_run_without_a_baseline_is_refused_before_the_text_is_read(folder, tmp_path, monkeypatch, names):
     monkeypatch.setattr(module, "load_data", None)
     with pytest.raises(ValueError, match=f"{names[0]} is made of the trained baseline, and .*: name one before it"):
-        train(alone(healing_recipe(folder), *names), tmp_path, progress=False)
+        compare(alone(healing_recipe(folder), *names), tmp_path, progress=False)
 
 
 def test_several_processes_are_refused(folder, tmp_path, monkeypatch):

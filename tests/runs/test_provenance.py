@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from context_pythia.runs import record
-from context_pythia.runs.record import provenance, without_password
+from context_pythia.runs import provenance as module
+from context_pythia.runs.provenance import provenance, without_password
 
 
 @pytest.mark.parametrize(
@@ -34,16 +34,16 @@ def test_no_password_is_recorded(text, recorded, monkeypatch):
 
 
 def test_the_commit_is_that_of_our_own_repository_alone(tmp_path, monkeypatch):
-    file = tmp_path / "environment" / "record.py"
+    file = tmp_path / "environment" / "provenance.py"
     file.parent.mkdir()
-    shutil.copyfile(record.__file__, file)
+    shutil.copyfile(module.__file__, file)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
-    monkeypatch.setattr(record, "__file__", str(file))
+    monkeypatch.setattr(module, "__file__", str(file))
     assert provenance(torch.device("cpu"))["commit"] is None
     subprocess.run([*git, "add", str(file)], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert provenance(torch.device("cpu"))["commit"] == head
-    assert Path(record.__file__) == file
+    assert Path(module.__file__) == file

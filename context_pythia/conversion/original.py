@@ -1,0 +1,95 @@
+"""The checkpoint that a conversion begins with: checked, its weights read from disk as they are needed."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from context_pythia.conversion.factorize import KeysAndValues
+from context_pythia.errors import Failure, UsageError, first_line
+from context_pythia.evaluation.pretrained import load_pretrained, quantiser_of, stored_config
+from context_pythia.model import ContextPythiaConfig
+
+# A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
+CHANGING_ROPE = ("dynamic", "longrope")
+
+
+def load_original(name: str, device: torch.device) -> GPTNeoXForCausalLM:
+    """The model to convert, its weights left on disk.
+
+    Args:
+        device: where it computes.
+
+    Raises:
+        UsageError: a model of another family, a quantised one, or one whose kind of RoPE cannot be converted.
+        Failure: a damaged checkpoint.
+    """
+    # The bare file first, which families have that transformers does not know; one that names none is left to loading.
+    stored = stored_config(name)
+    family = stored.get("model_type")
+    if family == ContextPythiaConfig.model_type:
+        raise UsageError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
+    if family not in (None, GPTNeoXConfig.model_type):
+        raise UsageError(
+            f"{name} is a {family} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
+            "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
+        )
+    if quantiser := quantiser_of(stored):
+        raise UsageError(
+            f"{name} is quantised ({quantiser}): give the checkpoint in full precision that it was made of"
+        )
+    # On a GPU, a module that stays there makes it the one that computes.
+    parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
+    parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(device))
+    original = load_pretrained(name, torch.float32, parts)
+    kind = original.config.rope_parameters.get("rope_type", "default")
+    if kind in CHANGING_ROPE:
+        raise UsageError(
+            f"{name} has RoPE of the type {kind!r}, whose angles change with the length: it cannot convert"
+        )
+    return original
+
+
+def check_weights(original: GPTNeoXForCausalLM, name: str) -> None:
+    """Read every weight; Failure for one that is unreadable, of another shape or not finite."""
+    for parameter, place in original.state_dict().items():
+        try:
+            weight = read_weight(original, parameter)
+        except (OSError, SafetensorError) as error:
+            damage = first_line(error)
+        else:
+            if weight.shape == place.shape and bool(weight.isfinite().all()):
+                continue
+            damage = f"{parameter} is not finite"
+            if weight.shape != place.shape:
+                damage = f"{parameter} has the shape {list(weight.shape)}, not {list(place.shape)}"
+        raise Failure(f"the checkpoint in {name} is damaged ({damage}): download or train it again")
+
+
+def read_weight(model: GPTNeoXForCausalLM, name: str) -> torch.Tensor:
+    """A parameter on the CPU, from the checkpoint where the model leaves it there (accelerate reads that to a GPU)."""
+    weight = model.get_parameter(name).detach()
+    return (load_offloaded_parameter(model, name) if weight.is_meta else weight).cpu()
+
+
+def split_projection(model: GPTNeoXForCausalLM, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The fused projection by parts: weight `[3, D, D]` and bias `[3, D]`, queries, keys and values, head by head."""
+    name, heads = f"gpt_neox.layers.{layer_idx}.attention.query_key_value", model.config.num_attention_heads
+    weight = read_weight(model, f"{name}.weight").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    if model.get_submodule(name).bias is None:
+        return weight, None
+    return weight, read_weight(model, f"{name}.bias").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1)
+
+
+def keys_and_values(model: GPTNeoXForCausalLM, layer_idx: int) -> KeysAndValues:
+    """A layer's key and value weights, in float64."""
+    weight, bias = split_projection(model, layer_idx)
+    weight = weight[1:].flatten(0, 1).double()
+    return KeysAndValues(
+        weight,
+        weight.new_zeros(len(weight)) if bias is None else bias[1:].flatten().double(),
+        model.config.num_attention_heads,
+        model.gpt_neox.layers[layer_idx].attention.rotary_ndims,
+    )
