@@ -113,21 +113,19 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
     Hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10)
-    except GatedRepoError as error:
+    except (
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    ) as error:  # a gated one is of the first kind
+        at = f" of the revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"the {kind} {name!r} is gated: accept its terms on the Hugging Face Hub, then log in with `hf auth login`"
+            f"there is no {kind} {name!r}{at}: neither a file or folder here nor on the Hugging Face Hub (for a "
+            "private or gated one accept its terms there, and log in with `hf auth login`)"
         ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no {kind} {name!r}: neither a file or folder here nor on the Hugging Face Hub (for a private "
-            "one log in with `hf auth login`)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"the {kind} {name!r} on the Hugging Face Hub has no revision {revision!r}") from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
         raise ConnectionError(
             f"there is no file or folder {name!r} here, and the Hugging Face Hub cannot be asked for a {kind} of that "

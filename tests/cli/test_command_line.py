@@ -186,7 +186,6 @@ def test_set_help_lists_all_keys(capsys):
                 "m",
                 "--out=o",
                 "--context-dim=32",
-                "--samples=40",
                 "--heal-steps=5",
                 "--set",
                 "heal.ce_weight=1",

@@ -104,8 +104,8 @@ def test_predictions_of_few_tokens_at_once_draw_from_the_same_distribution(model
 
 @pytest.fixture
 def deep(tmp_path):
-    """Folder of a model of 8 layers whose weights, 101 MB, are far more than all that a pass computes."""
-    config = GPTNeoXConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8})
+    """Folder of a model of 12 layers whose weights, 151 MB, are far more than all that a pass computes."""
+    config = GPTNeoXConfig(**SIZE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12})
     with torch.device("meta"):
         model = GPTNeoXForCausalLM(config)
     model = model.to_empty(device="cpu")
@@ -125,7 +125,7 @@ def test_weights_on_disk_give_the_same_statistics_and_are_never_held_together(de
     for name, value in vars(expected).items():
         assert torch.equal(getattr(found[1], name), value), name
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert weights > 1e8 and peak < weights / 2
+    assert weights > 1.5e8 and peak < weights / 2
 
 
 def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):

@@ -18,7 +18,7 @@ from context_pythia.runs import train as module
 from context_pythia.runs.record import Run
 from tests.conftest import tiny_recipe
 
-HEAL = {"steps": 7, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
+HEAL = {"steps": 9, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
 MODELS = [
     {"name": "Pythia"},
     {"name": "Control", "from_baseline": True},
@@ -59,7 +59,7 @@ def test_healing_begins_at_the_trained_baseline(run):
     for entry in (control, converted):
         origin = {key: baseline[key] for key in ("name", "best_epoch", "best_val_ppl")}
         assert entry["from_baseline"] == origin
-        assert [row["step"] for row in entry["history"]] == [0, 6, 7]
+        assert [row["step"] for row in entry["history"]] == [0, 6, 9]
         assert entry["best_val_ppl"] == min(row["val_ppl"] for row in entry["history"])
         assert entry["best_epoch"] == next(
             row["epoch"] for row in entry["history"] if row["val_ppl"] == entry["best_val_ppl"]
@@ -94,8 +94,8 @@ def test_the_report_says_what_the_longer_training_is_worth(run):
     change = converted["best_val_ppl"] / control["best_val_ppl"] - 1
     assert f"Converted against the control Control: {'+' if change > 0 else '−'}{abs(change):.1%}"[:-1] in english
     assert "| Control | control: baseline, healed |" in english and "| Converted | layer 6, converted |" in english
-    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "7 steps on the same text, taught by" in english
-    assert "Step 7/7: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
+    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps on the same text, taught by" in english
+    assert "Step 9/9: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
     assert (
         "| Control | 対照：ベースラインの追加学習 |" in japanese and "対照 Control に対する Converted の差" in japanese
     )
@@ -107,7 +107,7 @@ def test_curves_go_on_where_the_baseline_ended(run):
     baseline, _, converted = entries(run)
     assert [one.baseline for one in report.series] == [True, False, False]
     assert [x for x, _ in perplexity.curves[baseline]] == [1, 2]
-    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, pytest.approx(2 + 7 / 6)] and perplexity.stars[
+    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, 3.5] and perplexity.stars[
         converted
     ][0] > 2
     # The loss of healing is not that of training.
@@ -122,7 +122,7 @@ def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
 
 
 def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
-    with pytest.raises(ValueError, match=r"holds a run with heal.steps 7, not 5: choose another folder"):
+    with pytest.raises(ValueError, match=r"holds a run with heal.steps 9, not 5: choose another folder"):
         Run(run, healing_recipe(folder, {**HEAL, "steps": 5}))
 
 
