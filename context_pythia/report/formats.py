@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 DASH = "–"
@@ -56,8 +55,3 @@ def perplexity(value: float | None, digits: int | None = None) -> str:
 def kilobytes(value: int | None) -> str:
     """Of bytes; 1 KB is 1,024 of them."""
     return DASH if value is None else f"{value / 1024:,.1f} KB"
-
-
-def calls(earlier: Sequence[Mapping[str, Any]]) -> str:
-    """Calls as provenance.json keeps them, a line each: when, and the command."""
-    return "\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier)

@@ -10,8 +10,8 @@ from string import Formatter
 
 import pytest
 
-from context_pythia.report.document import Code, Paragraph, Table, to_markdown
-from context_pythia.report.figures import Point, draw_frontier, draw_panels, draw_settings, unbeaten
+from context_pythia.report.document import Code, Paragraph, Table, to_html, to_markdown
+from context_pythia.report.figures import draw_panels
 from context_pythia.report.report import write_report
 from context_pythia.report.run import RunReport, learning_curves
 from context_pythia.report.sections import position_panels
@@ -128,16 +128,22 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_report_is_four_files_and_leaves_no_temporary_ones(run):
+def test_a_report_is_four_files_of_which_the_page_loads_nothing_and_escapes_names(run, records):
     written = write_report(run)
-    assert {path.name for path in written} == {"report.md", "report.html", "curves.png", "frontier.png"}
-    assert {path.name for path in run.iterdir()} == {path.name for path in written} | {
-        "metrics.json",
-        "provenance.json",
-    }
-    for path in written:
-        assert path.stat().st_size > 0
-        assert path.suffix != ".png" or path.read_bytes().startswith(b"\x89PNG\r\n")
+    names = {"report.md", "report.html", "curves.png", "frontier.png"}
+    assert {path.name for path in written} == names
+    assert {path.name for path in run.iterdir()} == names | {"metrics.json", "provenance.json"}
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in written if path.suffix == ".png")
+    japanese = to_html(list(RunReport(*records, Texts("ja")).blocks({})), "ja", {})
+    for lang, html in (("en", (run / "report.html").read_text(encoding="utf-8")), ("ja", japanese)):
+        page = Page(html)
+        assert page.open == []
+        assert len(page.links) == (2 if lang == "en" else 0)
+        assert all(link.startswith("data:image/png;base64,") for link in page.links)
+        assert not page.tags & {"script", "link", "b", "log", "iframe"}
+        assert "url(" not in html and "@import" not in html
+        assert "&lt;b&gt;bad|name&lt;/b&gt; $x" in html
+        assert f'<html lang="{lang}">' in html and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
 
 
 def test_differences_reductions_and_overheads_are_those_to_the_baseline(records):
@@ -150,6 +156,10 @@ def test_differences_reductions_and_overheads_are_those_to_the_baseline(records)
     assert (base["Against baseline"], base["Reduction"], base[SECONDS]) == ("–", "–", "50.0 (×1.00)")
     assert better["Parameters, trained / all"] == "70,559,232 / 70,756,608"
     assert better["Accuracy"] == "22.0 %"
+    japanese = results(markdown(records, "ja"))
+    assert [list(row.values())[2:8] for row in japanese.values()][:4] == [
+        list(row.values())[2:8] for row in table.values()
+    ][:4]
 
 
 @pytest.mark.parametrize("lang", ["en", "ja"])
@@ -167,7 +177,7 @@ def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(record
     lead = markdown(records).split("\n\n")[1]
     assert "layer 256 has the best perplexity: 390.0 against 400.0, a difference of −10.0 (−2.5 %)." in lead
     assert "768.0 KB in place of 3,072.0 KB at 128 tokens in float32, a reduction of 75.0 %" in lead
-    assert "that of shared 256, measures 136.0 KB, a reduction of 95.6 %, at perplexity 440.0" in lead
+    assert "shared 256 has the smallest cache: 136.0 KB, a reduction of 95.6 %. Its perplexity is 440.0" in lead
 
 
 def bands(*perplexities):
@@ -202,15 +212,6 @@ def test_perplexities_by_position_are_shown_with_their_differences_to_the_baseli
     assert re.findall(r"\d+\.\d+ \([+−].*? %\)", japanese) == re.findall(r"\d+\.\d+ \([+−].*? %\)", section)
 
 
-@pytest.mark.parametrize("models", [slice(0, None), slice(1, 2)], ids=["baseline", "no baseline"])
-def test_perplexities_by_position_are_drawn(tmp_path, banded, models):
-    metrics, provenance = banded
-    metrics["models"] = metrics["models"][models]
-    written = write_report(store(tmp_path, metrics, provenance))
-    assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG") and tmp_path / "positions.png" in written
-    assert "](positions.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
-
-
 def test_a_picture_by_position_shows_every_band_and_the_difference_in_percent(banded):
     series = RunReport(*banded, Texts()).series
     panels = position_panels(series)
@@ -219,11 +220,6 @@ def test_a_picture_by_position_shows_every_band_and_the_difference_in_percent(ba
     expected = [[0, 0, 0], [5, 0, -5], [10, -4.45, 0.5]]
     assert [list(line.get_ydata()) for line in below.lines] == [pytest.approx(line) for line in expected]
     assert [label.get_text() for label in below.get_xticklabels()] == ["0", "16", "32", "64"]
-
-
-def test_a_run_of_an_older_version_has_no_section_by_position(records):
-    assert all("val_ppl_by_position" not in model for model in records[0]["models"])
-    assert "by position" not in markdown(records)
 
 
 def curves(records):
@@ -283,10 +279,7 @@ def test_settings_and_provenance_are_listed(records):
         "| CPU threads | 2 |",
     ):
         assert line in text
-
-
-def test_earlier_calls_are_listed_with_their_commands(records):
-    assert "Earlier calls" not in markdown(records)
+    assert "by position" not in text and "Earlier calls" not in text
     records[1]["earlier"] = [{"updated": "2026-11-24", "command": "context-pythia train 'a b'"}]
     assert "2026-11-24  context-pythia train 'a b'" in markdown(records)
 
@@ -321,27 +314,6 @@ def test_the_caveat_on_the_input_source_appears_only_where_it_was_run(records):
     assert "has the baseline's cache" in markdown(records)
     del records[0]["models"][1]
     assert "has the baseline's cache" not in markdown(records)
-
-
-@pytest.mark.parametrize(("lang", "suffix"), [("en", ""), ("ja", ".ja")])
-def test_the_page_is_well_formed_loads_nothing_and_escapes_names(run, lang, suffix):
-    write_report(run, lang)
-    html = (run / f"report{suffix}.html").read_text(encoding="utf-8")
-    page = Page(html)
-    assert page.open == []
-    assert len(page.links) == 2 and all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert not page.tags & {"script", "link", "b", "log", "iframe"}
-    assert "url(" not in html and "@import" not in html
-    assert "&lt;b&gt;bad|name&lt;/b&gt; $x" in html
-    assert (run / f"report{suffix}.md").is_file()
-    assert f'<html lang="{lang}">' in html and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
-
-
-def test_the_japanese_report_has_the_same_figures(records):
-    english, japanese = markdown(records), markdown(records, "ja")
-    assert "コンテキスト" in japanese and "Accuracy" not in japanese
-    assert re.findall(r"\d+\.\d+ KB", english.split("##")[2]) == re.findall(r"\d+\.\d+ KB", japanese.split("##")[2])
-    assert results(japanese)["input 256"]["ベースラインとの差"] == "+70.4 (+17.6 %)"
 
 
 def test_every_language_has_the_same_texts_with_the_same_placeholders():
@@ -383,24 +355,6 @@ def test_damaged_metrics_are_one_clear_line(run, content, reason):
     assert not (run / "report.md").exists()
 
 
-def test_names_in_the_frontier_do_not_overlap():
-    names = [f"model number {i}" for i in range(9)]
-    crowd = [Point(name, name, 4096 * (1 + i // 4), 50 + i / 5, name) for i, name in enumerate(names)]
-    axes = draw_frontier(crowd, {name: name == names[0] for name in names}, "").axes[0]
-    boxes = [label.get_window_extent() for label in axes.texts]
-    assert len(boxes) == 9
-    assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
-
-
-def test_a_model_far_above_the_others_is_an_arrow_with_its_perplexity():
-    models = {"whole": (8192, 68.0), "half": (4096, 69.0), "quarter": (2048, 71.0), "other": (2048, 121.5)}
-    points = [Point(name, name, *place, name) for name, place in models.items()]
-    axes = draw_frontier(points, {name: name == "whole" for name in models}, "").axes[0]
-    assert [label.get_text() for label in axes.texts] == ["whole", "half", "quarter", "other: 121.5"]
-    assert axes.get_ylim()[1] < 90
-    assert [line.get_marker() for line in axes.lines[1:]] == ["D", "o", "o", "^"]
-
-
 def test_markdown_keeps_odd_texts_in_their_place():
     text = to_markdown([Table(["a|b"], [["x\n*y* _z_ snake_case"]]), Code("```"), Paragraph("<i> [l](u)")])
     assert "| a\\|b |\n| :-- |\n| x \\*y\\* \\_z\\_ snake_case |" in text
@@ -421,17 +375,3 @@ assert not ours & {{"model", "data", "training", "evaluation", "conversion", "ru
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_sweep_shows_the_settings_that_nothing_beats_and_has_a_line_for_each_of_the_best_thirty():
-    def height(count):
-        points = [Point(f"Pythia {i}", "Pythia", 4096, i, "") for i in range(1, count + 1)]
-        figure = draw_settings(points, [[point.perplexity] for point in points], {"Pythia": True}, "")
-        return figure.get_figheight(), figure.axes[0].get_title()
-
-    assert height(2)[0] < height(30)[0] == height(40)[0] and height(40)[1] == " (best 30 of 40)"
-    places = {"a": (2, 5.0), "b": (1, 6.0), "c": (2, 6.0), "d": (4, 5.0)}
-    assert [point.name for point in unbeaten([Point(name, name, *at, name) for name, at in places.items()])] == [
-        "b",
-        "a",
-    ]

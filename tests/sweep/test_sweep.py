@@ -109,7 +109,7 @@ def test_the_report_is_made_again_from_the_folder_alone(finished, monkeypatch):
     report, japanese = ((finished / name).read_text() for name in ("report.md", "report.ja.md"))
     for row in metrics_of(finished)["settings"]:
         assert f"| {row['mean']:,.2f} |" in report and f"| {row['mean']:,.2f} |" in japanese
-    assert "Trained longer than the others, since they go on from the trained baseline: " in report
+    assert "Trained longer than the others, because they start from the trained baseline: " in report
     assert "| heal steps |" in report or "| steps |" in report
     assert (finished / "report.html").read_text().count("data:image/png") == 3
 
