@@ -27,7 +27,7 @@ from context_pythia.bench.models import sized_models
 from context_pythia.bench.options import ServeOptions, Source, default_sources
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.files import write_json
-from context_pythia.runs.record import provenance
+from context_pythia.runs.provenance import provenance
 from context_pythia.serving import OLDEST_VLLM, vllm_version
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -24,7 +24,6 @@ from context_pythia.config.same import check_same
 from context_pythia.errors import Failure
 from context_pythia.files import damaged, read_record, write_json
 from context_pythia.runs.provenance import provenance, write_call
-from context_pythia.runs.provenance import without_password as without_password
 
 
 def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from context_pythia.errors import Failure, UsageError, first_line
-from context_pythia.runs.record import without_password
+from context_pythia.runs.provenance import without_password
 from context_pythia.sweep.options import KEYS, Dimension, Setting, SweepPlan
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from context_pythia.data.packing import load_data
 from context_pythia.errors import Failure, UsageError
 from context_pythia.files import read_record, write_json
 from context_pythia.runs.build import best_device, embedding_rows
-from context_pythia.runs.record import Run, merged, model_entry, provenance, read_metrics, write_call
+from context_pythia.runs.provenance import provenance, write_call
+from context_pythia.runs.record import Run, merged, model_entry, read_metrics
 from context_pythia.runs.train import check_training, compare
 from context_pythia.sweep.options import Setting, SweepPlan, differences
 from context_pythia.sweep.results import importances, settings_over_seeds, trial_row

@@ -107,9 +107,7 @@ def test_curves_go_on_where_the_baseline_ended(run):
     baseline, _, converted = entries(run)
     assert [one.baseline for one in report.series] == [True, False, False]
     assert [x for x, _ in perplexity.curves[baseline]] == [1, 2]
-    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, 3.5] and perplexity.stars[
-        converted
-    ][0] > 2
+    assert [x for x, _ in perplexity.curves[converted]] == [2, 3, 3.5] and perplexity.stars[converted][0] > 2
     # The loss of healing is not that of training.
     assert loss.curves[baseline] and not loss.curves[converted]
 
