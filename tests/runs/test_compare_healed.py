@@ -94,7 +94,7 @@ def test_the_report_says_what_the_longer_training_is_worth(run):
     change = converted["best_val_ppl"] / control["best_val_ppl"] - 1
     assert f"Converted against the control Control: {'+' if change > 0 else '−'}{abs(change):.1%}"[:-1] in english
     assert "| Control | control: baseline, healed |" in english and "| Converted | layer 6, converted |" in english
-    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 steps on the same text, taught by" in english
+    assert f"| 2 + {converted['best_epoch']:.3g} |" in english and "9 more steps on the same text, with" in english
     assert "Step 9/9: train_loss=" in english and "| Healing: weight of the text's cross-entropy | 0.5 |" in english
     assert (
         "| Control | 対照：ベースラインの追加学習 |" in japanese and "対照 Control に対する Converted の差" in japanese
