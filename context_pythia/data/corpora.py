@@ -117,10 +117,7 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
 
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10)
-    except (
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    ) as error:  # a gated one is of the first kind
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # a gated one is of the first kind
         at = f" of the revision {revision!r}" if revision else ""
         raise FileNotFoundError(
             f"there is no {kind} {name!r}{at}: neither a file or folder here nor on the Hugging Face Hub (for a "

@@ -111,7 +111,7 @@ def factorizer(layer, inputs, metric):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rotary_dim", [2, 4, HIDDEN // HEADS])
+@pytest.mark.parametrize("rotary_dim", [4, HIDDEN // HEADS])
 def test_exact_factors_give_back_keys_and_values_from_the_context_alone(rotary_dim, bias, inputs):
     layer = random_layer(rotary_dim, bias)
     factors = exact_factors(layer)
@@ -126,17 +126,16 @@ def test_exact_factors_refuse_rotary_keys_that_do_not_tell_their_share_of_the_in
         exact_factors(layer)
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rotary_dim", [4, HIDDEN // HEADS])
-def test_factors_of_full_width_are_exact(rotary_dim, bias, inputs, metric):
-    layer = random_layer(rotary_dim, bias)
+def test_factors_of_full_width_are_exact(rotary_dim, inputs, metric):
+    layer = random_layer(rotary_dim, True)
     factorizer = LayerFactorizer(layer, *moments(inputs), metric)
     factors = factorizer.factors([HEADS] * (rotary_dim // 2), HIDDEN - HEADS * rotary_dim)
     assert factors.error == 0
     assert differences(layer, factors, inputs).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("pairs", [[4, 4], [3, 1], [1, 4], [0, 1], [2, 0]])
+@pytest.mark.parametrize("pairs", [[4, 4], [3, 1], [0, 1]])
 def test_the_error_is_that_of_the_rebuilt_keys_and_values_averaged_over_the_angles(
     pairs, layer, inputs, metric, factorizer
 ):
@@ -174,7 +173,7 @@ def test_a_turned_pair_gives_turned_keys(layer, inputs, factorizer):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_the_context_has_the_size_of_keys_whatever_that_of_the_gradients(scale, layer, inputs, metric):
     factors = LayerFactorizer(layer, *moments(inputs), scale * metric).factors([2, 3], 4)
     sizes = factors.context_weight[:10].norm(dim=1)
@@ -183,7 +182,7 @@ def test_the_context_has_the_size_of_keys_whatever_that_of_the_gradients(scale, 
     assert factors.rotary_up.abs().max() < 100
 
 
-@pytest.mark.parametrize("scale", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_no_other_latent_of_the_same_width_does_better(scale, layer, inputs, metric, factorizer):
     """Each rival gets the best way back there is: least squares, which no metric changes."""
     pairs, latent, dice = [2, 1], 6, torch.Generator().manual_seed(3)
@@ -273,7 +272,7 @@ def test_the_frontier_is_the_best_of_all_splits(factorizer):
 
 
 @pytest.mark.parametrize("kind", ["equal dims", "equal heads", "pruned heads"])
-@pytest.mark.parametrize("width", [2, 16, 20, 24, 28, HIDDEN])
+@pytest.mark.parametrize("width", [2, 20, HIDDEN])
 def test_pairs_that_depend_on_each_other_leave_the_rest_to_the_latent(kind, width, layer, inputs, metric):
     size = HIDDEN // HEADS
     if kind == "equal dims":
@@ -316,7 +315,7 @@ def total_error(frontiers, widths) -> float:
 
 
 @pytest.mark.parametrize("multiple", [1, 2])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_widths_are_the_best_there_are_where_gains_shrink(seed, multiple):
     frontiers = convex(seed, layers=3, widths=6, multiple=multiple)
     most = len(frontiers[0]) - 1
@@ -328,7 +327,7 @@ def test_widths_are_the_best_there_are_where_gains_shrink(seed, multiple):
         assert total_error(frontiers, widths) == pytest.approx(best, rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_unequal_widths_are_never_worse_than_equal_ones_where_gains_shrink(seed):
     frontiers = convex(seed, layers=5, widths=16)
     for width in range(1, 17):
