@@ -13,7 +13,7 @@ from typing import Any
 from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table, to_console
 from context_pythia.report.figures import Panel, Points, draw_bars, draw_panels, png
 from context_pythia.report.formats import DASH, change, integer, number, percent
-from context_pythia.report.sections import failures, provenance
+from context_pythia.report.sections import failures, picture, provenance
 from context_pythia.report.texts import Texts
 
 DECODE, MEMORY, PARTS = "decode.png", "memory.png", "parts.png"
@@ -91,8 +91,7 @@ class DecodeReport(BenchReport):
 
     def figures(self, pictures: Mapping[str, bytes]) -> Iterator[Block]:
         text, metrics, settings = self.text, self.metrics, self.metrics["settings"]
-        if DECODE in pictures:
-            yield Picture(DECODE, text("decode_caption"))
+        yield from picture(pictures, DECODE, text("decode_caption"))
         for cell in metrics["cells"]:
             yield Heading(self._title(cell))
             yield self.decoding(cell)
@@ -238,8 +237,7 @@ class TrainReport(BenchReport):
         yield Heading(text("parts"))
         yield self._parts()
         yield Paragraph(text("parts_note"))
-        if PARTS in pictures:
-            yield Picture(PARTS, text("parts_caption"))
+        yield from picture(pictures, PARTS, text("parts_caption"))
 
     def steps(self) -> Table:
         keys = ("model", "precision", "step", "rate", "speed", "overhead", "share", "peak", "parameters")

@@ -6,15 +6,18 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table, to_console
-from context_pythia.report.formats import DASH, change, integer, kilobytes, pair, percent
+from context_pythia.report.document import Block, Heading, Paragraph, Table, to_console
+from context_pythia.report.formats import DASH, change, integer, kilobytes, percent
 from context_pythia.report.sections import (
     FRONTIER,
     Bands,
     Series,
+    cache_table,
+    data_facts,
     facts,
     failures,
     frontier,
+    picture,
     position_picture,
     position_table,
     positions,
@@ -76,30 +79,17 @@ class EvaluationReport:
         yield from failures(dict(zip(self.names, (row["error"] for row in rows), strict=True)), text)
         for note in self.metrics["notes"]:
             yield Paragraph(note, "note")
-        if FRONTIER in pictures:
-            yield Picture(FRONTIER, text("caption", **setup))
+        yield from picture(pictures, FRONTIER, text("caption", **setup))
         yield from positions(self.series, text, pictures)
         if found := self._tasks():
             yield Heading(text("tasks"))
             yield found
         yield Heading(text("bytes"))
-        keys = ("bytes_measured", "bytes_formula", "bytes_slack")
-        cells = [
-            [name, *(integer(row["cache"][key]) for key in keys)]
-            for name, row in zip(self.names, rows, strict=True)
-            if row["cache"]
-        ]
-        yield Table(text.row("model", *keys), cells)
+        yield cache_table(dict(zip(self.names, (row["cache"] for row in rows), strict=True)), text)
         yield Heading(text("settings"))
         data, settings = self.metrics["data"], self.metrics["settings"]
-        shown = {
-            "data_source": str(data["source"]),
-            "samples": pair(data["samples_train"], data["samples_validation"]),
-            "tokenizer": str(data["tokenizer"]),
-            "vocabulary": integer(data["vocab_size"]),
-            "train.precision": settings["dtype"],
-            "train.batch_size": str(settings["batch_size"]),
-        }
+        shown = data_facts(data, text)
+        shown |= {"train.precision": settings["dtype"], "train.batch_size": str(settings["batch_size"])}
         yield facts(shown, text)
         yield from provenance({"data_fingerprint": data["fingerprint"], **self.provenance}, text)
 

@@ -26,10 +26,13 @@ from context_pythia.report.formats import (
 from context_pythia.report.sections import (
     FRONTIER,
     Series,
+    cache_table,
+    data_facts,
     difference,
     facts,
     failures,
     frontier,
+    picture,
     position_picture,
     positions,
     provenance,
@@ -93,8 +96,7 @@ class RunReport:
         yield from failures({model["name"]: model["error"] for model in self.models}, text)
         if any(model["context_source"] == "input" for model in self.models):
             yield Paragraph(text("input_note"), "note")
-        if FRONTIER in pictures:
-            yield Picture(FRONTIER, text("frontier_caption"))
+        yield from picture(pictures, FRONTIER, text("frontier_caption"))
         yield from self._cache()
         yield from positions(self.series, text, pictures)
         yield from self._curves(pictures)
@@ -217,15 +219,10 @@ class RunReport:
         return not machine or not base or machine == base
 
     def _cache(self) -> Iterator[Block]:
-        keys = ("numbers_per_token", "bytes_measured", "bytes_formula", "bytes_slack")
-        rows = [
-            [model["name"], *(integer(model["cache"].get(key)) for key in keys)]
-            for model in self.models
-            if model["cache"]
-        ]
-        if rows:
+        caches = {model["name"]: model["cache"] for model in self.models}
+        if any(caches.values()):
             yield Heading(self.text("bytes"), level=3)
-            yield Table(self.text.row("model", "numbers", *keys[1:]), rows)
+            yield cache_table(caches, self.text, "numbers_per_token")
             yield Paragraph(self.text("cache_note"))
 
     def _curves(self, pictures: Mapping[str, bytes]) -> Iterator[Block]:
@@ -284,19 +281,12 @@ class RunReport:
 
     def _settings(self) -> dict[str, str]:
         """What was trained on what and how, by the keys of the texts."""
-        data, recipe, length = self.data, dict(self.recipe), self.data.get("sequence_length")
+        recipe = dict(self.recipe)
         if not any(model["phase1"] for model in self.models):
             recipe.pop("phase1", None)
         if not any(model["from_baseline"] for model in self.models):
             recipe.pop("heal", None)
-        return {
-            "data_source": str(data.get("source", DASH)),
-            "documents": pair(data.get("documents_train"), data.get("documents_validation")),
-            "samples": pair(data.get("samples_train"), data.get("samples_validation")),
-            "sequence_length": self.text("tokens", length=length, with_target=length + 1) if length else DASH,
-            "tokenizer": str(data.get("tokenizer", DASH)),
-            "vocabulary": integer(data.get("vocab_size")),
-        } | recipe_facts(recipe, self.text)
+        return data_facts(self.data, self.text) | recipe_facts(recipe, self.text)
 
 
 def learning_curves(models: list[Model], series: list[Series], recipe: Mapping[str, Any]) -> list[Panel]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
 from context_pythia.report.figures import Panel, Point, Points, draw_frontier, draw_panels, png, short
-from context_pythia.report.formats import DASH, change, percent, perplexity, plain
+from context_pythia.report.formats import DASH, change, integer, pair, percent, perplexity, plain
 from context_pythia.report.texts import Texts
 
 FRONTIER, POSITIONS = "frontier.png", "positions.png"
@@ -96,8 +96,33 @@ def positions(series: Sequence[Series], text: Texts, pictures: Mapping[str, byte
     base = next((one for one in measured if one.baseline), None)
     if base and len(measured) > 1:
         yield Paragraph(text("positions_change", baseline=base.name))
-    if POSITIONS in pictures:
-        yield Picture(POSITIONS, text("positions_caption"))
+    yield from picture(pictures, POSITIONS, text("positions_caption"))
+
+
+def picture(pictures: Mapping[str, bytes], file: str, caption: str) -> Iterator[Block]:
+    """The picture, if it was drawn."""
+    if file in pictures:
+        yield Picture(file, caption)
+
+
+def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts, *keys: str) -> Table:
+    """What the caches hold, by model; `bytes_slack` is their growth reserve."""
+    keys = (*keys, "bytes_measured", "bytes_formula", "bytes_slack")
+    rows = [[name, *(integer(cache.get(key)) for key in keys)] for name, cache in caches.items() if cache]
+    return Table(text.row("model", *keys), rows)
+
+
+def data_facts(data: Mapping[str, Any], text: Texts) -> dict[str, str]:
+    """The text that was read, by the keys of the texts."""
+    length = data.get("sequence_length")
+    return {
+        "data_source": plain(data.get("source")),
+        "documents": pair(data.get("documents_train"), data.get("documents_validation")),
+        "samples": pair(data.get("samples_train"), data.get("samples_validation")),
+        "sequence_length": text("tokens", length=length, with_target=length + 1) if length else DASH,
+        "tokenizer": plain(data.get("tokenizer")),
+        "vocabulary": integer(data.get("vocab_size")),
+    }
 
 
 def failures(named: Mapping[str, str | None], text: Texts) -> Iterator[Block]:

@@ -7,10 +7,10 @@ from statistics import median
 from typing import Any
 
 from context_pythia.report.bench import BenchReport, Row
-from context_pythia.report.document import Block, Paragraph, Picture, Table, to_console
+from context_pythia.report.document import Block, Paragraph, Table, to_console
 from context_pythia.report.figures import Panel, draw_panels, png
 from context_pythia.report.formats import DASH, integer
-from context_pythia.report.sections import failures
+from context_pythia.report.sections import failures, picture
 
 FIRST = "first-tokens.png"
 
@@ -43,8 +43,7 @@ class ServeReport(BenchReport):
         yield self._speed()
         yield from failures({row["name"]: row["error"] for row in self.metrics["rows"]}, self.text)
         yield Paragraph(self.text("serve_note", **settings | {"length": settings["prompt_tokens"]}))
-        if FIRST in pictures:
-            yield Picture(FIRST, self.text("serve_caption"))
+        yield from picture(pictures, FIRST, self.text("serve_caption"))
 
     def _room(self) -> Table:
         rows = []

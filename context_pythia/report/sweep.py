@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
+from context_pythia.report.document import Block, Code, Heading, Paragraph, Table
 from context_pythia.report.figures import Point, draw_frontier, draw_settings, png, short
 from context_pythia.report.formats import DASH, change, kilobytes, percent, perplexity
-from context_pythia.report.sections import Series, facts, failures, position_picture, positions, provenance
+from context_pythia.report.sections import Series, facts, failures, picture, position_picture, positions, provenance
 from context_pythia.report.texts import Texts
 
 PARETO, PERPLEXITIES = "pareto.png", "perplexities.png"
@@ -67,16 +67,14 @@ class SweepReport:
         yield Heading(text("title", recipe=metrics["recipe"]["name"]), level=1)
         yield Paragraph(self._headline(), "lead")
         yield Paragraph(text("counts", total=len(trials), settings=len(rows), **counts), "note")
-        if PARETO in pictures:
-            yield Picture(PARETO, text("pareto"))
+        yield from picture(pictures, PARETO, text("pareto"))
         yield Heading(text("best_of_each"))
         yield self._table(self.best_of_each)
         yield from self._healed()
         budgets = [f"{name} {sum(trial['model'] == name for trial in trials)}" for name in {r["model"] for r in rows}]
         yield Paragraph(text("budget", budgets=", ".join(sorted(budgets))))
         yield Heading(text("all_settings"))
-        if PERPLEXITIES in pictures:
-            yield Picture(PERPLEXITIES, text("perplexities"))
+        yield from picture(pictures, PERPLEXITIES, text("perplexities"))
         yield self._table(rows)
         yield Paragraph(text("table_note"))
         yield from failures({trial["folder"]: trial["error"] for trial in trials if trial["state"] == "failed"}, text)
