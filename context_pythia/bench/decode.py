@@ -24,6 +24,7 @@ from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import (
     free_memory,
     generate_tokens,
+    measure_any_cache,
     measure_generated_cache,
     peak_during,
     random_ids,
@@ -145,7 +146,7 @@ def measure_cell(
     def decode(subject: Subject, work: Callable[[Subject, Cache], None]) -> float:
         cache = filled[subject.name]()
         seconds = seconds_of(lambda: work(subject, cache), subject.device)
-        rows[subject.name].cache = rows[subject.name].cache or subject.measure(cache)
+        rows[subject.name].cache = rows[subject.name].cache or measure_any_cache(cache)
         return seconds / new_tokens
 
     def first_run(subject: Subject) -> tuple[CacheMeasurement, int | None]:
@@ -208,9 +209,7 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
 def _measured(subject: Subject, batch_size: int, length: int, decoded: int) -> CacheMeasurement:
     """The cache of `length` tokens that `generate()` leaves."""
     cache, decoded = subject.empty_cache(length), min(decoded, length) - 1
-    return measure_generated_cache(
-        subject.model, length, batch_size, decoded, cache, subject.measure, **subject.settings
-    )
+    return measure_generated_cache(subject.model, length, batch_size, decoded, cache, **subject.settings)
 
 
 def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:

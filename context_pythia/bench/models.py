@@ -15,9 +15,9 @@ from context_pythia.bench.options import COMPILED, SIZES, Source
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained, model_names
-from context_pythia.evaluation.quantized import measure_quantized, quantized_cache, require_quantizer
+from context_pythia.evaluation.quantized import quantized_cache, require_quantizer
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.model.cache import CacheMeasurement, cache_bytes, measure_cache
+from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import build_model, compiled_step, expected_rows
 
 PEER = "GPT-NeoX (random weights)"
@@ -62,9 +62,6 @@ class Subject:
         if self.is_static:
             return StaticCache(config=self.model.config, max_cache_len=length)
         return DynamicCache(config=self.model.config)
-
-    def measure(self, cache: Any) -> CacheMeasurement:
-        return measure_quantized(cache) if self.cache == "int4" else measure_cache(cache)
 
     def bytes_needed(self, batch_size: int, length: int) -> int:
         """About what a cell takes beside the weights: two caches, and one layer's activations of a prefill."""

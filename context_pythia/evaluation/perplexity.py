@@ -21,9 +21,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from context_pythia.errors import Failure
+from context_pythia.evaluation.memory import measure_any_cache
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
-from context_pythia.model.cache import CacheMeasurement, measure_cache
+from context_pythia.model.cache import CacheMeasurement
 
 Samples = Any  # a sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`, the target of each input token
 
@@ -151,7 +152,6 @@ def score_cached(
     dataset: Samples,
     tokens: int,
     make_cache: Callable[[], Cache] | None = None,
-    measure: Callable[[Any], CacheMeasurement] = measure_cache,
     batch_size: int = 16,
     reference: PreTrainedModel | None = None,
     progress: bool = True,
@@ -161,7 +161,6 @@ def score_cached(
     Args:
         tokens: how many tokens to score at least, in whole samples; all samples if they hold fewer.
         make_cache: an empty cache; by default the model's own, `DynamicCache(config=model.config)`.
-        measure: counts a filled cache's bytes.
         reference: as in `score`; its own pass is parallel.
 
     Raises:
@@ -179,7 +178,7 @@ def score_cached(
             logits = model(input_ids=ids[:, step], past_key_values=cache, use_cache=True).logits
             tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step], t)
         if measurement is None:
-            measurement, sequences = measure(cache), len(ids)
+            measurement, sequences = measure_any_cache(cache), len(ids)
     assert measurement is not None
     return CachedScore(**tally.figures(), measurement=measurement, sequences=sequences)
 

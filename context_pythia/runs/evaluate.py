@@ -26,7 +26,6 @@ from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
 from context_pythia.evaluation.quantized import (
-    measure_quantized,
     quantized_cache,
     require_quantizer,
     residual_length,
@@ -173,9 +172,7 @@ def evaluate_model(
         rows.append(row)
         make = partial(quantized_cache, model.config, kind, length)
         try:
-            through = score_cached(
-                model, dataset, cached_tokens, make, measure_quantized, batch_size, reference or model, progress
-            )
+            through = score_cached(model, dataset, cached_tokens, make, batch_size, reference or model, progress)
         except (RuntimeError, MemoryError) as error:
             if not is_failure(error):
                 raise

@@ -11,7 +11,7 @@ from context_pythia.bench.decode import filled_cache, measure_cell
 from context_pythia.bench.models import Subject
 from context_pythia.bench.options import BenchOptions
 from context_pythia.evaluation.memory import measure_generated_cache, peak_during, weight_bytes
-from context_pythia.model.cache import cache_bytes
+from context_pythia.model.cache import cache_bytes, measure_cache
 
 BODY = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -59,7 +59,7 @@ def test_a_filled_cache_is_like_a_real_one_and_the_same_after_every_decoding(nam
     # The exact numbers: a token too many or an old one too few moves them all.
     assert torch.equal(decode(4), first)
     if name != "int4":
-        assert one.measure(fresh()).filled == cache_bytes(one.model.config, 20, 3)
+        assert measure_cache(fresh()).filled == cache_bytes(one.model.config, 20, 3)
         assert measure_generated_cache(one.model, 20).filled == cache_bytes(one.model.config, 20)
 
 

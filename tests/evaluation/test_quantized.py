@@ -59,7 +59,6 @@ def test_fewer_bits_diverge_more_and_hold_less(source, dataset):
             dataset,
             1000,
             lambda kind=kind: quantized_cache(model.config, kind, 17),
-            measure_quantized,
             reference=model,
             progress=False,
         )
