@@ -152,5 +152,6 @@ def _html_table(table: Table) -> str:
 
 
 def _unbroken(figure: str) -> str:
-    """In a narrow column a figure breaks before a bracket or after a stroke alone."""
-    return escape(figure).replace(" ", "&nbsp;").replace("&nbsp;(", " (").replace("/&nbsp;", "/ ")
+    """In a narrow column a figure breaks before a bracket or after a stroke alone, and not in `1e-10`."""
+    whole = escape(figure).replace("-", "&#8209;").replace(" ", "&nbsp;")
+    return whole.replace("&nbsp;(", " (").replace("/&nbsp;", "/ ")
