@@ -68,7 +68,7 @@ def main() -> None:
         "run_folders": len(epochs),
         "trained_to_the_end": sorted(ends.values()),
         "report_counts": next((line for line in report.splitlines() if line.startswith("> ")), None),
-        "last_workers": [{"returncode": code, "stderr": error} for error, code in codes],
+        "last_workers": [{"returncode": code, "stderr": error if code else ""} for error, code in codes],
     }
     (folder / "killed.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps({key: value for key, value in figures.items() if key != "kills"}, indent=1))
