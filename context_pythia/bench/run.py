@@ -23,7 +23,7 @@ from context_pythia.errors import UsageError
 from context_pythia.files import write_json
 from context_pythia.runs.build import best_device
 from context_pythia.runs.provenance import provenance
-from context_pythia.training.trainer import quiet_transformers
+from context_pythia.training.checkpoints import quiet_transformers
 
 
 def bench(

@@ -1,24 +1,22 @@
 """`bench --train`: training steps of a recipe's models, whole and by part, beside a plain loop.
 
 A turn is a short training of its own, from a new optimizer on: its first step is not counted. Phase 2 is timed by its
-own Trainer, with a stopwatch in it.
+own step, with a stopwatch in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import GPTNeoXConfig, PreTrainedModel, TrainerCallback
+from transformers import GPTNeoXConfig, PreTrainedModel
 
 from context_pythia.bench.options import BenchOptions
 from context_pythia.bench.timing import Stopwatch, interleave, seconds_of
@@ -26,9 +24,11 @@ from context_pythia.config.recipe import ModelOptions, Recipe, TrainOptions
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import peak_during, weight_bytes
 from context_pythia.runs.build import build_model, describe_parameters, expected_rows
-from context_pythia.training.allocator import use_system_allocator
-from context_pythia.training.phase2 import check_options, run_trainer
-from context_pythia.training.trainer import LanguageModelTrainer, stack_samples
+from context_pythia.training.allocator import keep_freed_memory, use_system_allocator
+from context_pythia.training.batches import Batch, step_batches
+from context_pythia.training.history import Plan
+from context_pythia.training.optimization import Optimization, faster_attention, recompute_activations, text_loss
+from context_pythia.training.phase2 import check_options
 
 PARTS = ("body", "head_and_loss", "context_block", "backward", "optimizer", "rest")
 PLAIN = "plain fp32 GPT-NeoX"
@@ -64,32 +64,31 @@ def train_metrics(
             row["peak_bytes"] = max(row["peak_bytes"] or 0, weights + peak)
         return steps
 
-    with tempfile.TemporaryDirectory() as folder:
-        for chosen in models:
-            name, plain = chosen.name, chosen is models[0]
-            model = build_model(chosen, recipe, vocabulary).to(device)
-            rows[name] = {
-                "name": name,
-                "plain": plain,
-                "peer": not plain and chosen.context_source is None,
-                "precision": "float32" if plain else train.precision,
-                "rounds": [],
-                "peak_bytes": None,
-                "error": None,
-                "flops_per_step": step_flops(model, tokens, length),
-            } | describe_parameters(model)
-            if plain:
-                shapes = product_shapes(model.config, tokens // train.gradient_accumulation)
-                for precision, found in rates.items():
-                    runs[f"{precision} products"] = partial(product_rate, shapes, getattr(torch, precision), device)
-                    results[f"{precision} products"] = found
-            turn = partial(plain_turn if plain else partial(phase2_turn, Path(folder)), model, data, train)
-            runs[name] = partial(timed_turn, turn, rows[name], weight_bytes(model))
-            results[name] = rows[name]["rounds"]
-        metrics["rows"] += rows.values()
-        for name, error in interleave(runs, results, options.rounds, "training steps", progress, write).items():
-            if name in rows:
-                rows[name]["error"] = error
+    for chosen in models:
+        name, plain = chosen.name, chosen is models[0]
+        model = build_model(chosen, recipe, vocabulary).to(device)
+        rows[name] = {
+            "name": name,
+            "plain": plain,
+            "peer": not plain and chosen.context_source is None,
+            "precision": "float32" if plain else train.precision,
+            "rounds": [],
+            "peak_bytes": None,
+            "error": None,
+            "flops_per_step": step_flops(model, tokens, length),
+        } | describe_parameters(model)
+        if plain:
+            shapes = product_shapes(model.config, tokens // train.gradient_accumulation)
+            for precision, found in rates.items():
+                runs[f"{precision} products"] = partial(product_rate, shapes, getattr(torch, precision), device)
+                results[f"{precision} products"] = found
+        turn = partial(plain_turn if plain else phase2_turn, model, data, train)
+        runs[name] = partial(timed_turn, turn, rows[name], weight_bytes(model))
+        results[name] = rows[name]["rounds"]
+    metrics["rows"] += rows.values()
+    for name, error in interleave(runs, results, options.rounds, "training steps", progress, write).items():
+        if name in rows:
+            rows[name]["error"] = error
 
 
 def random_data(samples: int, length: int, vocabulary: int) -> PackedData:
@@ -99,59 +98,43 @@ def random_data(samples: int, length: int, vocabulary: int) -> PackedData:
     return PackedData(PackedDataset(tokens), PackedDataset(tokens[:1]), tokenizer, {})
 
 
-class TimedTrainer(LanguageModelTrainer):
-    """The Trainer of phase 2, its steps timed. It neither evaluates nor saves."""
-
-    def __init__(self, *positional: Any, watch: Stopwatch, steps: Turn, args: Any, callbacks: list[Any], **more: Any):
-        args.eval_strategy = args.save_strategy = "no"
-        args.eval_on_start = False
-        super().__init__(*positional, args=args, callbacks=[*callbacks, _StepCallback(watch, steps)], **more)
-        self.watch = watch
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        self.watch.start("forward")
-        loss = super().compute_loss(*args, **kwargs)
-        self.watch.stop("forward")
-        self.watch.start("backward")
-        return loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.watch.stop("backward")
-        # Of several batches a step the last one's start stands.
-        self.watch.start("optimizer")
-        return loss
-
-
-class _StepCallback(TrainerCallback):
-    def __init__(self, watch: Stopwatch, steps: Turn):
-        self.watch, self.steps = watch, steps
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.watch.start("step")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.watch.stop("optimizer")
-        self.watch.stop("step")
-        self.steps.append(_parts(self.watch.read()))
-        self.watch.start("step")
-
-
-def phase2_turn(folder: Path, model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
+def phase2_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """Steps of phase 2 itself."""
     steps: Turn = []
-    number = len(data.train) // (options.batch_size * options.gradient_accumulation)
-    with timed_parts(model) as watch:
-        make_trainer: Any = partial(TimedTrainer, watch=watch, steps=steps)
-        run_trainer(model, data, options, 0, folder, "", None, False, steps=number, make_trainer=make_trainer)
+    if model.device.type == "cpu":
+        keep_freed_memory()
+    plan = Plan(options, len(data.train), data.train.sequence_length, None)
+    recompute_activations(model, options.gradient_checkpointing)
+    with timed_parts(model) as watch, faster_attention(model, plan.sequence_length):
+        optimization = Optimization(model, options, plan.steps, partial(_timed_loss, watch))
+        watch.start("step")
+        for batches in step_batches(data.train, plan.order(0, 0), options, model.device):
+            optimization.backward(batches)
+            watch.stop("backward")
+            watch.start("optimizer")
+            optimization.update()
+            watch.stop("optimizer")
+            watch.stop("step")
+            steps.append(_parts(watch.read()))
+            watch.start("step")
     return steps[1:]
+
+
+def _timed_loss(watch: Stopwatch, model: nn.Module, batch: Batch) -> Tensor:
+    if "backward" in watch.begun:  # that of the step's batch before
+        watch.stop("backward")
+    watch.start("forward")
+    loss = text_loss(model, batch)
+    watch.stop("forward")
+    watch.start("backward")
+    return loss
 
 
 def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """The loop of a textbook: fp32, all logits at once, AdamW as PyTorch gives it, memory as the system gives it."""
     steps: Turn = []
     use_system_allocator()
-    batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation, collate_fn=stack_samples)
+    batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     model.train()
     with timed_parts(model) as watch:

@@ -29,7 +29,7 @@ from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
 from context_pythia.data.packing import PackedDataset
 from context_pythia.errors import Failure
 from context_pythia.files import whole
-from context_pythia.training.trainer import CHECKPOINTING
+from context_pythia.training.optimization import recompute_activations
 
 HEAD_TOKENS = 256  # tokens whose predictions are held at once
 
@@ -230,7 +230,7 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
 
     try:
         model.eval().requires_grad_(False)
-        getattr(model, f"{CHECKPOINTING}_enable")()  # embeddings then ask for gradients, too
+        recompute_activations(model)  # embeddings then ask for gradients, too
         for layer in model.base_model.layers:
             layer.training = True  # Checkpointing asks for it; the layer's parts, dropout among them, stay as they are.
         for layer, held in statistics.items():
@@ -241,7 +241,7 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
     finally:
         for handle in handles:
             handle.remove()
-        getattr(model.eval(), f"{CHECKPOINTING}_disable")()
+        recompute_activations(model.eval(), False)
         model.disable_input_require_grads()
         for name, require in required.items():
             model.get_parameter(name).requires_grad_(require)

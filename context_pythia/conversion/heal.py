@@ -10,7 +10,6 @@ original, trained equally long.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,13 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from context_pythia.config.recipe import HealOptions, TrainOptions
 from context_pythia.errors import UsageError
+from context_pythia.training.batches import Batch
 from context_pythia.training.loss import linear_distillation
+from context_pythia.training.optimization import hidden_states, text_loss, unwrapped
 from context_pythia.training.phase2 import train_language_model
-from context_pythia.training.trainer import LanguageModelTrainer
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
@@ -101,13 +102,13 @@ def heal(
         raise UsageError("the teacher is the student itself: give a copy, or None for cross-entropy alone")
     ce_weight = 1.0 if teacher is None else options.ce_weight
     identity = {"parameters": options.parameters, "ce_weight": ce_weight, "student_crc32": fingerprint(student)}
-    make_trainer: Callable[..., LanguageModelTrainer] = LanguageModelTrainer
+    loss: Callable[[nn.Module, Batch], torch.Tensor] = text_loss
     if teacher is not None and ce_weight < 1:
         rows, wanted = (model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
         if rows != wanted:
             raise UsageError(f"the student has {rows} logits and the teacher {wanted}: give models of one vocabulary")
         identity["teacher_crc32"] = fingerprint(teacher)
-        make_trainer = functools.partial(DistillationTrainer, teacher=teacher, ce_weight=ce_weight)
+        loss = Distillation(teacher, ce_weight)
     with trained_alone(student, options):
         result = train_language_model(
             student,
@@ -118,7 +119,7 @@ def heal(
             name="Healing",
             progress=progress,
             steps=options.steps,
-            make_trainer=make_trainer,
+            loss=loss,
             identity=identity,
         )
     kept = [row for row in result.history if row["best"]][-1]
@@ -134,38 +135,29 @@ def heal(
     )
 
 
-class DistillationTrainer(LanguageModelTrainer):
-    """Phase 2's Trainer with the loss of healing; it validates as in phase 2, without the teacher."""
+class Distillation:
+    """The loss of healing, in place of `text_loss`."""
 
-    def __init__(self, *arguments: Any, teacher: PreTrainedModel, ce_weight: float, **named: Any):
-        super().__init__(*arguments, **named)
-        self.teacher = teacher.to(self.args.device).eval()
+    def __init__(self, teacher: PreTrainedModel, ce_weight: float):
+        self.teacher, self.ce_weight = teacher.eval(), ce_weight
+
+    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum over the batch's tokens, in nats, a scalar."""
+        hidden, head = hidden_states(model, batch["input_ids"])
         # The same arithmetic in both, so that models that agree have no loss.
-        self.teacher.set_attn_implementation(self.model.config._attn_implementation)
-        self.ce_weight = ce_weight
+        self.teacher.to(hidden.device)
+        self.teacher.set_attn_implementation(unwrapped(model).config._attn_implementation)
+        with torch.no_grad(), self._precision():
+            expected = self.teacher.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+        teacher_head = self.teacher.get_output_embeddings().weight
+        labels = batch["labels"].flatten()
+        return linear_distillation(hidden, head, labels, expected.flatten(0, 1), teacher_head, self.ce_weight)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean loss over the tokens of a step (of all its batches), a scalar."""
-        with self.accelerator.autocast():
-            outputs, hidden, head = self.run_body(model, inputs)
-            with torch.no_grad(), self.teacher_precision():
-                expected = self.teacher.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
-            loss = linear_distillation(
-                hidden,
-                head.weight,
-                inputs["shift_labels"].flatten(),
-                expected.flatten(0, 1),
-                self.teacher.get_output_embeddings().weight,
-                self.ce_weight,
-            )
-        loss = self.mean_over_step(loss, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def teacher_precision(self) -> contextlib.AbstractContextManager:
+    def _precision(self) -> contextlib.AbstractContextManager:
         """A teacher in float32 follows the student's autocast; another runs as it is: autocast would mix dtypes."""
         if self.teacher.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.args.device.type, enabled=False)
+        return torch.autocast(self.teacher.device.type, enabled=False)
 
 
 @contextlib.contextmanager

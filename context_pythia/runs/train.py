@@ -34,7 +34,7 @@ from context_pythia.runs.build import (
 from context_pythia.runs.convert import Conversion
 from context_pythia.runs.provenance import machine
 from context_pythia.runs.record import Run, model_entry
-from context_pythia.training.epochs import seconds_per_epoch
+from context_pythia.training.history import seconds_per_epoch
 from context_pythia.training.phase1 import Phase1Result, train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
 

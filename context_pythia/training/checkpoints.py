@@ -1,35 +1,33 @@
-"""The folder of a run in training: which run it holds, its last sound checkpoint, and its weights when it is finished.
+"""What a training leaves in its folder: a state to go on from, and a model in Hugging Face form.
 
-Nothing here unpickles: weights are safetensors, the rest is JSON or is only checked. The Trainer itself reads its
-optimizer and random states with `weights_only=True`.
+Nothing here unpickles: weights are safetensors, results are JSON, and a state is read by torch with `weights_only`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import shutil
-import sys
 import warnings
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import TrainOptions
 from context_pythia.errors import Failure, UsageError, first_line
+from context_pythia.files import whole
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
-
-WEIGHTS_FILE = "model.safetensors"
-STATE_FILE = "trainer_state.json"
-OPTIMIZER_FILE = "optimizer.pt"
+OTHER_FOLDER = "choose another output folder"
 
 
 def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
@@ -48,75 +46,14 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_same_run(held: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Raises UsageError where `folder` holds a run with other settings, naming the first that differs."""
-    for key in [*settings, *held]:
-        if held.get(key) != settings.get(key):
-            raise UsageError(
-                f"{folder} holds a run with {key} {held.get(key)}, not {settings.get(key)}: "
-                "choose another output folder"
-            )
-
-
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest sound checkpoint; newer ones that are not sound are removed.
-
-    Raises:
-        Failure: there are checkpoints, and all of them are damaged.
-    """
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.is_dir()]
-    found.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    unsound: dict[Path, str] = {}
-    for checkpoint in found:
-        damage = find_damage(checkpoint)
-        if damage is None:
-            break
-        unsound[checkpoint] = damage
-    else:
-        # The state is written last, so without it the process ended amid its first checkpoint: nothing is lost.
-        finished = [path for path in unsound if (path / STATE_FILE).exists()]
-        if finished:
-            raise Failure(
-                f"{finished[0]} is damaged ({unsound[finished[0]]}) and there is no earlier one: "
-                f"delete {checkpoints} to train from the start"
-            )
-    for path, damage in unsound.items():
-        print(f"{path} is damaged ({damage}): removed, training goes on from before it", file=sys.stderr)
-        shutil.rmtree(path)
-    return next((path for path in found if path not in unsound), None)
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What keeps training from going on from `checkpoint`, None where nothing does. Nothing is unpickled."""
-    try:
-        best_step = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["best_global_step"]
-        weights = [checkpoint / WEIGHTS_FILE]
-        if best_step is not None:
-            weights.append(checkpoint.with_name(f"checkpoint-{best_step}") / WEIGHTS_FILE)
-        for path in weights:
-            # Opening compares the header with the file's length.
-            with safe_open(path, framework="pt"):
-                pass
-        for path in [checkpoint / OPTIMIZER_FILE, checkpoint / "scheduler.pt", *checkpoint.glob("*.pth")]:
-            with zipfile.ZipFile(path) as archive:
-                if member := archive.testzip():
-                    return f"{path.name}: {member} is corrupt"
-    except (OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        return first_line(error)
-    return None
-
-
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values to `path`, whole and on the disk; OSError, in one line, if that fails."""
-    partial = path.with_name(f".{path.name}.tmp")
     try:
-        with partial.open("wb") as file:
+        with whole(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {first_line(error)}; free some disk space and rerun") from error
 
 
@@ -128,11 +65,11 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to begin again") from error
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
+def load_weights(model: PreTrainedModel, folder: Path, root: Path | None = None) -> None:
     """Fills `model` from a Hugging Face folder and sets it to evaluation.
 
     Raises:
-        Failure: the folder lacks weights of the model or is not sound.
+        Failure: the folder lacks weights of the model or is not sound; the mend is to delete it, or `root`.
     """
     try:
         # By `from_pretrained`, because a file's names need not be the module's: GPT-NeoX saves lm_head as embed_out.
@@ -140,7 +77,9 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         if wrong := {key: names for key, names in mended.items() if names}:
             raise Failure(f"{wrong}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise Failure(f"the weights in {folder} are damaged ({first_line(error)}): delete it to train again") from error
+        raise Failure(
+            f"the weights in {folder} are damaged ({first_line(error)}): delete {root or folder} to train again"
+        ) from error
     model.load_state_dict(loaded.state_dict())
     model.eval()
 
@@ -160,8 +99,10 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
             weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
             model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError | RuntimeError):
+            raise OSError(f"cannot write {folder}: {first_line(error)}; free some disk space and rerun") from error
         raise
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(folder / path.name)
@@ -174,3 +115,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Failure(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers prints errors alone, and no bar for each file that it saves."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from context_pythia import processes
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import Phase1Options
+from context_pythia.config.same import check_same
 from context_pythia.errors import UsageError, first_line
 from context_pythia.files import write_bytes, write_json
 from context_pythia.training.allocator import keep_freed_memory
@@ -114,13 +115,8 @@ def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1
 
 def _check_same(found: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
     # What was made before there was an option was made with its default.
-    found = asdict(Phase1Options()) | found
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise UsageError(
-                f"{path} was made with {name} {found.get(name)}, not {value}: "
-                "use that setting, another output folder, or delete the file"
-            )
+    found = deciding(Phase1Options()) | found
+    check_same(found, settings, f"{path} was made", "use that setting, another output folder, or delete the file")
 
 
 def _load_result(model: ContextPythiaForCausalLM, folder: Path, settings: dict[str, Any]) -> Phase1Result | None:
@@ -170,7 +166,7 @@ def _train(
     )
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
     write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
-    for path in folder.glob("checkpoint*"):  # an older version's, too
+    for path in folder.glob("*checkpoint*"):  # an older version's, too
         path.unlink()
     return result
 

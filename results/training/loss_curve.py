@@ -4,6 +4,8 @@
 
 The recipe `report`'s baseline, once by phase 2's own Trainer (bfloat16 autocast, head and loss in chunks, fused AdamW)
 and once by a textbook's loop (fp32, all logits). Writes losses.json and loss_curve.png into the folder.
+
+It runs with the package of commit 3930306: later ones train by a loop of their own, not by the Trainer.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from context_pythia.training.trainer import LanguageModelTrainer
 from torch import nn
 from tqdm import tqdm
 
@@ -23,7 +26,6 @@ from context_pythia.config.recipe_files import load_recipe
 from context_pythia.data.packing import load_data
 from context_pythia.runs.build import build_model, embedding_rows
 from context_pythia.training.phase2 import run_trainer
-from context_pythia.training.trainer import LanguageModelTrainer
 
 
 class RecordingTrainer(LanguageModelTrainer):

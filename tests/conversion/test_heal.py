@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -18,7 +17,7 @@ from context_pythia.training import loss
 from context_pythia.training.phase2 import train_language_model
 from tests.training.test_phase2 import (
     VOCABULARY,
-    cheap_runs,  # noqa: F401 (a fixture of the module)
+    checkpoint,
     fail_at,
     interrupt,
     make_data,
@@ -188,8 +187,7 @@ def test_the_teacher_stays_as_it_is_and_enters_no_checkpoint(tmp_path, monkeypat
     assert_same_weights(teacher, first)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not teacher.training and len(graphs) == 6 and not any(graphs)
-    with safe_open(tmp_path / "checkpoints" / "checkpoint-5" / "model.safetensors", framework="pt") as weights:
-        assert set(weights.keys()) == set(student.state_dict())
+    assert set(checkpoint(tmp_path)["model"]) == set(student.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +281,7 @@ def test_a_finished_folder_is_loaded_at_once(tmp_path, monkeypatch):
     teacher = make_teacher()
     student, again = make_student(teacher), make_student(teacher)
     result = run(tmp_path, student, teacher)
-    fail_at(monkeypatch, 0, lambda trainer: pytest.fail("healed again"))
+    fail_at(monkeypatch, 0, lambda optimization: pytest.fail("healed again"))
     assert run(tmp_path, again, teacher) == result
     assert_same_weights(again, student)
     assert "NaN" not in (tmp_path / "train.json").read_text()
@@ -312,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_first_weights(tmp_path):
     torch.nn.init.constant_(teacher.gpt_neox.final_layer_norm.weight, math.inf)
     with pytest.raises(RuntimeError, match="training loss became nan at or before step 1: .*checkpoints"):
         run(tmp_path, make_student(make_teacher()), teacher)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-0"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best-0", "state.pt"]
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Two processes against one: the same training, and what an interruption or a failure of one of them does to both."""
 
-import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -18,9 +17,9 @@ from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import UsageError
-from context_pythia.training import epochs
+from context_pythia.training import loop
 from context_pythia.training.checkpoints import load_weights
-from context_pythia.training.epochs import EpochReport
+from context_pythia.training.optimization import Optimization
 from context_pythia.training.phase2 import train_language_model
 from tests.conftest import tiny_recipe
 
@@ -41,8 +40,6 @@ def child(folder, environment, function, arguments):
     # The server hears of no ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    # The Trainer collects garbage, which all that is imported would make slow.
-    gc.freeze()
     sys.exit(function(*arguments))
 
 
@@ -83,10 +80,7 @@ def make_language_model(source):
     else:
         model = test_phase1.make_model(source=source)
         model.resize_token_embeddings(test_phase2.VOCABULARY)
-    # Each process draws its own dropout.
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    test_phase2.without_dropout(model)  # Each process draws its own.
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -99,17 +93,17 @@ def make_samples():
 
 
 def train_phase2(folder, source, interrupt_at):
-    epochs.LOOK_STEPS = 7  # the training has few
+    loop.LOOK_STEPS = 7  # the training has few
     model = make_language_model(source)
     if interrupt_at and processes.index() == 1:
-        step_end = EpochReport.on_step_end
+        update = Optimization.update
 
-        def interrupted(self, args, state, control, **kwargs):
-            if state.global_step == interrupt_at:
+        def interrupted(self):
+            update(self)
+            if self.schedule.last_epoch == interrupt_at:
                 signal.raise_signal(signal.SIGINT)
-            return step_end(self, args, state, control, **kwargs)
 
-        EpochReport.on_step_end = interrupted
+        Optimization.update = interrupted
     try:
         with processes.joined():
             result = train_language_model(
@@ -155,7 +149,7 @@ def test_ctrl_c_at_one_process_stops_both_and_any_number_goes_on(tmp_path):
     expected = train_phase2(tmp_path / "one", None, None)
     codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, 7)
     assert codes == [130, 130]
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-7").is_dir()
+    assert test_phase2.checkpoint(tmp_path / "run")["step"] == 7
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, None)
     assert codes == [0, 0]

@@ -1,0 +1,63 @@
+"""Batches, divided among processes so that a recipe means the same with any number of them.
+
+A batch is that of a single process: the same samples in the same order, of which each process takes every n-th. A last
+batch may have fewer samples than processes; one that gets none takes part with a sample whose labels count nowhere, for
+each process must step as often as the others.
+
+Shapes: B samples of a process's share, S tokens of a sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from context_pythia import processes
+from context_pythia.config.recipe import TrainOptions
+from context_pythia.errors import UsageError
+from context_pythia.training.loss import IGNORED
+
+Batch = dict[str, Tensor]  # input_ids and labels, [B, S] each
+
+
+def check_shares(options: TrainOptions) -> None:
+    """Raises UsageError where the processes cannot share a batch evenly."""
+    if options.batch_size % processes.count():
+        raise UsageError(
+            f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
+            f"give a multiple of {processes.count()}"
+        )
+
+
+def batches(dataset: Any, order: list[int], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """This process's share of each batch of `batch_size` samples (of all processes), on `device`."""
+    starts = range(0, len(order), batch_size)
+    shares = [order[start : start + batch_size][processes.index() :: processes.count()] for start in starts]
+    indices = [share or order[:1] for share in shares]
+    loader = DataLoader(dataset, batch_sampler=indices, pin_memory=device.type == "cuda")
+    for share, batch in zip(shares, loader, strict=True):
+        if not share:
+            batch["labels"].fill_(IGNORED)
+        yield {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+
+
+def step_batches(
+    dataset: Any, order: list[int], options: TrainOptions, device: torch.device, skip: int = 0
+) -> Iterator[list[Batch]]:
+    """The batches of each optimizer step of an epoch, after the first `skip` steps, which were made before.
+
+    Args:
+        order: of the epoch's samples.
+    """
+    skipped = skip * options.gradient_accumulation * options.batch_size
+    loader = batches(dataset, order[skipped:], options.batch_size, device)
+    # A loader draws from torch's generator as it begins; an epoch that goes on has drawn before.
+    with torch.random.fork_rng(devices=[], enabled=skip > 0):
+        remaining = itertools.chain([next(loader)], loader)
+    while step := list(itertools.islice(remaining, options.gradient_accumulation)):
+        yield step

@@ -1,0 +1,240 @@
+"""Phase 2's loop: steps, evaluations and checkpoints, in the order in which they happen.
+
+A checkpoint is `state.pt`, with all that training goes on from, and `best-STEP/`, the best weights in Hugging Face
+form. Each appears whole, and an older one goes when the next is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from context_pythia import processes
+from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.same import check_same
+from context_pythia.errors import Failure, UsageError
+from context_pythia.evaluation.positions import perplexity, perplexity_by_position
+from context_pythia.training.allocator import keep_freed_memory
+from context_pythia.training.batches import Batch, batches, step_batches
+from context_pythia.training.checkpoints import OTHER_FOLDER, publish, read_state, write_state
+from context_pythia.training.history import Plan, Row, best_row
+from context_pythia.training.interrupts import deferred_interrupt
+from context_pythia.training.loss import to_float64
+from context_pythia.training.optimization import Optimization, faster_attention, recompute_activations
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from context_pythia.data.packing import PackedData
+
+STATE_FILE = "state.pt"
+LOG_STEPS = 10
+# After so many steps an accelerator is waited for to look at the loss, and processes ask one another about ctrl-C.
+LOOK_STEPS = 16
+# What a checkpoint says of the way so far; the sums are over the steps since the last evaluation.
+PROGRESS = ("step", "history", "bands", "loss_sum", "loss_steps", "seconds")
+
+
+@dataclass
+class Loop:
+    """One training: `run` takes it from its last checkpoint to its end.
+
+    Attributes:
+        checkpoints: the folder of its checkpoints.
+        name: the model's name on the console.
+        settings: what decides its weights (see `run_settings`).
+        loss: of a model and a batch, the sum over its tokens in nats.
+        writer: of TensorBoard's logs.
+        step: optimizer steps done.
+        history: the evaluations so far (see `TrainResult`).
+        bands: the best evaluation's perplexities by position.
+    """
+
+    model: PreTrainedModel
+    data: PackedData
+    options: TrainOptions
+    plan: Plan
+    seed: int
+    checkpoints: Path
+    name: str
+    settings: dict[str, Any]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    progress: bool
+    writer: SummaryWriter | None = None
+    step: int = 0
+    history: list[Row] = field(default_factory=list)
+    bands: list[Row] = field(default_factory=list)
+    loss_sum: Any = 0.0
+    loss_steps: int = 0
+    seconds: float = 0.0
+
+    def run(self) -> None:
+        """Train to the end; KeyboardInterrupt, after a checkpoint, where ctrl-C was pressed."""
+        if self.model.device.type == "cpu":
+            keep_freed_memory()
+        if self.options.gradient_checkpointing:
+            recompute_activations(self.model)
+        # None lets tqdm look whether stderr is a terminal.
+        self.no_bars = None if self.progress and processes.is_main() else True
+        torch.manual_seed(self.seed)
+        self.optimization = Optimization(self.model, self.options, self.plan.steps, self.loss)
+        try:
+            self._load()
+            with deferred_interrupt() as self.asked_to_stop, faster_attention(self.model, self.plan.sequence_length):
+                self._train()
+        finally:
+            if self.options.gradient_checkpointing:
+                recompute_activations(self.model, False)
+            self.model.zero_grad()
+            self.model.eval()
+
+    def _train(self) -> None:
+        self.started = time.perf_counter()
+        if 0 in self.plan.evaluations and not self.history:
+            self._after_step()
+        with self._bar(total=self.plan.steps, initial=self.step, desc=self.name, unit="step") as bar:
+            while not self._ended():
+                epoch, skip = divmod(self.step, self.plan.epoch_steps)
+                order = self.plan.order(self.seed, epoch)
+                for step in step_batches(self.data.train, order, self.options, self.model.device, skip):
+                    losses = self.optimization.step(step)
+                    for loss in losses:
+                        self.loss_sum = to_float64(loss) + self.loss_sum
+                    self.loss_steps += 1
+                    self.step += 1
+                    bar.update()
+                    self._look(losses)
+                    self._after_step()
+                    if self._ended():
+                        break
+
+    def _ended(self) -> bool:
+        return self.plan.stop_reason(self.history, self.step) is not None
+
+    def _look(self, losses: list[Tensor]) -> None:
+        """Log the loss, and stop where it is not a number."""
+        if self.writer is not None and self.step % LOG_STEPS == 0:
+            self.writer.add_scalar("train/loss", float(sum(losses)) * processes.count(), self.step)
+        look = self.model.device.type == "cpu" or self.step % LOOK_STEPS == 0
+        if look and not math.isfinite(self.loss_sum):
+            raise self._not_finite("training loss", float(self.loss_sum))
+
+    def _after_step(self) -> None:
+        """Evaluate, write a checkpoint and stop, each where it is due."""
+        evaluated = self.step in self.plan.evaluations
+        if evaluated:
+            with self._clock_stopped():
+                self._evaluate()
+        asked = self.asked_to_stop.is_set()
+        if processes.count() > 1:
+            asked = (evaluated or self.step % LOOK_STEPS == 0) and bool(processes.highest(int(asked)))
+        every = self.options.checkpoint_steps
+        if evaluated or asked or (every and self.step % every == 0):
+            with self._clock_stopped():
+                self._save()
+        if asked:
+            raise KeyboardInterrupt
+
+    def _evaluate(self) -> None:
+        held_out = self.data.validation
+        rows = batches(held_out, list(range(len(held_out))), self.options.batch_size, self.model.device)
+        by_position = self.optimization.validate(self._bar(rows, desc="validation", leave=False))
+        loss_sum, correct, tokens = by_position.sum(1).tolist()
+        if not math.isfinite(loss_sum):
+            raise self._not_finite("validation loss", loss_sum / tokens)
+        value = perplexity(loss_sum / tokens)
+        best = all(value < row["val_ppl"] for row in self.history)
+        self.history.append(
+            {
+                "epoch": self.plan.epochs(self.step),
+                "step": self.step,
+                "tokens": self.plan.tokens(self.step),
+                "train_loss": self._whole_loss_sum() / self.loss_steps if self.loss_steps else None,
+                "val_ppl": value,
+                "val_accuracy": correct / tokens,
+                "seconds": self.seconds,
+                "best": best,
+            }
+        )
+        if best:
+            self.bands = perplexity_by_position(by_position[0], by_position[2])
+        self.loss_sum, self.loss_steps, self.seconds = 0.0, 0, 0.0
+        if self.writer is not None:
+            self.writer.add_scalar("eval/perplexity", value, self.step)
+            self.writer.add_scalar("eval/accuracy", correct / tokens, self.step)
+        if processes.is_main():
+            tqdm.write(self.plan.describe(self.history[-1]), file=sys.stdout)
+            sys.stdout.flush()
+
+    def _save(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._not_finite("weights", math.nan)
+        progress = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": self._whole_loss_sum()}
+        state = progress | self.optimization.state_dict() | {"settings": self.settings}
+        if processes.is_main():
+            best = self.best_weights
+            if best is not None and best_row(self.history)["step"] == self.step:
+                publish(self.model, self.data.tokenizer, best)
+            write_state(self.checkpoints / STATE_FILE, state)
+            for path in self.checkpoints.glob("best-*"):
+                if path != best:
+                    shutil.rmtree(path)
+        processes.wait()
+
+    def _load(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if next(self.checkpoints.glob("checkpoint-*"), None):
+            raise UsageError(
+                f"{self.checkpoints} holds checkpoints of an older version, which this one cannot go on from: "
+                "finish the training with that version, or delete them to train from the start"
+            )
+        if not (self.checkpoints / STATE_FILE).exists():
+            return
+        state = read_state(self.checkpoints / STATE_FILE)
+        check_same(state["settings"], self.settings, f"{self.checkpoints.parent} holds a run", OTHER_FOLDER)
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        if not processes.is_main():
+            self.loss_sum = 0.0  # The first process goes on with that of all.
+        self.optimization.load_state_dict(state)
+        if processes.is_main():
+            print(f"{self.name}: goes on after step {self.step} of {self.plan.steps}")
+
+    @property
+    def best_weights(self) -> Path | None:
+        """The folder of the best weights, None before the first evaluation."""
+        return self.checkpoints / f"best-{best_row(self.history)['step']}" if self.history else None
+
+    def _whole_loss_sum(self) -> float:
+        """`loss_sum` of all processes."""
+        return float(processes.total(torch.tensor(float(self.loss_sum), dtype=torch.float64)))
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        float(self.loss_sum)  # Waits for the device, so that the last step's work counts.
+        self.seconds += time.perf_counter() - self.started
+        yield
+        self.started = time.perf_counter()
+
+    def _bar(self, *arguments: Any, **settings: Any) -> tqdm:
+        return tqdm(*arguments, **settings, disable=self.no_bars)
+
+    def _not_finite(self, what: str, value: float) -> Failure:
+        kept = self.checkpoints if self.history else "not yet written"
+        return Failure(
+            f"{what} became {value} at or before step {self.step}: try a {self.options.section}.learning_rate below "
+            f"{self.options.learning_rate} and another output folder (last good checkpoint and best weights: {kept})"
+        )

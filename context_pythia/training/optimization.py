@@ -1,0 +1,180 @@
+"""One optimizer step of a language model, and its validation: AdamW, a schedule, clipped gradients, mixed precision.
+
+Shapes: B samples of a batch, S tokens of a sample, N = B * S, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, get_scheduler
+
+from context_pythia import processes
+from context_pythia.config.recipe import TrainOptions
+from context_pythia.training.batches import Batch
+from context_pythia.training.loss import IGNORED, linear_cross_entropy, to_float64, token_scores
+
+# On a CPU the backward pass of PyTorch's fused attention costs more than all weights of so few tokens: at 128 tokens in
+# bfloat16 a step of Pythia-70M's size took 0.93 of its time without it, one of a quarter of the width 0.8, and 0.8 too
+# at 256. Beyond, what the weights hold in memory counts.
+EAGER_ATTENTION_LENGTH = 256
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The last hidden states `[N, D]` of `input_ids` [B, S], and the head's weight; logits of one token alone are made.
+
+    Through the model's own forward, not its body's: DDP does its work there.
+    """
+    outputs = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+    return outputs.hidden_states[-1].flatten(0, 1), unwrapped(model).get_output_embeddings().weight
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers, where DDP may be around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def text_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of the cross-entropy over the batch's tokens, in nats."""
+    hidden, head = hidden_states(model, batch["input_ids"])
+    return linear_cross_entropy(hidden, head, batch["labels"].flatten())
+
+
+class Optimization:
+    """A model with its optimizer, in one of several processes or alone.
+
+    Args:
+        steps: of the whole training, for the schedule.
+        loss: of a model and a batch, the sum over its tokens, a scalar.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        options: TrainOptions,
+        steps: int,
+        loss: Callable[[nn.Module, Batch], Tensor] = text_loss,
+    ):
+        self.model, self.options, self.loss, self.device = model, options, loss, model.device
+        self.parallel: nn.Module = model
+        if processes.count() > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(model, device_ids=devices)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Biases and norms, which are vectors, do not decay.
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+        warmup = math.ceil(steps * options.warmup_ratio)
+        self.schedule = get_scheduler(options.schedule, self.optimizer, warmup, steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
+
+    def step(self, batches: list[Batch]) -> list[Tensor]:
+        """One optimizer step on `batches`; gives the losses of `backward`."""
+        losses = self.backward(batches)
+        self.update()
+        return losses
+
+    def backward(self, batches: list[Batch]) -> list[Tensor]:
+        """Add up the gradients of the mean loss over all tokens of the step, those of other processes included.
+
+        Gives each batch's part of that mean; the parts of all batches and processes add up to it.
+        """
+        self.parallel.train()
+        tokens = processes.total(torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum())
+        losses = []
+        for number, batch in enumerate(batches, 1):
+            with self._gradients_alone(number < len(batches)):
+                with self.autocast():
+                    loss = self.loss(self.parallel, batch) / tokens
+                # DDP takes the mean over the processes, and this is a sum.
+                self.scaler.scale(loss * processes.count()).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def update(self) -> None:
+        """Clip the gradients, step, and take the next learning rate, unless float16 overflowed."""
+        if self.options.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:
+            self.schedule.step()
+        self.model.zero_grad()
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> Tensor:
+        """At each position the sum of losses, right predictions and tokens, `[3, S]` on the CPU, of all processes."""
+        self.parallel.eval()
+        totals: Any = 0.0
+        for batch in batches:
+            labels = batch["labels"]
+            with self.autocast():
+                hidden, head = hidden_states(self.parallel, batch["input_ids"])
+                losses, correct = token_scores(hidden, head, labels.flatten())
+            scores = (losses.view_as(labels), correct.view_as(labels), labels.ne(IGNORED))
+            totals = torch.stack([to_float64(values).sum(0) for values in scores]) + totals
+        return processes.total(totals).cpu()
+
+    def autocast(self) -> torch.autocast:
+        dtype = PRECISIONS.get(self.options.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def _gradients_alone(self, alone: bool) -> contextlib.AbstractContextManager:
+        """Within it DDP exchanges no gradients: only those of a step's last batch, which hold all."""
+        if alone and isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training goes on from; each process's random states are in it, so all call it."""
+        random_states = {"cpu": processes.gathered(torch.get_rng_state())}
+        if self.device.type == "cuda":
+            random_states["cuda"] = processes.gathered(torch.cuda.get_rng_state())
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random_states": random_states,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Random states go on where the number of processes, and the kind of device, are those of the state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        for kind, states in state["random_states"].items():
+            if len(states) == processes.count() and kind in ("cpu", self.device.type):
+                generator = torch if kind == "cpu" else torch.cuda
+                generator.set_rng_state(states[processes.index()].cpu())
+
+
+@contextlib.contextmanager
+def faster_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Within it `model`, if it has the default attention, has the faster one for training samples of so many tokens."""
+    own = model.config._attn_implementation
+    if model.device.type == "cpu" and own == "sdpa" and length <= EAGER_ATTENTION_LENGTH:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def recompute_activations(model: PreTrainedModel, wanted: bool = True) -> None:
+    """Let the backward pass compute the activations anew, or no longer; transformers renamed its methods for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_{'enable' if wanted else 'disable'}")()
