@@ -176,39 +176,22 @@ def test_the_command_prints_and_records_once(tmp_path, own_cache):
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
 
 
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
-
-
-def assert_launched_like_alone(tmp_path, launcher, arguments, said_once):
-    """Run the command by the launcher and in one process; give the models' entries in both records."""
+def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
+    arguments = command(tmp_path, "compare", "--models", "Pythia,shared", "--batch-size", "6", "--quiet")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launched = [sys.executable, "-m", *launcher, "-m", "context_pythia", *arguments]
-    ended = subprocess.run(launched, env=environment, capture_output=True, text=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "context_pythia"]
+    ended = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count(said_once) == 1
+    assert ended.stdout.count("report.md") == 1
     assert main([*arguments[:-1], str(tmp_path / "one")]) == 0
     pairs = [json.loads((tmp_path / name / "metrics.json").read_text())["models"] for name in ("run", "one")]
     for entry, expected in zip(*pairs, strict=True):
         assert (entry["machine"]["processes"], expected["machine"]["processes"]) == (2, 1)
         assert entry["best_val_ppl"] == pytest.approx(expected["best_val_ppl"], rel=1e-5)
-        assert entry["cache"]["bytes_measured"] == expected["cache"]["bytes_measured"]
-    return pairs
-
-
-def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
-    arguments = command(tmp_path, "compare", "--models", "Pythia,shared", "--batch-size", "6", "--quiet")
-    pairs = assert_launched_like_alone(tmp_path, TORCHRUN, arguments, "report.md")
     histories = [
         [(row["loss"], row["convergence_rate"]) for row in entries[1]["phase1"]["history"]] for entries in pairs
     ]
     assert histories[0] == histories[1] and len(histories[0]) > 1  # the first process iterates alone
-
-
-def test_accelerate_launch_trains_in_two_processes_like_one(tmp_path, own_cache):
-    arguments = command(tmp_path, "train", "--model", "Layer 12 x2", "--batch-size", "6", "--quiet")
-    assert_launched_like_alone(tmp_path, ACCELERATE, arguments, "wrote")
 
 
 @pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])

@@ -1,0 +1,209 @@
+"""Phase 2's checkpoints: an interrupted run ends like one that was not; damaged or foreign ones are refused."""
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from context_pythia.training import phase2
+from context_pythia.training.optimization import Optimization
+from tests.training.test_phase2 import (
+    OPTIONS,
+    PASS,
+    assert_same_end,
+    checkpoint,
+    cut_at,
+    fail_at,
+    interrupt,
+    make_data,
+    make_model,
+    stub_perplexities,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    model = make_model()
+    return train(tmp_path_factory.mktemp("whole"), model=model), model
+
+
+def test_a_checkpoint_is_the_state_and_the_best_weights(tmp_path, monkeypatch):
+    kept = stub_perplexities(monkeypatch, [8.0, 9.0, 9.1, 9.2])
+    options = replace(OPTIONS, epochs=4, patience=4, checkpoint_steps=1)
+    cut_at(monkeypatch, 7, tmp_path, options, data=make_data(train=8, validation=2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best-2", "state.pt"]
+    assert checkpoint(tmp_path)["step"] == 7
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "best-2")
+    assert all(torch.equal(best.get_parameter(name), weight) for name, weight in kept[0].items())
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"), [(0, {}), (3, {"checkpoint_steps": 2}), (5, {}), (7, {"checkpoint_steps": 2})]
+)
+def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted, step, changes):
+    """5 steps an epoch: before the first checkpoint, amid the first epoch, at its end, amid the second."""
+    cut_at(monkeypatch, step, tmp_path / "here", replace(OPTIONS, **changes))
+    (tmp_path / "here").rename(tmp_path / "there")
+    model = make_model()
+    assert_same_end(train(tmp_path / "there", model=model), model, *uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 4)])
+def test_ctrl_c_and_sigterm_checkpoint_the_current_step(tmp_path, monkeypatch, uninterrupted, number, step):
+    """The last step of an epoch is evaluated before."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, step, lambda optimization: os.kill(os.getpid(), number))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    state = checkpoint(tmp_path)
+    assert (state["step"], len(state["history"])) == (step + 1, step // 4)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_a_run_interrupted_after_its_end_only_publishes(tmp_path, monkeypatch, uninterrupted):
+    with monkeypatch.context() as patch:
+        patch.setattr(phase2, "publish", lambda *arguments: interrupt(None))
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimization, "step", lambda *arguments: pytest.fail("trained again"))
+        model = make_model()
+        assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"), [("state.pt", "state.pt is damaged"), ("best-5/model.safetensors", "weights in .*best-5 are dam")]
+)
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, monkeypatch, file, line):
+    options = replace(OPTIONS, epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phase2, "publish", lambda *arguments: interrupt(None))
+        train(tmp_path, options)
+    path = tmp_path / "checkpoints" / file
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises((ValueError, RuntimeError), match=f"{line}.* delete ") as caught:
+        train(tmp_path, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_of_an_older_version_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoints of an older version, .* or delete them to train from the start"):
+        train(tmp_path)
+
+
+def poison(optimization):
+    with torch.no_grad():
+        optimization.model.gpt_neox.final_layer_norm.weight.fill_(math.nan)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    fail_at(monkeypatch, 7, poison)
+    with pytest.raises(RuntimeError, match="training loss became nan at or before step 8.*learning_rate") as caught:
+        train(tmp_path, replace(OPTIONS, checkpoint_steps=1))
+    assert "\n" not in str(caught.value)
+    state = checkpoint(tmp_path)
+    assert state["step"] == 7 and all(weight.isfinite().all() for weight in state["model"].values())
+    assert not (tmp_path / "train.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path, monkeypatch):
+    update = Optimization.update
+
+    def overflow(self):
+        update(self)
+        if self.schedule.last_epoch == 2:
+            torch.nn.init.constant_(self.model.lm_head.weight, math.inf)
+
+    monkeypatch.setattr(Optimization, "update", overflow)
+    with pytest.raises(RuntimeError, match="weights became nan"):
+        train(tmp_path, replace(OPTIONS, checkpoint_steps=1))
+    assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
+    def full_disk(state, file):
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file\nlong trace")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="cannot write .*state.pt: PytorchStreamWriter failed") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best-5"]
+
+
+def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
+    options = replace(OPTIONS, epochs=1)
+    model, again = make_model(), make_model()
+    result = train(tmp_path, options, model=model)
+    assert not (tmp_path / "checkpoints").exists()
+    monkeypatch.setattr(Optimization, "step", lambda *arguments: pytest.fail("trained again"))
+    assert train(tmp_path, options, model=again) == result
+    assert_same_end(result, model, result, again)
+    # What an older version finished has no perplexities by position.
+    record = json.loads((tmp_path / "train.json").read_text())
+    del record["val_ppl_by_position"]
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    old = train(tmp_path, options)
+    assert old.val_ppl_by_position is None and old.best_val_ppl == result.best_val_ppl
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="weights in .* are damaged") as caught:
+        train(tmp_path, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, finished):
+    options = replace(OPTIONS, epochs=1)
+    if finished:
+        train(tmp_path, options)
+    else:
+        cut_at(monkeypatch, 1, tmp_path, replace(options, checkpoint_steps=1))
+    other = make_data()
+    other.summary["fingerprint"] = "other"
+    for message, changed, settings in [
+        ("learning_rate 0.003, not 0.1: choose another output folder", {"learning_rate": 0.1}, {}),
+        ("seed 5, not 6", {}, {"seed": 6}),
+        ("data abc, not other", {}, {"data": other}),
+        ("config.layer_norm_eps", {}, {"model": make_model(layer_norm_eps=1e-6)}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, replace(options, **changed), **settings)
+
+
+@pytest.mark.parametrize("source", ["shared", "layer"])
+def test_context_models_train_go_on_and_load(tmp_path, monkeypatch, source):
+    def make():
+        torch.manual_seed(0)
+        settings = make_model().config.to_dict()
+        config = ContextPythiaConfig(**{**settings, "context_source": source, "context_dim": 16})
+        model = ContextPythiaForCausalLM(config)
+        if source != "layer":
+            model.gpt_neox.context_block.requires_grad_(False)
+        return model
+
+    whole, parts = make(), make()
+    options = replace(OPTIONS, epochs=2)
+    result = train(tmp_path / "whole", options, model=whole)
+    assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
+    cut_at(monkeypatch, 7, tmp_path / "parts", replace(options, checkpoint_steps=2), model=make())
+    assert_same_end(train(tmp_path / "parts", options, model=parts), parts, result, whole)
+
+
+def test_a_pass_that_was_cut_ends_like_an_uncut_one(tmp_path, monkeypatch):
+    whole, cut = make_model(), make_model()
+    options = replace(PASS, schedule="cosine")
+    expected = train(tmp_path / "whole", options, model=whole)
+    cut_at(monkeypatch, 11, tmp_path / "cut", options)
+    assert_same_end(expected, whole, train(tmp_path / "cut", options, model=cut), cut)
