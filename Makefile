@@ -51,11 +51,12 @@ test-versions: $(ENDS:%=$(VENV)/overlays/%)
 test-serving: $(SERVING)/installed
 	$(SERVING)/bin/python -m pytest tests/serving
 
-# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt).
+# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt). No compiling:
+# most of these files are never imported.
 $(SERVING)/installed: pyproject.toml tests/serving/requirements.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS) \
-		--requirement tests/serving/requirements.txt
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --no-compile $(PIP_ARGS) \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement tests/serving/requirements.txt
 	$(SERVING)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) --editable .
 	touch $@
 

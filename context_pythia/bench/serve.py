@@ -1,9 +1,9 @@
 """`context-pythia bench --serve`: conversations on vLLM's engine, GPT-NeoX beside models with a smaller cache.
 
-Each model has the engine, and the same memory for its cache, in a process of its own, one after the other. All
-conversations arrive at once; their prompts are random tokens that begin with a common part, as a system prompt is, and
-each goes on for the same number of tokens. What a smaller cache gains depends on what binds: where the cache does, more
-conversations run at once and fewer are thrown out and computed again.
+The models run one after the other, each in a process of its own, on the same engine with the same memory for the
+cache. All conversations arrive at once. Their prompts are random tokens that begin with a common part, as with a system
+prompt, and every answer has the same number of tokens. A smaller cache pays where the cache is the bottleneck: more
+conversations run at once, and fewer are evicted and computed again.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from context_pythia.serving import OLDEST_VLLM, vllm_version
 
 SPAWN = multiprocessing.get_context("spawn")
 MEGABYTE = 2**20
-# Steps of the engine between two looks at how many conversations run.
-LOOK = 8
+# Engine steps from one count of the running conversations to the next.
+COUNT_EVERY = 8
 
 
 def serve(
@@ -93,7 +93,7 @@ def save_sized(size: str, sources: Sequence[Source], options: ServeOptions, fold
 
 
 def prompts(options: ServeOptions, vocab_size: int) -> list[list[int]]:
-    """Random tokens, in each prompt another lot behind the common ones."""
+    """Random tokens: first the common ones, then those of each prompt."""
     dice = random.Random(options.seed)
     common = [dice.randrange(vocab_size) for _ in range(int(options.common * options.prompt_tokens))]
     rest = options.prompt_tokens - len(common)
@@ -102,7 +102,7 @@ def prompts(options: ServeOptions, vocab_size: int) -> list[list[int]]:
 
 def _row(model: str, options: ServeOptions) -> dict[str, Any]:
     if not (Path(model) / "config.json").is_file():
-        raise UsageError(f"{model}: is no folder of a model, give one that holds a config.json")
+        raise UsageError(f"{model}: is not a model's folder, give one with a config.json")
     config = AutoConfig.from_pretrained(model)
     if options.length > config.max_position_embeddings:
         raise UsageError(f"{options.length} tokens: {model} has {config.max_position_embeddings} positions")
@@ -111,7 +111,7 @@ def _row(model: str, options: ServeOptions) -> dict[str, Any]:
 
 
 def _in_own_process(model: str, options: ServeOptions, threads: int) -> dict[str, Any]:
-    """What the process hands in; it has the engine within itself, so that its processor time is the engine's."""
+    """The figures of a process of its own. The engine runs inside it, so that its processor time is the engine's."""
     before = dict(os.environ)
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -146,7 +146,7 @@ def _work(connection: Connection, model: str, options: ServeOptions) -> None:
             disable_log_stats=False,
         )
         asked = prompts(options, llm.model_config.hf_config.vocab_size)
-        # What is slow the first time is not to be timed.
+        # Warm-up: the first calls are slow.
         converse(llm, [prompt[: min(64, len(prompt))] for prompt in asked[:2]], 2)
         rounds = []
         for _ in range(options.rounds):
@@ -180,7 +180,7 @@ def converse(llm: Any, asked: list[list[int]], answer_tokens: int) -> dict[str, 
         now = time.perf_counter() - started
         for output in now_answered:
             first.setdefault(output.request_id, now)
-        if steps % LOOK == 0:
+        if steps % COUNT_EVERY == 0:
             running.append(_counters(llm)["num_requests_running"])
         steps += 1
     seconds, processor = time.perf_counter() - started, time.process_time() - processor

@@ -1,8 +1,8 @@
 """A layer of Context-Pythia in vLLM's parallel linear maps, attending to the cache that vLLM pages.
 
-The mathematics is `model/attention.py`'s. A prefill attends expanded, sequence by sequence; tokens that are decoded
-attend absorbed, all sequences together. With tensor parallelism heads are divided among the ranks, and each rank caches
-whole contexts, which all heads read.
+The mathematics is that of `model/attention.py`. Prefill uses expanded attention, sequence by sequence; decoding uses
+absorbed attention, for all sequences together. Tensor parallelism divides the heads among the ranks, and each rank
+caches whole contexts, because all heads read them.
 
 Shapes: N new tokens of all sequences, B sequences, T cached tokens, H heads of this rank, W cached width.
 """
@@ -25,13 +25,13 @@ from context_pythia.model.attention import ContextAttention, PositionEmbeddings,
 from context_pythia.model.configuration import ContextPythiaConfig
 from context_pythia.serving.cache import ContextCache, Decoding, Prefill
 
-# The kernel cuts a sequence into so many parts, as vLLM's own use of it does.
+# Parts into which the kernel splits a sequence, as in vLLM's own call of it.
 KERNEL_SPLITS = 4
 
 
 @dataclass
 class Paged:
-    """Stands for the contexts of sequences that decode, where a kernel reads them from their blocks."""
+    """The contexts of sequences that decode, in their blocks, for a kernel that reads them there."""
 
     cache: ContextCache
     decoding: Decoding
@@ -43,8 +43,8 @@ class Positions:
 
     Attributes:
         new: of the new tokens, `[1, N, d]`.
-        places: of the places 0 to T - 1 of a sequence, `[1, T, R]` or `[1, T, d]`, where cached keys are yet to be
-            turned (`reuse_rotary_keys`).
+        places: of the places 0 to T - 1 of a sequence, `[1, T, R]` or `[1, T, d]`; None unless the model caches keys
+            before RoPE (`reuse_rotary_keys`).
     """
 
     new: PositionEmbeddings
@@ -110,7 +110,7 @@ class ServedAttention(ContextAttention):
         context = self.cache.read(prefill.blocks)[None, None, : prefill.length]
         mask, queries = None, query.shape[2]
         if queries < prefill.length:
-            # Behind what is cached already, the kernel's own causal mask would begin at the wrong token.
+            # With a cached past, the kernel's own causal mask would begin at the wrong token.
             mask = query.new_ones(queries, prefill.length, dtype=torch.bool).tril(prefill.length - queries)[None, None]
         return self.expanded(query, context, mask, up_to(places, prefill.length))[0][0]
 
@@ -125,7 +125,7 @@ class ServedAttention(ContextAttention):
         return self.absorbed(query, context, mask, up_to(places, length))[0][:, 0]
 
     def _kernel_takes(self, query: torch.Tensor) -> bool:
-        """Whether vLLM's Triton kernel for MLA decodes: on a GPU, and with keys that were cached turned."""
+        """Whether vLLM's Triton kernel for MLA can decode: on a GPU, with keys that are cached after RoPE."""
         return query.is_cuda and not self.reuse_rotary_keys
 
     def _interface(self, query, key, value, attention_mask, **kwargs):
@@ -199,7 +199,7 @@ class ServedMLP(nn.Module):
 
 
 def parallel(kind: Any, linear: nn.Linear, vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    """A map of vLLM's of that kind, in the shape of `linear`."""
+    """vLLM's linear map of that kind, in the shape of `linear`."""
     return kind(
         linear.in_features,
         linear.out_features,
@@ -211,8 +211,8 @@ def parallel(kind: Any, linear: nn.Linear, vllm_config: VllmConfig, prefix: str)
 
 
 def by_heads(module: nn.Module) -> Any:
-    """Of a parameter in the checkpoint this rank loads the rows of its own heads. Such maps stay plain: absorbed
-    attention reads their weights."""
+    """`module`, whose parameters load only the rows of this rank's heads. It stays a plain module, because absorbed
+    attention reads its weights."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         set_weight_attrs(parameter, {"weight_loader": load_own_rows})

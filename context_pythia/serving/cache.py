@@ -1,4 +1,4 @@
-"""vLLM's cache of contexts: one tensor a token and context, and which of its blocks a batch reads and writes.
+"""The cache of contexts, one vector per token and context, and the blocks of vLLM that a batch reads and writes.
 
 Shapes: N new tokens of all sequences, B sequences, W cached width, S tokens of a block.
 """
@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec, MLAAttentionSpec
 
-# Sequences that decode together are padded to the longest of them, which is at most so many times the shortest.
+# Sequences decode in groups, padded to the longest; it has at most this many times the tokens of the shortest.
 MOST_PADDING = 2
 
 
@@ -46,7 +46,7 @@ class Decoding:
 
     Attributes:
         tokens: the new tokens' indices among the N, `[B]`.
-        blocks: `[B, most blocks]`; behind a sequence's own stands any block.
+        blocks: `[B, most blocks]`; the rest of a shorter sequence's row is any block.
         lengths: tokens of each sequence with the new one, `[B]`.
     """
 
@@ -133,11 +133,11 @@ def similar(lengths: dict[int, int]) -> list[list[int]]:
 
 
 class ContextBackend(AttentionBackend):
-    """Names the cache's form and the builder of batches; the model's own attention does the rest."""
+    """Tells vLLM the form of the cache and the builder of batches; attention itself is the model's."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes = ["auto"]
-    # Else vLLM would write keys and values into the blocks, in a layout of its own.
+    # Otherwise vLLM writes keys and values into the blocks, in its own layout.
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -154,16 +154,16 @@ class ContextBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # A context's tokens stand one after the other, so that a slot is a row; and layers of any widths fit.
+        # Tokens of one layer lie one after the other: a slot is a row, and each layer may have its own width.
         return (KVCacheLayout.LBHNC,)
 
 
 class ContextCache(nn.Module, AttentionLayerBase):
-    """The cache of one context, which vLLM allocates as `kv_cache` `[blocks, 1, S, W]` and pages.
+    """The cache of one context. vLLM allocates it as `kv_cache` `[blocks, 1, S, W]` and assigns its blocks.
 
     Args:
         width: W.
-        name: by which vLLM knows it; holds the index of the layer that makes the context.
+        name: vLLM's name for it, with the index of the layer that makes the context.
     """
 
     supports_dcp = False
@@ -198,8 +198,8 @@ class ContextCache(nn.Module, AttentionLayerBase):
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
         """The contexts in blocks `[..., n]`: `[..., n * S, W]`."""
-        found = self.kv_cache[:, 0].index_select(0, blocks.flatten())
-        return found.view(*blocks.shape[:-1], -1, self.width)
+        contexts = self.kv_cache[:, 0].index_select(0, blocks.flatten())
+        return contexts.view(*blocks.shape[:-1], -1, self.width)
 
     @property
     def rows(self) -> torch.Tensor:

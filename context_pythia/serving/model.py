@@ -1,7 +1,7 @@
 """Context-Pythia as vLLM runs it: many sequences at once, on one paged cache of contexts.
 
 Submodules have the names of the checkpoint's tensors. `shared` needs no state besides the cache: a sequence's
-recurrence goes on from its last cached context, so prefix caching, chunked prefill and preemption need no more.
+recurrence resumes from its last cached context. So prefix caching, chunked prefill and preemption just work.
 
 Shapes: N new tokens of all sequences, B sequences, C context_dim.
 """
@@ -28,7 +28,7 @@ from context_pythia.serving.attention import Positions, ServedLayer
 from context_pythia.serving.cache import Batch, ContextCache
 
 SERVED_SOURCES = ("layer", "shared")
-# Buffers that checkpoints of older GPT-NeoX carry along, and the name their head had.
+# Buffers in checkpoints of older GPT-NeoX, and the old name of the output head.
 OLD_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 OLD_HEAD = "embed_out."
 
@@ -62,23 +62,23 @@ class ServedModel(nn.Module):
         hidden_states = self.embed_in(input_ids) if inputs_embeds is None else inputs_embeds
         batch = self.cache.batch()
         new = self.rotary_emb(hidden_states, positions[None])
-        found = Positions(new, self._places(hidden_states, batch))
+        rotary = Positions(new, self._places(hidden_states, batch))
         if self.config.context_source == "shared" and batch is not None:
             tokens = len(batch.slots)
             embeddings = self.embedding_norm(hidden_states[:tokens])
             before = self.cache.rows[batch.last_slots, self.config.rotary_dim :]
             context = scan(self.context_block, embeddings, before, batch)
-            made = torch.cat([self.rotary_key(context), context], dim=-1)[None]
+            cached = torch.cat([self.rotary_key(context), context], dim=-1)[None]
             cos, sin = (table[:, :tokens] for table in new)
-            self.cache.write(turn_rotary_keys(made, 1, (cos, sin))[0], batch.slots)
+            self.cache.write(turn_rotary_keys(cached, 1, (cos, sin))[0], batch.slots)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, found)
+            hidden_states = layer(hidden_states, rotary)
         return self.final_layer_norm(hidden_states)
 
     def _places(self, hidden_states: torch.Tensor, batch: Batch | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         if batch is None or not self.config.reuse_rotary_keys:
             return None
-        # Blocks are read whole, so keys stand behind a sequence's last token too.
+        # Blocks are read whole, with keys behind a sequence's last token too.
         places = torch.arange(batch.longest + self.block_size, device=hidden_states.device)
         cos, sin = self.rotary_emb(hidden_states, places[None])
         keys = 1 if self.config.rotary_pairs is not None else self.config.num_rotary_keys
@@ -86,18 +86,18 @@ class ServedModel(nn.Module):
 
 
 def scan(block: ContextBlock, embeddings: torch.Tensor, before: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The recurrence of all sequences at once: step t takes the t-th new token of each sequence that has one.
+    """The recurrence of all sequences at once: step t takes the t-th new token of every sequence that has one.
 
     Args:
         embeddings: of the new tokens, `[N, E]`.
-        before: each sequence's last cached context, `[B, C]`; what stands there before the first token is not read.
+        before: each sequence's last cached context, `[B, C]`; ignored where nothing is cached yet.
 
     Returns:
         contexts of the new tokens, `[N, C]`.
     """
     layers: Iterable[Any] = block.layers
     projected = [layer.project(embeddings) for layer in layers]
-    # The sequences with the most tokens stand first, so that those of each step are the first few.
+    # Sequences with more tokens first, so that each step takes the first few.
     order = sorted(range(len(batch.counts)), key=lambda i: -batch.counts[i])
     counts = [batch.counts[i] for i in order]
     index = torch.tensor(order, device=embeddings.device)
@@ -155,7 +155,7 @@ class ContextPythiaForCausalLM(nn.Module):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """The checkpoint's tensors into this rank's parameters; each has its place or an error."""
+        """Load the checkpoint's tensors into this rank's parameters; a tensor without a place is an error."""
         parameters = dict(self.named_parameters())
         loaded = set()
         for name, tensor in weights:

@@ -7,10 +7,16 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
 
 import random
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from context_pythia.config.convert import ConvertOptions
+from context_pythia.conversion.compress import checked_width, compressed
+from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
 LENGTH = 1024
@@ -25,40 +31,38 @@ SIZE = dict(
     bos_token_id=1,
     pad_token_id=0,
 )
-# Widths of 384 numbers a token and model in GPT-NeoX; the converted ones have the form that `convert` gives them.
+# GPT-NeoX caches 384 numbers a token.
 MODELS = {
     "layer": dict(context_source="layer", context_dim=23),
-    "converted, -50 %": dict(context_source="layer", context_dim=64, num_rotary_keys=4, reuse_rotary_keys=True),
-    "converted, -75 %": dict(
-        context_source="layer",
-        context_dim=32,
-        rotary_pairs=[[4, 2], [2, 2], [1, 3]],
-        layer_context_dims=[36, 24, 36],
-        reuse_rotary_keys=True,
-        context_bias=True,
-    ),
-    "converted, -87.5 %": dict(
-        context_source="layer",
-        context_dim=16,
-        rotary_pairs=[[2, 1], [1, 1], [1, 0]],
-        layer_context_dims=[17, 11, 20],
-        reuse_rotary_keys=True,
-        context_bias=True,
-    ),
     "layer, shared by 3": dict(context_source="layer", context_dim=30, num_rotary_keys=4, context_sharing=3),
     "shared": dict(context_source="shared", context_dim=21, context_block_layers=2),
 }
+CONVERTED = {"converted, -50 %": 0.5, "converted, -75 %": 0.75, "converted, -87.5 %": 0.875}
 
 
 def build(settings: dict, **changes) -> ContextPythiaForCausalLM:
+    return randomise(ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, **settings, **changes})))
+
+
+def randomise(model):
     """Weights so large (std 0.2) that a wrong formula shows."""
-    torch.manual_seed(0)
-    model = ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, **settings, **changes}))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2)
+            parameter.normal_(std=0.2, generator=generator)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
+    return model.eval()
+
+
+def convert(kv_reduction: float, folder: Path) -> ContextPythiaForCausalLM:
+    """A GPT-NeoX with random weights, converted as `context-pythia convert` does, on random text."""
+    original = randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
+    text = np.random.default_rng(0).integers(1, SIZE["vocab_size"], (16, 33), dtype=np.uint16)
+    packed = PackedData(PackedDataset(text), PackedDataset(text), None, {})
+    options = ConvertOptions(kv_reduction=kv_reduction, calibration_tokens=512)
+    width = checked_width(options, original)
+    model, _ = compressed(original, width, options, None if kv_reduction == 0.5 else packed, folder, progress=False)
     return model.eval()
 
 
@@ -95,10 +99,10 @@ def engine(folder, **options):
         cleanup_dist_env_and_memory()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, *CONVERTED])
 def saved(request, tmp_path_factory):
     """A model and the folder that it is saved in."""
-    folder = tmp_path_factory.mktemp("model")
-    model = build(MODELS[request.param])
+    folder, name = tmp_path_factory.mktemp("model"), request.param
+    model = convert(CONVERTED[name], tmp_path_factory.mktemp("partial")) if name in CONVERTED else build(MODELS[name])
     model.save_pretrained(folder)
     return model, folder

