@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from context_pythia.runs.convert import _ship_code
+from context_pythia.runs.convert import ship_code
 from context_pythia.runs.generate import generate
 from tests.serving.conftest import LENGTH, MODELS, build
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     tokenizer.train_from_iterator([PROMPT] * 2, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
     model = build(MODELS["shared"], vocab_size=tokenizer.get_vocab_size())
-    _ship_code(model, folder)
+    ship_code(model.config, folder)
     model.save_pretrained(folder)
     return folder
 
