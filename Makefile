@@ -48,8 +48,9 @@ test-versions: $(ENDS:%=$(VENV)/overlays/%)
 		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(PYTEST_ARGS) $(ON_EACH); \
 	done
 
+# Each process of vLLM imports the same modules, which the first compiles.
 test-serving: $(SERVING)/installed
-	$(SERVING)/bin/python -m pytest tests/serving
+	PYTHONDONTWRITEBYTECODE= $(SERVING)/bin/python -m pytest tests/serving
 
 # No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt). No compiling:
 # most of these files are never imported.
