@@ -169,7 +169,7 @@ def test_the_command_prints_and_records_once(tmp_path, own_cache):
     codes, errors = run_pair(tmp_path, main, command(tmp_path, "train", "--model", "shared", "--batch-size", "6"))
     assert codes == [0, 0], errors
     lines = [line for line in (tmp_path / "out0").read_text().splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "All", "wrote"]
+    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "All", "shared:"]
     assert (tmp_path / "out1").read_text() == ""
     (entry,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
     assert entry["error"] is None and entry["phase1"]["iterations"] > 1
