@@ -58,7 +58,9 @@ def joined() -> Iterator[None]:
         return
     for engine in ("DeepSpeed", "FSDP"):
         if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
-            raise UsageError(f"accelerate's {engine} is not supported: start without it, each process holds the model")
+            raise UsageError(
+                f"accelerate's {engine} is not supported: start without it, because each process loads the whole model"
+            )
     import torch
     from torch import distributed
 
@@ -66,7 +68,9 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         local, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= devices:
-            raise UsageError(f"process {local} of this machine has no GPU: start as many as there are, {devices}")
+            raise UsageError(
+                f"process {local} of this machine has no GPU: start at most {devices} processes on this machine"
+            )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend)

@@ -73,7 +73,7 @@ def decode_metrics(
     for name, model in models.items():
         positions = model.config.max_position_embeddings
         if max(options.lengths) > positions:
-            raise UsageError(f"length {max(options.lengths)}: is more than the {positions} positions of {name}")
+            raise UsageError(f"length {max(options.lengths)}: must be at most {positions}, the positions of {name}")
         model.to(metrics["settings"]["device"])
     timed, notes = subjects(models, options.caches)
     for note in notes:

@@ -161,8 +161,8 @@ def _context(source: Source, size: str) -> dict[str, Any]:
     shape, context = SIZES[size], {"context_source": source.context_source, "context_dim": source.context_dim}
     if source.form == "exact" and source.context_dim != shape.hidden_size:
         raise UsageError(
-            f"source {source.name!r}: is exact at context_dim {shape.hidden_size} alone, {size}'s width; "
-            "leave the form out or take heads"
+            f"source {source.name!r}: form exact needs context_dim {shape.hidden_size}, the width of {size}: use "
+            f"{shape.hidden_size}, or the form heads"
         )
     keys = shape.num_attention_heads if source.form else 1
     return context | {"num_rotary_keys": keys, "reuse_rotary_keys": source.form == "exact"}

@@ -72,7 +72,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
             )
         sources.append(Source(found[1], int(found[2]), form))
     if len(set(sources)) < len(sources):
-        raise UsageError(f"sources {text!r}: name one twice")
+        raise UsageError(f"sources {text!r}: has the same source twice")
     return tuple(sources)
 
 
@@ -101,7 +101,7 @@ class BenchOptions(Options):
     new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1", flag=True)
     rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1", flag=True)
     prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)", flag=True)
-    dtype: str = option("float32", "of weights and cache", PRECISIONS, flag=True)
+    dtype: str = option("float32", "dtype of weights and cache", PRECISIONS, flag=True)
     threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1", flag=True)
     memory_gb: float = option(4.0, "memory to fill with conversations (1 GB = 1024^3 bytes)", bounds="> 0")
     steps: int = option(2, "with --train: timed steps of a turn", bounds=">= 1", flag=True)
@@ -112,7 +112,7 @@ class BenchOptions(Options):
             if length <= self.new_tokens:
                 raise UsageError(f"length {length}: must be more than new_tokens = {self.new_tokens}")
         if "dynamic" not in self.caches:
-            raise UsageError(f"caches {','.join(self.caches)}: dynamic is missing, to which the others are compared")
+            raise UsageError(f"caches {','.join(self.caches)}: add dynamic, the reference of the ratios")
 
 
 @dataclass
@@ -127,7 +127,7 @@ class ServeOptions(Options):
     cache_mb: int = option(192, "memory for the cache (1 MB = 1024^2 bytes)", bounds=">= 1")
     rounds: int = option(1, "times that a model's conversations run", bounds=">= 1")
     compile: bool = option(False, "let vLLM compile GPT-NeoX, which takes minutes at first")
-    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     threads: int | None = option(None, "CPU threads (default: one a core)", bounds=">= 1")
     seed: int = option(0, "seed of the prompts")
 

@@ -92,10 +92,10 @@ def _of_first_weights(recipe: Recipe, train: bool) -> tuple[Recipe, list[str]]:
     """
     made = [model.name for model in recipe.models if model.from_baseline]
     if len(made) == len(recipe.models):
-        mend = "name models that are trained from their first weights" if train else "name its folder, not the recipe"
-        raise UsageError(f"{made[0]} is made of the trained baseline: {mend}")
-    mend = "healing is not timed" if train else "bench its folder when it is"
-    notes = [f"{name} is left out, it is made of the trained baseline: {mend}" for name in made]
+        mend = "name models that the recipe trains" if train else "name its folder, not the recipe"
+        raise UsageError(f"{made[0]} is converted from the trained baseline: {mend}")
+    mend = "healing is not timed" if train else "bench its folder once it is trained"
+    notes = [f"{name} is left out, because it is converted from the trained baseline: {mend}" for name in made]
     return replace(recipe, models=[model for model in recipe.models if not model.from_baseline]), notes
 
 

@@ -68,7 +68,7 @@ def serve(
             models = save_sized(size, default_sources(size) if sources is None else sources, options, Path(folder))
         rows = [_row(model, options) for model in models]
         if not any(row["peer"] for row in rows):
-            raise UsageError("bench --serve: name a GPT-NeoX too, to which the others are compared")
+            raise UsageError("bench --serve: add a GPT-NeoX model, the reference of the ratios")
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "provenance.json", provenance(torch.device(settings["device"])))
@@ -105,7 +105,10 @@ def _row(model: str, options: ServeOptions) -> dict[str, Any]:
         raise UsageError(f"{model}: is not a model's folder, give one with a config.json")
     config = AutoConfig.from_pretrained(model)
     if options.length > config.max_position_embeddings:
-        raise UsageError(f"{options.length} tokens: {model} has {config.max_position_embeddings} positions")
+        raise UsageError(
+            f"length {options.length} (prompt and answer): must be at most {config.max_position_embeddings}, "
+            f"the positions of {model}"
+        )
     # A subclass is not a GPT-NeoX itself.
     return {"name": Path(model).resolve().name, "peer": type(config) is GPTNeoXConfig, "rounds": [], "error": None}
 

@@ -44,16 +44,16 @@ class Bench(Report, Command):
             self._serve()
             return
         if served := self.values_of("serve"):
-            raise UsageError(f"bench: serve.{next(iter(served))} is for --serve")
+            raise UsageError(f"bench: serve.{next(iter(served))} needs --serve")
         name = "report" if self.train and self.recipe is None else self.recipe
         if sum([bool(self.models), name is not None, self.size is not None]) != 1:
             one = "a recipe alone" if self.train else "either MODELs, --recipe RECIPE or --size SIZE"
             raise UsageError(f"bench: give {one}")
         if self.sources is not None and self.size is None:
-            raise UsageError("bench: --sources are those of a --size")
+            raise UsageError("bench: --sources needs --size")
         of_recipe = {path: value for path, value in self.values.items() if not path.startswith("bench.")}
         if name is None and (of_recipe or self.only):
-            raise UsageError("bench: options of a recipe were given without --recipe")
+            raise UsageError("bench: options of a recipe need --recipe")
         recipe = None if name is None else load_recipe(name, of_recipe, self.only)
         sources = None if self.sources is None else parse_sources(self.sources)
         options = BenchOptions(**self.values_of("bench"))

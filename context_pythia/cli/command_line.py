@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumable = args is not None and args.command.resumable
         if processes.is_main():
-            advice = "; run the same command again to go on where it stopped" if resumable else ""
+            advice = "; run the same command again to resume" if resumable else ""
             print(f"\n{PROGRAM}: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: type[Command], fields: dict) -> None:
     if processes.count() > 1 and not command.joint:
         joint = ", ".join(name for name, one in COMMANDS.items() if one.joint)
-        raise UsageError(f"this command runs in one process, {processes.count()} were started; in several: {joint}")
+        raise UsageError(
+            f"this command runs in one process, but {processes.count()} were started; {joint} run in several"
+        )
     command(**fields).run()
 
 

@@ -28,7 +28,7 @@ class Evaluate(Report, Command):
     defaults = {"data.tokenizer": "the first model's"}
 
     models: list[str] = required("models' folders or Hub names; the others are compared to the first", metavar="MODEL")
-    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     batch_size: int = option(16, "samples a pass", bounds=">= 1")
     cache: list[str] = option((), "also with this quantised cache; may be given several times", CACHES)
     cached_tokens: int = option(

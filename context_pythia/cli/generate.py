@@ -19,13 +19,13 @@ class Generate(Command):
     arguments = ("model",)
 
     model: str = required("a model's folder or Hub name")
-    prompt: str = required("text to go on from")
+    prompt: str = required("text to continue")
     max_new_tokens: int = option(64, "tokens to write at most", bounds=">= 1")
-    temperature: float = option(0.0, "of the sampling; 0 is greedy", bounds=">= 0")
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy", bounds=">= 0")
     top_k: int | None = option(None, "sample from the N likeliest tokens only", bounds=">= 1")
-    num_beams: int = option(1, "beams of the search; 1 is none", bounds=">= 1")
+    num_beams: int = option(1, "beams of a beam search; 1 is no search", bounds=">= 1")
     seed: int = option(0, "seed of the sampling", bounds=">= 0")
-    dtype: str = option("float32", "of weights and cache", PRECISIONS)
+    dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     stats: bool = option(False, "also print tokens a second and the measured cache")
     compile: bool = option(False, "compile the decoding step (needs a C++ compiler)")
 

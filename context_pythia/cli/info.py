@@ -22,13 +22,13 @@ class Info(Command):
     recipe: str | None = option(None, f"{', '.join(packaged_recipes())}, or a YAML file")
     json: bool = option(False, "print JSON instead of a table")
     length: int = option(128, "tokens in the cache", bounds=">= 1")
-    dtype: str = option("float32", "of model and cache", PRECISIONS)
+    dtype: str = option("float32", "dtype of model and cache", PRECISIONS)
 
     def run(self) -> None:
         if (self.model is None) == (self.recipe is None):
             raise UsageError("info: give either --recipe RECIPE or a MODEL")
         if self.recipe is None and self.values:
-            raise UsageError("info: options of a recipe were given without --recipe; a saved MODEL has its own")
+            raise UsageError("info: options of a recipe need --recipe; a saved MODEL has its own")
         recipe = None if self.recipe is None else load_recipe(self.recipe, self.values)
         from context_pythia.cli.reported import info
 

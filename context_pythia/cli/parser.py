@@ -97,10 +97,14 @@ def _set_values(command: type[Command], texts: Sequence[str], program: str) -> d
     for text in texts:
         path, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set {text!r}: give section.key=value, such as {next(iter(known))}=...")
+            raise UsageError(f"--set {text!r}: give section.key=value, such as {_setting_example(command)}")
         only_known([path], known, "--set", f"{program} --set help")
         values[path] = known[path].parse(value)
     return values
+
+
+def _setting_example(command: type[Command]) -> str:
+    return "train.max_grad_norm=0.5" if "train" in command.sections else "data.text_field=body"
 
 
 def _advice(unknown: str, command: type[Command], flags: Sequence[str]) -> str:
@@ -157,9 +161,8 @@ def _add_options(parser: argparse.ArgumentParser, command: type[Command]) -> Non
             "--set",
             action=SetAction,
             metavar="KEY=VALUE",
-            help=f"any value of {', '.join(filter(None, command.sections))}, such as "
-            f"{'train.max_grad_norm=0.5' if of_recipe else 'data.text_field=body'}; `--set help` lists all; "
-            "may be given several times",
+            help=f"any value of {', '.join(filter(None, command.sections))}, such as {_setting_example(command)}; "
+            "`--set help` lists all; may be given several times",
         )
 
 
@@ -188,8 +191,8 @@ def _metavar(declared: Option) -> str:
 def _help(declared: Option, default: str | None = None) -> str:
     """The option's help and its default: the declared one, or another in words."""
     if default is None:
-        if declared.required or declared.default in (None, (), False) or "(default" in declared.help:
-            return declared.help
         value = declared.default
+        if declared.required or value is None or value is False or value == () or "(default" in declared.help:
+            return declared.help
         default = "yes" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"{declared.help} (default: {default})"

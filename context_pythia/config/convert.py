@@ -38,7 +38,7 @@ class ConvertOptions(Options):
     batch_size: int | None = option(
         None, "samples a pass of the calibration (default: 4,096 tokens of them)", bounds=">= 1", free=True
     )
-    dtype: str = option("float32", "of the converted model; it is computed in float32", PRECISIONS, flag=True)
+    dtype: str = option("float32", "dtype of the converted model; it is computed in float32", PRECISIONS, flag=True)
     seed: int = option(0, "seed of the calibration and of healing", bounds=">= 0 and < 4294967296", flag=True)
 
     def __post_init__(self) -> None:

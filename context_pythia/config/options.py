@@ -171,7 +171,7 @@ def _checked(declared: Option, value: Any, label: str) -> Any:
     given = value if isinstance(value, list | tuple) else [value]
     values = declared.several(_checked_one(declared, one, label) for one in given)
     if declared.several is tuple and len(set(values)) < len(values):
-        raise UsageError(f"{label} {','.join(map(str, values))}: names a value twice")
+        raise UsageError(f"{label} {','.join(map(str, values))}: has the same value twice")
     return values
 
 

@@ -143,7 +143,7 @@ class TrainOptions(OptimizationOptions):
     epochs: int = option(10, "epochs at most", bounds=">= 1", flag=True)
     tokens: int | None = option(
         None,
-        "train on so many tokens of the training split, each read once, in place of epochs; validated every tenth",
+        "train on N tokens, each read once, instead of epochs; validate ten times",
         bounds=">= 1",
         flag=True,
     )
@@ -191,7 +191,7 @@ class ModelOptions(Options):
     """
 
     name: str = option("Pythia", "name in tables and of the model's folder")
-    context_source: str | None = option(None, "who makes the context; empty for the baseline", CONTEXT_SOURCES)
+    context_source: str | None = option(None, "what computes the context; empty for the baseline", CONTEXT_SOURCES)
     context_dim: int = option(256, "width of the context", flag=True)
     context_block_layers: int = option(1, "layers of the ContextBlock (sources input and shared)", bounds=">= 1")
     context_sharing: int = option(
@@ -260,8 +260,8 @@ class Recipe(Options):
         if tokens > packed:
             samples = math.ceil(tokens / length / (1 - self.data.validation_fraction)) + 1
             raise UsageError(
-                f"train.tokens {tokens}: data.samples {self.data.samples} gives {packed} tokens to train on, "
-                f"ask for fewer or set data.samples to {samples}"
+                f"train.tokens {tokens}: data.samples {self.data.samples} gives {packed} training tokens, "
+                f"lower train.tokens or set data.samples to {samples}"
             )
 
     def _check_models(self) -> None:
@@ -271,11 +271,13 @@ class Recipe(Options):
         healed = next((i for i, model in enumerate(self.models) if model.from_baseline), None)
         if healed is not None and len(baselines) > 1:
             raise UsageError(
-                f"models: {self.models[healed].name} is made of the trained baseline, and there are {baselines[0]} and "
-                f"{baselines[1]}: name one"
+                f"models: {self.models[healed].name} is converted from the baseline, but the recipe has two, "
+                f"{baselines[0]} and {baselines[1]}: keep one"
             )
         if healed is not None and any(model.is_baseline for model in self.models[healed:]):
-            raise UsageError(f"models: {self.models[healed].name} is made of {baselines[0]}: name it behind that")
+            raise UsageError(
+                f"models: {self.models[healed].name} is converted from {baselines[0]}: list it after {baselines[0]}"
+            )
         folders: dict[str, str] = {}
         for model in self.models:
             folder = model.folder
@@ -293,12 +295,12 @@ class Recipe(Options):
         """Raise `UsageError` where a model cannot be made of the baseline."""
         body = self.architecture
         if not self.heal.steps:
-            raise UsageError(f"heal.steps 0: {model.name} is the baseline converted and healed, give at least 1")
+            raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
         if model.context_source is None:
             if not self.heal.teaches_a_control(body):
                 raise UsageError(
-                    f"heal.ce_weight 0: without dropout the baseline agrees with itself, which {model.name} would be "
-                    "healed towards; give a weight above 0"
+                    f"heal.ce_weight 0: without dropout the control {model.name} matches its own teacher and learns "
+                    "nothing; give a weight above 0"
                 )
             return
         if model.context_source != "layer":
@@ -306,14 +308,13 @@ class Recipe(Options):
         for name in ("context_sharing", "num_rotary_keys"):
             if getattr(model, name) != 1:
                 raise UsageError(
-                    f"{model.name}: {name} {getattr(model, name)} is for training from the first weights; a conversion "
-                    "shares by none and chooses the rotary keys itself, drop the option"
+                    f"{model.name}: {name} {getattr(model, name)} does not apply to a converted model: remove it"
                 )
         least, most = body.rotary_dims + 1, body.hidden_size
         if not least <= model.context_dim <= most:
             raise UsageError(
-                f"{model.name}: context_dim {model.context_dim}: must be between one rotary key and a latent, {least}, "
-                f"and hidden_size = {most}, which is exact"
+                f"{model.name}: context_dim {model.context_dim}: must be between {least} (a rotary key and a latent) "
+                f"and hidden_size = {most} (exact)"
             )
 
 

@@ -38,17 +38,17 @@ def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
     asked = f"context_dim {width}" if options.kv_reduction is None else f"kv_reduction {options.kv_reduction}"
     if width > hidden:
         raise UsageError(
-            f"{asked}: {hidden} numbers, the model's width, are exact already; give at most that, or a kv_reduction "
-            "of at least 0.5"
+            f"{asked}: a context of {hidden}, the model's width, is already exact: give a context_dim of at most "
+            f"{hidden}, or a kv_reduction of at least 0.5"
         )
     if rotary == attention.head_size and width < hidden:
         raise UsageError(
-            f"{asked}: the keys of this model are rotary as a whole, so the smallest exact cache is the "
-            f"keys alone, {hidden} numbers a layer (kv_reduction 0.5), and no smaller one is made"
+            f"{asked}: RoPE turns whole keys in this model, so the smallest cache is its keys, {hidden} numbers per "
+            "layer: give kv_reduction 0.5"
         )
     if width < rotary + 1:
         raise UsageError(
-            f"{asked}: leaves no room for one rotary key of {rotary} dims and a latent; give a context_dim of at least "
+            f"{asked}: is too small for one rotary key of {rotary} dims and a latent: give a context_dim of at least "
             f"{rotary + 1}"
         )
     return width

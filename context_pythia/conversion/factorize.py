@@ -248,7 +248,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
 
     Raises:
-        Failure: rotary keys that depend on each other, so that the rest has no room.
+        Failure: the rotary keys are linearly dependent, which leaves no room for the rest.
     """
     heads, width = layer.num_heads, layer.weight.shape[1]
     weight, bias = (part.flatten(0, 1) for part in layer.rotary)  # [P, D], [P]
@@ -261,7 +261,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
     up = content @ torch.linalg.pinv(context_weight)
     if float((content - up @ context_weight).norm()) > 1e-6 * float(content.norm()):
         raise Failure(
-            f"its rotary keys depend on each other, so {width} numbers are not exact: give a smaller context_dim"
+            f"its rotary keys are linearly dependent, so {width} numbers are not exact: give a smaller context_dim"
         )
     factors = rebuilt(
         layer,

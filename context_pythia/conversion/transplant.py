@@ -86,7 +86,7 @@ def transplant(
         dtype: of the converted model.
 
     Raises:
-        Failure: a weight of the original has no place, or a place has no weight.
+        Failure: a weight of the original is not part of the converted model, or one of its weights is missing.
     """
     files: dict[str, Path] = {}
     for layer_idx, layer_factors in enumerate(factors):
@@ -99,7 +99,8 @@ def transplant(
         model = ContextPythiaForCausalLM(config).to(dtype)
     places = set(model.state_dict())
     if wrong := sorted((kept | files.keys()) ^ places):
-        raise Failure(f"{wrong[0]} has no {'weight in the original' if wrong[0] in places else 'place'}")
+        what = "is missing from the checkpoint" if wrong[0] in places else "of the checkpoint is not part of the model"
+        raise Failure(f"weight {wrong[0]} {what}")
     model.tie_weights()
     # Not among the weights, so still on the meta device.
     model.gpt_neox.rotary_emb = type(model.gpt_neox.rotary_emb)(config)

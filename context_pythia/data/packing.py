@@ -236,7 +236,7 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
         raise UsageError(f"{options.data} is an empty corpus: it holds no text")
     if len(lengths) < 2:
         raise UsageError(
-            f"{options.data} holds one document, at least two different ones are needed: one is kept for validation"
+            f"{options.data} has only one distinct document; training and validation need one each: give more text"
         )
     hashes = sorted(lengths)
     reached = itertools.accumulate(lengths[key] for key in hashes)
@@ -286,7 +286,7 @@ def _too_short(options: DataOptions, train: int, validation: int) -> str:
     return (
         f"{options.data} is too short for samples={options.samples}: it gives {most} samples of "
         f"{options.sequence_length} tokens at validation_fraction={options.validation_fraction}, "
-        f"{options.split_sizes(most)[0] * options.sequence_length if most else 0} tokens to train on; "
+        f"{options.split_sizes(most)[0] * options.sequence_length if most else 0} training tokens; "
         f"{mend}give more text or a shorter sequence_length"
     )
 

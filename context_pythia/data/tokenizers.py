@@ -36,7 +36,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"no such tokenizer: {name!r} (give train, a tokenizer.json, a folder or a Hub name)")
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         # transformers would make up an empty tokenizer from the model's configuration.
-        raise UsageError(f"{name} holds no tokenizer.json: name a tokenizer with --tokenizer")
+        raise UsageError(f"tokenizer {name!r} has no tokenizer.json: choose another with --tokenizer")
     try:
         tokenizer = _auto_tokenizer(name, path)
     except Exception as error:  # as above, and whatever a configuration beside it provokes
@@ -44,7 +44,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             raise
         raise UsageError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UsageError(f"tokenizer {name!r} has no tokenizer.json; choose one that has")
+        raise UsageError(f"tokenizer {name!r} has no tokenizer.json: choose another with --tokenizer")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"tokenizer {name!r} names no end-of-text token: set eos_token in its tokenizer_config.json")
     return tokenizer

@@ -44,7 +44,9 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     folder, revision = _place(name)
     stored = stored_config(name)
     if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
-        raise FileNotFoundError(f"{name} holds no safetensors: save its weights in that format, no other is read")
+        raise FileNotFoundError(
+            f"{name} has no .safetensors file: save the weights in that format, the only one that is read"
+        )
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
@@ -117,7 +119,7 @@ def check_length(length: int, config: PreTrainedConfig) -> None:
     """Raises UsageError for samples of more tokens than the model has positions."""
     if length > config.max_position_embeddings:
         raise UsageError(
-            f"sequence_length {length}: the model has {config.max_position_embeddings} positions, give at most so many"
+            f"sequence_length {length}: must be at most {config.max_position_embeddings}, the model's positions"
         )
 
 
@@ -163,10 +165,12 @@ def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
             "the checkpoint in full precision that it was made of"
         )
     if isinstance(cause, ImportError):
-        return UsageError(f"{name} needs what is not here ({reason}): install it, or mend its config.json")
+        return UsageError(
+            f"{name} needs a package or feature that is missing ({reason}): install it, or correct config.json"
+        )
     if isinstance(cause, OSError | SafetensorError):
         return Failure(f"the checkpoint in {name} is damaged ({reason}): train or download it again")
-    return Failure(f"{name} cannot be loaded ({reason}): mend its config.json, or train or download it again")
+    return Failure(f"{name} cannot be loaded ({reason}): correct its config.json, or train or download it again")
 
 
 def quantiser_of(stored: Mapping[str, Any]) -> str | None:

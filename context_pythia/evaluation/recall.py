@@ -70,8 +70,8 @@ def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0)
     facts = max(1, length // words.fact_length)
     if len(whole) < 4 * facts:
         raise UsageError(
-            f"the tokenizer has {len(whole)} whole words, texts of {facts} facts take {4 * facts}: "
-            "ask for recall at a shorter length, or train a larger vocabulary"
+            f"texts of {facts} facts need {4 * facts} whole words, the tokenizer has {len(whole)}: "
+            "shorten --sequence-length, or use a larger vocabulary"
         )
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [whole[i] for i in order[: 4 * facts]]

@@ -212,7 +212,7 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
         last = (length - 1).clamp(min=0).view(1) if static else None
         state = keys[:, -1] if last is None else keys.index_select(1, last)[:, 0] * (length > 0)
     elif not static and length > 0:
-        raise ValueError(f"{type(cache).__name__} keeps no recurrent context; make it with config=model.config")
+        raise ValueError(f"{type(cache).__name__} cannot store the recurrent state: create it with config=model.config")
     else:
         return None
     # Autograd takes no tensor of inference mode. A trace, which cannot ask for it, has none.

@@ -126,7 +126,7 @@ class ContextBlock(nn.Module):
             ValueError: T is dynamic in `torch.export`.
         """
         if torch.compiler.is_exporting() and not has_static_value(embeddings.shape[1]):
-            raise ValueError("the recurrence runs token by token: torch.export takes it with a static length alone")
+            raise ValueError("the recurrence runs token by token: export it with a static length")
         if initial is None:
             initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim)
         initial = initial.to(embeddings.dtype)

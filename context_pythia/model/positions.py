@@ -79,8 +79,8 @@ def positions_in_cache(
         return places if causal_mask is None else torch.where(by_place, places, counts)
     if not (by_place | by_count).all():
         raise ValueError(
-            "position_ids: neither the tokens' places in the cache nor counted without padding. This model "
-            "(reuse_rotary_keys) caches no positions, so give none, or those that generate() gives"
+            "position_ids: this model (reuse_rotary_keys) caches no positions: leave position_ids out, or give those "
+            "of generate()"
         )
     if causal_mask is None or by_place.all():
         return places

@@ -108,8 +108,8 @@ def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:
     width = body["intermediate_size"] - round(surplus / column)
     if width < 1:
         raise UsageError(
-            f"{options.name}: has {surplus} parameters more than the baseline, which its MLP cannot make up for: "
-            "drop match_parameters"
+            f"{options.name}: has {surplus} more parameters than the baseline, more than a narrower MLP can save: "
+            "remove match_parameters"
         )
     return width
 

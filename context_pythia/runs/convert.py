@@ -90,7 +90,7 @@ class Conversion:
             raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
         if not steps and (given := differences(asdict(HealOptions()), asdict(self.healing))):
             name, (_, value) = next(iter(given.items()))
-            raise UsageError(f"heal.{name} {value}: nothing is healed without --heal-steps, give the number of steps")
+            raise UsageError(f"heal.{name} {value}: needs --heal-steps N")
         if self.data.tokenizer == "train":
             raise UsageError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")
         target = self.out.resolve()
@@ -118,7 +118,7 @@ class Conversion:
             return record
         target = self.out.resolve()
         if target.is_mount():
-            raise UsageError(f"--out {self.out}: is a mount point, which nothing can be moved to; give a folder in it")
+            raise UsageError(f"--out {self.out}: is a mount point and cannot be replaced; give a folder below it")
         with _resumable(self.partial):
             self.open_partial()
             record = self.convert()
@@ -165,7 +165,7 @@ class Conversion:
 
     def _check_same(self, recorded: dict[str, Any], holder: str, mend: str) -> None:
         if recorded["files"] != self.settings["files"]:
-            raise UsageError(f"{holder} of other files than are now in {self.model}: {mend}")
+            raise UsageError(f"{holder}, but the files of {self.model} have changed since: {mend}")
         check_same(_deciding(recorded), _deciding(self.settings), holder, mend)
 
     def text(self, longest: Any) -> PackedData:
@@ -195,7 +195,7 @@ class Conversion:
         """The record of the converted model, which lies in the folder `converted` of `partial`."""
         folder = self.partial / "converted"
         if (folder / RECORD).is_file():
-            print(f"goes on with the converted model in {folder}")
+            print(f"resumes from the converted model in {folder}")
             return read_record(folder / RECORD)
         started = time.perf_counter()
         return_freed_memory()
@@ -233,12 +233,15 @@ class Conversion:
         original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
         config = original.config
         if self.control and not self.healing.teaches_a_control(config):
-            raise UsageError("heal.ce_weight 0: an original without dropout agrees with itself, give a weight above 0")
+            raise UsageError(
+                "heal.ce_weight 0: without dropout the control matches its own teacher and learns nothing; "
+                "give a weight above 0"
+            )
         width = config.hidden_size if self.control else checked_width(self.options, original)
         reads_text = width < config.hidden_size or bool(self.healing.steps)
         if reads_text and (rows := vocabulary_rows(tokenizer)) > config.vocab_size:
             raise UsageError(
-                f"the tokenizer {self.data.tokenizer} makes {rows} tokens and {self.model} knows {config.vocab_size}: "
+                f"tokenizer {self.data.tokenizer} has {rows} tokens, model {self.model} has {config.vocab_size}: "
                 "give the model's own with --tokenizer"
             )
         check_weights(original, self.model)
@@ -296,8 +299,8 @@ def _resumable(partial: Path) -> Iterator[None]:
         if not full or not partial.is_dir():
             raise
         raise OSError(
-            f"cannot write to {partial}: {first_line(error)}; free some disk space and run the same command again, "
-            "which goes on with what is there, or delete it"
+            f"cannot write to {partial}: {first_line(error)}; free some disk space, then run the same command "
+            "again to resume, or delete that folder"
         ) from error
     finally:
         progress = [*partial.glob("statistics-*.safetensors"), *partial.glob(f"converted/{RECORD}")]
@@ -318,7 +321,7 @@ def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
     rounding = torch.finfo(getattr(torch, dtype)).eps
     if condition * rounding > max(MOST_ROUNDING, MOST_CONDITION * rounding):
         print(
-            f"warning: the rotary keys of layer {layer} nearly depend on each other (condition number "
+            f"warning: the rotary keys of layer {layer} are nearly linearly dependent (condition number "
             f"{condition:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
             f"{condition * rounding:.1g}; compare with the original by `context-pythia eval`",
             file=sys.stderr,

@@ -295,8 +295,8 @@ def _vocabulary_notes(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], 
     for name, config in configs.items():
         if config.vocab_size < data.summary["vocab_size"]:
             raise UsageError(
-                f"{name} knows {config.vocab_size} tokens, the tokenizer {data.summary['tokenizer']} makes "
-                f"{data.summary['vocab_size']}: give the model's own with --tokenizer"
+                f"tokenizer {data.summary['tokenizer']} has {data.summary['vocab_size']} tokens, model {name} has "
+                f"{config.vocab_size}: give the model's own with --tokenizer"
             )
         try:
             own = load_tokenizer(paths[name]).get_vocab()

@@ -40,7 +40,7 @@ def generate(
             the model's positions.
     """
     if top_k is not None and temperature == 0:
-        raise UsageError(f"--top-k {top_k}: needs a --temperature above 0, without sampling it chooses nothing")
+        raise UsageError(f"--top-k {top_k}: needs a --temperature above 0")
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())
@@ -49,8 +49,8 @@ def generate(
         raise UsageError("--prompt is empty: give at least one character")
     if (last := int(ids.max())) >= loaded.config.vocab_size:
         raise UsageError(
-            f"--prompt {prompt!r}: has the token {last}, and the model knows {loaded.config.vocab_size}: "
-            "its folder holds another model's tokenizer"
+            f"--prompt {prompt!r}: has token id {last}, but the model has {loaded.config.vocab_size} tokens: "
+            "its folder has another model's tokenizer"
         )
     positions = loaded.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > positions:

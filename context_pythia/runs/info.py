@@ -56,7 +56,7 @@ def _describe(
 ) -> dict[str, Any]:
     """The parameters of one model, and the cache that `generate()` fills of another with the same cache."""
     if length > (positions := cached.config.max_position_embeddings):
-        raise UsageError(f"--length {length}: {name} has {positions} positions, give at most so many")
+        raise UsageError(f"--length {length}: must be at most {positions}, the positions of {name}")
     cache = describe_cache(cached, length)
     return {
         "name": name,

@@ -109,7 +109,7 @@ class Run:
         for model in self.recipe.models:
             if model.is_baseline and model.name in entries:
                 return model, entries[model.name]
-        raise Failure(f"no baseline in {self.folder} is trained: train it first, or find out why it failed")
+        raise Failure(f"{self.folder} has no trained baseline: train it first; if it failed, its report says why")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Record a model's entry in place of an earlier one."""

@@ -58,7 +58,7 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
     failures = []
     for options in recipe.models:
         if run.finished(options.name):
-            print(f"{options.name}: finished before, kept", flush=True)
+            print(f"{options.name}: already trained", flush=True)
             continue
         make = _heal_and_measure if options.from_baseline else _train_and_measure
         try:
@@ -123,12 +123,13 @@ def _check_origins(recipe: Recipe, run: Run) -> None:
     trained = any(model.is_baseline and run.origin.finished(model.name) for model in run.origin.recipe.models)
     if not trained and not any(model.is_baseline for model in recipe.models):
         raise UsageError(
-            f"{healed[0]} is made of the trained baseline, and {run.origin.folder} has none: name one before it"
+            f"{healed[0]} is converted from the trained baseline, but {run.origin.folder} has none: "
+            "list a baseline before it"
         )
     if processes.count() > 1:
         raise UsageError(
-            f"{healed[0]} is made of the trained baseline in one process, {processes.count()} were started: "
-            "train the others with --models, and then this one"
+            f"{healed[0]} is converted from the trained baseline in one process, but {processes.count()} were "
+            "started: train the others with --models, then this one in one process"
         )
 
 

@@ -111,7 +111,7 @@ def test_saved_models_are_timed_beside_a_gpt_neox_of_their_shape(tmp_path, capsy
 def test_a_length_beyond_the_positions_is_refused_in_one_line(tmp_path):
     body = TINY | {"vocab_size": 50, "max_position_embeddings": 32}
     one = saved(tmp_path / "one", GPTNeoXForCausalLM(GPTNeoXConfig(**body)))
-    with pytest.raises(ValueError, match="length 40: is more than the 32 positions of one"):
+    with pytest.raises(ValueError, match="length 40: must be at most 32, the positions of one"):
         bench([one], None, None, None, options(lengths=(16, 40)), out=tmp_path / "out", progress=False)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -129,19 +129,19 @@ def test_results_are_not_overwritten(tiny_size, tmp_path):
         ([], "give either MODELs, --recipe RECIPE or --size SIZE"),
         (["there", "--size", "pythia-14m"], "give either"),
         (["there", "--train"], "give a recipe alone"),
-        (["there", "--sources", "layer:8"], "--sources are those of a --size"),
-        (["there", "--only", "Pythia"], "options of a recipe were given without --recipe"),
+        (["there", "--sources", "layer:8"], "--sources needs --size"),
+        (["there", "--only", "Pythia"], "options of a recipe need --recipe"),
         (["--recipe", "quick", "--only", "Pythi"], "did you mean Pythia?"),
-        (["there", "--set", "train.epochs=3"], "options of a recipe were given without --recipe"),
+        (["there", "--set", "train.epochs=3"], "options of a recipe need --recipe"),
         (["--size", "pythia-14m", "--sources", "later:8"], "source 'later:8': give input:DIM"),
         (["--size", "pythia-14m", "--sources", "layer:8:heds"], "did you mean heads?"),
-        (["--size", "pythia-14m", "--sources", "layer:64:exact"], "is exact at context_dim 128 alone"),
+        (["--size", "pythia-14m", "--sources", "layer:64:exact"], "form exact needs context_dim 128, the width"),
         (["--size", "pythia-14m", "--lengths", "16"], "length 16: must be more than new_tokens = 16"),
-        (["--size", "pythia-14m", "--caches", "static"], "dynamic is missing"),
+        (["--size", "pythia-14m", "--caches", "static"], "add dynamic, the reference of the ratios"),
         (["--size", "pythia-14m", "--rounds", "0"], "rounds 0: must be >= 1"),
         (["--size", "pythia-3b"], "--size 'pythia-3b': must be one of pythia-14m, "),
         (["--size", "pythia-14m", "--lengths", "16,x"], "bench.lengths 'x': must be a whole number"),
-        (["--size", "pythia-14m", "--batch-sizes", "2,2"], "bench.batch_sizes 2,2: names a value twice"),
+        (["--size", "pythia-14m", "--batch-sizes", "2,2"], "bench.batch_sizes 2,2: has the same value twice"),
         (["nowhere/at-all"], "no such model"),
     ],
 )
@@ -202,7 +202,7 @@ def test_sizes_are_those_of_pythia():
 
 def test_sources_are_read_from_words():
     assert parse_sources("shared:256, layer:512:exact") == (Source("shared", 256), Source("layer", 512, "exact"))
-    with pytest.raises(ValueError, match="name one twice"):
+    with pytest.raises(ValueError, match="has the same source twice"):
         parse_sources("layer:8,layer:8")
 
 
@@ -287,15 +287,16 @@ def test_training_is_timed_in_turns(tmp_path, capsys):
     speeds = [line[4] for line in TrainReport(metrics, {}, Texts("en", "bench")).steps().rows]
     assert speeds[0] == "1.00" and all(float(speed) > 0 for speed in speeds)
     assert {"report.md", "report.html", "parts.png", "metrics.json"} <= {path.name for path in out.iterdir()}
-    assert metrics["notes"] == ["converted is left out, it is made of the trained baseline: healing is not timed"]
+    reason = "because it is converted from the trained baseline: healing is not timed"
+    assert metrics["notes"] == [f"converted is left out, {reason}"]
     assert f"note: {metrics['notes'][0]}" in capsys.readouterr().out
 
 
 def test_a_recipe_of_models_made_of_its_trained_baseline_is_refused(tmp_path):
     made = {"name": "converted", "context_source": "layer", "context_dim": 12, "from_baseline": True}
     alone = tiny_recipe(tmp_path, models=[made], heal={"steps": 1})
-    for train, mend in ((False, "name its folder, not the recipe"), (True, "name models that are trained from")):
-        with pytest.raises(ValueError, match=f"converted is made of the trained baseline: {mend}"):
+    for train, mend in ((False, "name its folder, not the recipe"), (True, "name models that the recipe trains")):
+        with pytest.raises(ValueError, match=f"converted is converted from the trained baseline: {mend}"):
             bench([], alone, None, None, options(), train=train, progress=False)
 
 

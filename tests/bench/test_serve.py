@@ -30,7 +30,7 @@ def test_without_vllm_it_says_where_to_get_it(monkeypatch):
     [
         (["--serve"], "give either MODELs or --size"),
         (["--serve", "--size", "pythia-14m", "--rounds", "2"], "--set serve.NAME=VALUE, not bench.rounds"),
-        (["--size", "pythia-14m", "--set", "serve.rounds=2"], "serve.rounds is for --serve"),
+        (["--size", "pythia-14m", "--set", "serve.rounds=2"], "serve.rounds needs --serve"),
     ],
 )
 def test_options_of_another_kind_of_bench(arguments, message, capsys):

@@ -122,6 +122,7 @@ def help_of(command, capsys) -> str:
         ("convert", ("(default: 32768)", "(default: float32)", "(default: the model's)"), "(default: train)"),
         ("eval", ("(default: builtin)", "(default: the first model's)"), "(default: None)"),
         ("phase1", ("(default: quick)",), "(default: 0.0001)"),
+        ("generate", ("greedy (default: 0.0)", "seed of the sampling (default: 0)"), "(default: False)"),
     ],
 )
 def test_help_names_the_defaults_that_hold(command, shown, absent, capsys):
@@ -141,7 +142,7 @@ def test_set_help_lists_all_keys(capsys):
         cli.main(["convert", "--set", "help"])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
-    assert "heal.steps                       optimizer steps (0: no distillation)" in lines
+    assert "heal.steps                       optimizer steps (0: no distillation) (default: 0)" in lines
     assert len([line for line in lines if line.startswith("data.")]) == len(options_of(DataOptions))
 
 
@@ -250,20 +251,20 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
         (["compare", "--context-dim", "0"], "context_dim 0: must be between 1 and 2 * hidden_size = 256"),
         (["compare", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
         (["info", "m", "--recipe", "quick"], "info: give either --recipe RECIPE or a MODEL"),
-        (["info", "m", "--set", "train.epochs=2"], "info: options of a recipe were given without --recipe"),
+        (["info", "m", "--set", "train.epochs=2"], "info: options of a recipe need --recipe"),
         (["compare", "--epochs", "x"], "train.epochs 'x': must be a whole number"),
         (
             ["compare", "--set", "train.epohcs=3"],
             "--set 'train.epohcs' is unknown (did you mean train.epochs or ",
         ),
-        (["compare", "--set", "train.epochs"], "--set 'train.epochs': give section.key=value"),
+        (["compare", "--set", "train.epochs"], "--set 'train.epochs': give section.key=value, such as train.max"),
         (
             ["compare", "--set", "model.name=a"],
             "--set 'model.name' is unknown (did you mean model.phase1?); `context-pythia compare --set help` lists all",
         ),
         (["generate", "m", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must be >= 0"),
         (["eval", "m", "--cache", "int2"], "--cache 'int2': must be one of none, int8, int4 (did you mean int8?)"),
-        (["bench", "--size", "pythia-14m", "--lengths", "8,8"], "bench.lengths 8,8: names a value twice"),
+        (["bench", "--size", "pythia-14m", "--lengths", "8,8"], "bench.lengths 8,8: has the same value twice"),
     ],
 )
 def test_wrong_values_are_one_line_and_exit_2(run, capsys, argv, message):
@@ -338,7 +339,7 @@ def test_a_console_without_unicode_shows_another_character(monkeypatch):
 
 def test_an_interrupt_says_how_to_go_on(run_failing, capsys):
     assert run_failing(KeyboardInterrupt(), name="compare") == 130
-    line = "context-pythia: interrupted; run the same command again to go on where it stopped"
+    line = "context-pythia: interrupted; run the same command again to resume"
     assert capsys.readouterr().err.split("\n") == ["", line, ""]
     assert run_failing(KeyboardInterrupt(), "runs/x") == 130
     assert "again" not in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_what_is_made_of_the_baseline_is_no_baseline():
 
 def test_an_override_mends_what_the_file_alone_would_be_refused_for(write):
     text = "models: [{name: a}, {name: b, context_source: layer, context_dim: 60, from_baseline: true}]"
-    with pytest.raises(ValueError, match="heal.steps 0: b is the baseline converted and healed"):
+    with pytest.raises(ValueError, match="heal.steps 0: b is healed after its conversion"):
         load_recipe(write(text))
     assert load_recipe(write(text), {"heal.steps": 5}).heal.steps == 5
 
@@ -135,20 +135,23 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         ),
         ("models: [{name: a}, {name: A}]", "name 'A': is taken by 'a'"),
         ("models: [{name: 'a,b'}]", "name 'a,b': must hold letters or digits, and no comma"),
-        ("models: [{name: a, from_baseline: true}]", "heal.steps 0: a is the baseline converted and healed"),
+        ("models: [{name: a, from_baseline: true}]", "heal.steps 0: a is healed after its conversion"),
         (
             "heal: {steps: 3}\nmodels: [{name: a, from_baseline: true}]",
-            "heal.ce_weight 0: without dropout the baseline",
+            "heal.ce_weight 0: without dropout the control a matches",
         ),
         (HEALED.format("context_source: shared"), "a: from_baseline makes contexts of source layer, not shared"),
-        (HEALED.format("context_source: layer, context_dim: 16"), "a: context_dim 16: must be between one .*, 17, and"),
+        (HEALED.format("context_source: layer, context_dim: 16"), "a: context_dim 16: must be between 17 .* and"),
         (
             HEALED.format("context_source: layer, context_dim: 513"),
-            "a: context_dim 513: .* hidden_size = 512, which is",
+            "a: context_dim 513: .* hidden_size = 512 .exact.",
         ),
-        (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 is for training from"),
-        (BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"), "and there are b and c: name one"),
-        (BASED.format("{name: a, from_baseline: true}, {name: b}"), "models: a is made of b: name it behind that"),
+        (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 does not apply"),
+        (
+            BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"),
+            "but the recipe has two, b and c: keep one",
+        ),
+        (BASED.format("{name: a, from_baseline: true}, {name: b}"), "models: a is converted from b: list it after b"),
         ("name: ../up", "name '../up': must be"),
         ("train: {epochs: 3", "is not valid YAML"),
     ],
@@ -209,7 +212,7 @@ def test_numbers_out_of_bounds_are_named(path, value, message):
 
 def test_a_pass_of_more_tokens_than_are_packed_is_refused_with_the_samples_it_takes():
     given = {"train.tokens": 2_000_000, "data.samples": 10_000}
-    with pytest.raises(ValueError, match="gives 1152000 tokens to train on.*set data.samples to 17363") as error:
+    with pytest.raises(ValueError, match="gives 1152000 training tokens.*set data.samples to 17363") as error:
         load_recipe("report", given)
     load_recipe("report", given | {"data.samples": int(str(error.value).rpartition(" ")[2])})
     with pytest.raises(ValueError, match="train.tokens 4095: must be at least 4096, the tokens of one step"):

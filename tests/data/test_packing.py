@@ -115,7 +115,7 @@ def test_two_documents_are_enough_and_one_is_not(options, tmp_path):
     options.data = str(write_jsonl(tmp_path / "two.jsonl", texts(2)))
     assert (len(load(options).train), len(load(options).validation)) == (1, 1)
     options.data = str(write_jsonl(tmp_path / "one.jsonl", texts(1) * 5))
-    with pytest.raises(ValueError, match=r"one\.jsonl holds one document, at least two different ones are needed"):
+    with pytest.raises(ValueError, match=r"one\.jsonl has only one distinct document; training and validation"):
         load(options)
 
 
@@ -286,6 +286,6 @@ def test_tokenizers_that_cannot_be_used_are_named(options, tmp_path, monkeypatch
     (tmp_path / "endless.json").write_text(json.dumps(backend))
     assert "bad.json is not a tokenizer.json" in message(str(tmp_path / "bad.json"), ValueError)
     assert "no token <|endoftext|>" in message(str(tmp_path / "endless.json"), ValueError)
-    assert "holds no tokenizer.json" in message(str(tmp_path / "empty"), ValueError)
+    assert "has no tokenizer.json" in message(str(tmp_path / "empty"), ValueError)
     assert "missing/tokenizer.json" in message("missing/tokenizer.json", FileNotFoundError)
     assert "no file or folder 'owner/tokenizer'" in message("owner/tokenizer", ConnectionError)

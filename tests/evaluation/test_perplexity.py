@@ -131,7 +131,7 @@ def test_weights_that_are_no_numbers_are_named(dataset):
 
 
 def test_samples_longer_than_the_positions_are_refused(dataset):
-    with pytest.raises(ValueError, match="sequence_length 17: the model has 16 positions, give at most so many"):
+    with pytest.raises(ValueError, match="sequence_length 17: must be at most 16, the model's positions"):
         score(build("pythia", max_position_embeddings=16), dataset, progress=False)
 
 

@@ -79,7 +79,7 @@ def change(folder, **values):
 )
 def test_values_that_no_model_can_have_are_refused_in_one_line(saved, values, said):
     change(saved, **values)
-    with pytest.raises(Failure, match="cannot be loaded .* mend its config.json") as caught:
+    with pytest.raises(Failure, match="cannot be loaded .* correct its config.json") as caught:
         load_pretrained(str(saved), torch.float32)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
@@ -105,13 +105,13 @@ def test_an_attention_that_is_not_here_is_one_line(saved):
     GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                                      intermediate_size=32)).save_pretrained(saved)  # fmt: skip
     change(saved, attn_implementation="flash_attention_2")
-    with pytest.raises(UsageError, match="needs what is not here .*install it, or mend its config.json"):
+    with pytest.raises(UsageError, match="needs a package or feature that is missing .*install it, or correct"):
         load_pretrained(str(saved), torch.float32)
 
 
 def test_an_unknown_attention_is_named_with_all_that_there_are(saved):
     change(saved, attn_implementation="nix")
-    with pytest.raises(Failure, match=r'attn_implementation="nix".*sdpa.*\): mend its config.json') as caught:
+    with pytest.raises(Failure, match=r'attn_implementation="nix".*sdpa.*\): correct its config.json') as caught:
         load_pretrained(str(saved), torch.float32)
     assert "..." not in str(caught.value)
 

@@ -86,5 +86,5 @@ def test_real_models_answer_in_batches_as_alone(source, tokenizer):
 def test_what_cannot_be_asked_is_one_line(tokenizer, words):
     with pytest.raises(UsageError, match="texts of 33 tokens: give 34 or more"):
         distances(words, "key", 33)
-    with pytest.raises(UsageError, match=r"the tokenizer has \d+ whole words, texts of 500 facts take 2000"):
+    with pytest.raises(UsageError, match=r"texts of 500 facts need 2000 whole words, the tokenizer has \d+"):
         choose_words(tokenizer, 2000)

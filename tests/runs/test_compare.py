@@ -96,7 +96,7 @@ def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
     compare(tiny_recipe(finished_run.parent), finished_run, progress=False)
     assert metrics(finished_run) == before
     assert (finished_run / "provenance.json").read_bytes() == provenance
-    assert capsys.readouterr().out.count("finished before, kept") == 4
+    assert capsys.readouterr().out.count("already trained") == 4
 
 
 def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, monkeypatch):
@@ -273,5 +273,5 @@ def test_a_model_that_cannot_be_as_small_as_the_baseline_is_refused():
         {"architecture.match_parameters": True, "architecture.intermediate_size": 4, "model.context_dim": 255},
         models=["Pythia", "layer"],
     )
-    with pytest.raises(ValueError, match=r"layer: has \d+ parameters more than the baseline"):
+    with pytest.raises(ValueError, match=r"layer: has \d+ more parameters than the baseline"):
         build_model(recipe.models[1], recipe, rows=2048)

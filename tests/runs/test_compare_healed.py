@@ -116,7 +116,7 @@ def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
     monkeypatch.setattr(module, "Conversion", None)
     before = entries(run)
     compare(healing_recipe(folder), run, progress=False)
-    assert capsys.readouterr().out.count("finished before, kept") == 3 and entries(run) == before
+    assert capsys.readouterr().out.count("already trained") == 3 and entries(run) == before
 
 
 def test_a_folder_keeps_to_its_healing_once_something_is_healed(folder, run):
@@ -152,18 +152,18 @@ def test_a_baseline_that_failed_is_not_converted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "train_language_model", fail)
     with pytest.raises(RuntimeError, match="3 of 3 models failed: Pythia: out of memory"):
         compare(healing_recipe(folder), tmp_path, progress=False)
-    assert "no baseline in" in entries(tmp_path)["Converted"]["error"]
+    assert "has no trained baseline" in entries(tmp_path)["Converted"]["error"]
 
 
 @pytest.mark.parametrize("names", [("Converted",), ("Control",)])
 def test_a_run_without_a_baseline_is_refused_before_the_text_is_read(folder, tmp_path, monkeypatch, names):
     monkeypatch.setattr(module, "load_data", None)
-    with pytest.raises(ValueError, match=f"{names[0]} is made of the trained baseline, and .*: name one before it"):
+    with pytest.raises(ValueError, match=f"{names[0]} is converted from the trained baseline, but .*: list a"):
         compare(alone(healing_recipe(folder), *names), tmp_path, progress=False)
 
 
 def test_several_processes_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "count", lambda: 2)
     recipe = healing_recipe(folder)
-    with pytest.raises(ValueError, match="Control is made of the trained baseline in one process, 2 were started"):
+    with pytest.raises(ValueError, match="Control is converted from the trained baseline in one process, but 2"):
         module._check_origins(recipe, Run(tmp_path, recipe))

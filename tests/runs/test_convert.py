@@ -91,7 +91,7 @@ def test_what_lies_in_the_output_is_kept(convert, quarter, original, tmp_path, c
     assert (tmp_path / ".out.partial" / "mine").exists()
     monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "mounted")
     assert convert(original, tmp_path / "mounted", *HALF, data=False) == 2
-    assert "is a mount point, which nothing can be moved to" in capsys.readouterr().err
+    assert "is a mount point and cannot be replaced; give a folder below it" in capsys.readouterr().err
 
 
 def test_layers_of_equal_width_that_is_no_multiple_of_eight(convert, original, tmp_path):
@@ -236,7 +236,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_work_alone(
     shutil.rmtree(tmp_path / "out")
     interrupted(model, "--data", text)
     save(model, std=0.11)
-    assert f"an unfinished conversion of other files than are now in {model}" in refusal()
+    assert f"an unfinished conversion, but the files of {model} have changed since" in refusal()
 
 
 def test_an_interrupted_healing_goes_on(healed, convert, original, tmp_path, monkeypatch, capsys):
@@ -248,7 +248,7 @@ def test_an_interrupted_healing_goes_on(healed, convert, original, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(compress, "collect", lambda *_, **__: pytest.fail("it is calibrated again"))
         assert convert(original, tmp_path / "out", *options) == 0
-    assert "goes on with the converted model" in capsys.readouterr().out
+    assert "resumes from the converted model" in capsys.readouterr().out
     assert_same_weights(tmp_path / "out", healed)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in healed.iterdir()}
     assert "auto_map" in (tmp_path / "out" / "config.json").read_text()

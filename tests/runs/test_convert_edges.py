@@ -18,16 +18,16 @@ from tests.runs.conftest import BELOW, HALF, HEADS, LAYERS, assert_same_weights,
     [
         ((), "give either --context-dim N or --kv-reduction R"),
         (("--context-dim", 16, "--kv-reduction", 0.5), "give either --context-dim N or --kv-reduction R"),
-        (("--context-dim", 33), "context_dim 33: 32 numbers, the model's width, are exact already"),
-        (("--kv-reduction", 0.99), "kv_reduction 0.99: leaves no room for one rotary key of 2 dims and a latent"),
+        (("--context-dim", 33), "context_dim 33: a context of 32, the model's width, is already exact"),
+        (("--kv-reduction", 0.99), "kv_reduction 0.99: is too small for one rotary key of 2 dims and a latent"),
         (("--context-dim", 16, "--calibration-tokens", 63), "a width of 32 takes at least 64 tokens"),
         (("--context-dim", 16, "--calibration-tokens", 5000), "the training split has 864 tokens"),
         (("--control", "--context-dim", 16, "--heal-steps", 2), "--control converts nothing, so drop --context-dim"),
         (("--control",), "--control heals the original itself, so give --heal-steps"),
-        (("--control", "--heal-steps", 2), "heal.ce_weight 0: an original without dropout agrees with itself"),
-        (("--context-dim", 16, "--heal-learning-rate", 0.1), "heal.learning_rate 0.1: nothing is healed without"),
+        (("--control", "--heal-steps", 2), "heal.ce_weight 0: without dropout the control matches"),
+        (("--context-dim", 16, "--heal-learning-rate", 0.1), "heal.learning_rate 0.1: needs --heal-steps"),
         (("--context-dim", 16, "--tokenizer", "train"), "tokenizer train: a trained model has its own"),
-        (("--context-dim", 16, "--sequence-length", 65), "sequence_length 65: the model has 64 positions"),
+        (("--context-dim", 16, "--sequence-length", 65), "sequence_length 65: must be at most 64, the model"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(options, says, refused, original):
@@ -38,7 +38,7 @@ def test_a_model_that_is_all_rotary_goes_to_half_and_no_further(refused, convert
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
     model = save(tmp_path / "rotary", rope_parameters=rope)
     line = refused(2, model, "--context-dim", 24)
-    assert "the smallest exact cache is the keys alone, 32 numbers a layer (kv_reduction 0.5)" in line
+    assert "the smallest cache is its keys, 32 numbers per layer: give kv_reduction 0.5" in line
     assert convert(model, tmp_path / "half", *HALF, data=False) == 0
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk(place, convert, original, tmp_path, monkeypatch, capsys):
         assert convert(original, tmp_path / "out", *BELOW) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and f"cannot write to {tmp_path / '.out.partial'}: " in lines[0]
-    assert "No space left on device" in lines[0] and "goes on with what is there, or delete it" in lines[0]
+    assert "No space left on device" in lines[0] and "run the same command again to resume, or delete" in lines[0]
     assert not (tmp_path / "out").exists()
     assert convert(original, tmp_path / "out", *BELOW) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -122,7 +122,7 @@ def test_rotary_keys_that_nearly_depend_on_each_other_are_warned_of(convert, cop
         fused[1, 1, 0, 0] += 1e-6
     assert convert(copy, tmp_path / "out", *HALF, data=False) == 0
     line = capsys.readouterr().err.strip()
-    assert line.startswith("warning: the rotary keys of layer 1 nearly depend on each other (condition number")
+    assert line.startswith("warning: the rotary keys of layer 1 are nearly linearly dependent (condition number")
     condition = record_of(tmp_path / "out")["layers"][1]["condition"]
     assert condition > 1e5 and f"{condition:,.3g}" in (tmp_path / "out" / "README.md").read_text()
 
@@ -132,7 +132,7 @@ def test_rotary_keys_that_depend_on_each_other_are_not_exact(convert, copy, refu
         fused = weights["gpt_neox.layers.2.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
         fused[1, 1] = fused[0, 1]
     line = refused(1, copy, *HALF, data=False)
-    assert "layer 2: its rotary keys depend on each other, so 32 numbers are not exact: give a smaller" in line
+    assert "layer 2: its rotary keys are linearly dependent, so 32 numbers are not exact: give a smaller" in line
     assert convert(copy, tmp_path / "out", *BELOW) == 0
 
 

@@ -36,7 +36,7 @@ def test_saved_model_is_described_as_a_table(finished_run, capsys):
 
 
 def test_a_cache_longer_than_the_models_positions_is_refused(finished_run):
-    with pytest.raises(ValueError, match="--length 65: .*shared has 64 positions"):
+    with pytest.raises(ValueError, match="--length 65: must be at most 64, the positions of .*shared"):
         info(None, str(finished_run / "models" / "shared"), length=65, dtype="float32", as_json=True)
 
 

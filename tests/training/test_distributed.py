@@ -206,7 +206,7 @@ def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
     ("flags", "line"),
     [
         (("train", "--model", "Pythia"), "train.batch_size 9: 2 processes share a batch, give a multiple of 2"),
-        (("info",), "this command runs in one process, 2 were started; in several: compare, phase1, train"),
+        (("info",), "this command runs in one process, but 2 were started; compare, phase1, train run in several"),
         (("train", "--model", "nobody"), "recipe tiny: model 'nobody' is unknown"),
     ],
 )
