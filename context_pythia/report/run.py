@@ -235,19 +235,23 @@ class RunReport:
                 yield Code("\n".join(self._log(model)))
 
     def _log(self, model: Model) -> Iterator[str]:
-        epochs = self.recipe.get("train", {}).get("epochs") or len(model["history"])
+        training = self.recipe.get("train", {})
+        epochs = training.get("epochs") or len(model["history"])
         for entry in model["history"]:
             done = f"Epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"
             if model["from_baseline"]:
                 done = f"Step {entry['step']}/{self.recipe.get('heal', {}).get('steps')}"
-            elif self.recipe.get("train", {}).get("tokens"):
-                done = f"{integer(entry['tokens'])} tokens"
+            elif training.get("tokens"):
+                done = f"{integer(entry['tokens'])} of {integer(training['tokens'])} tokens"
             yield (
                 f"{done}: train_loss={number(entry['train_loss'], 4)}, "
                 f"val_ppl={number(entry['val_ppl'], 2)}, val_acc={number(entry['val_accuracy'], 4)}, "
                 f"{number(entry['seconds'], 1)} s{' *' if entry['best'] else ''}"
             )
-        if model["stop_reason"]:
+        if model["stop_reason"] and training.get("tokens"):
+            last = model["history"][-1]
+            yield f"Stopped after {integer(last['tokens'])} tokens: {model['stop_reason']}"
+        elif model["stop_reason"]:
             yield (
                 f"Stopped after epoch {model['history'][-1]['epoch']}: {model['stop_reason']}; "
                 f"best val_ppl={number(model['best_val_ppl'], 2)} in epoch {self._best_epoch(model)}"

@@ -246,8 +246,11 @@ def test_one_pass_is_drawn_over_tokens(records):
     records[0]["recipe"]["train"]["tokens"] = 6_000_000
     perplexity = next(iter(curves(records).values()))
     assert perplexity["layer 256"] == [(2.0, 780.0), (4.0, 390.0), (6.0, pytest.approx(429.0))]
-    assert "4,000,000 tokens: train_loss=5.0000, val_ppl=400.00" in markdown(records)
-    assert "| Tokens, read once | 6000000 |" in markdown(records)
+    text = markdown(records)
+    assert "\n4,000,000 of 6,000,000 tokens: train_loss=5.0000, val_ppl=400.00" in text
+    assert "\nStopped after 6,000,000 tokens: " in text
+    assert "Epoch " not in text
+    assert "| Tokens, read once | 6000000 |" in text
 
 
 def test_learning_curves_are_logged_line_by_line_with_the_reason_to_stop(records):
