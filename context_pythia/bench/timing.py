@@ -1,6 +1,6 @@
 """How `bench` times anything: models take turns, round after round (A B A B ...).
 
-A machine that grows slower or faster meanwhile so favours none; what is compared are the ratios within the rounds. A
+A machine that grows slower or faster meanwhile so favors none; what is compared are the ratios within the rounds. A
 first round, which is not counted, is the warm-up. Decoding, prefill and training steps are timed like this.
 """
 

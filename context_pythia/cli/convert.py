@@ -29,7 +29,7 @@ class Convert(Command):
     model: str = required("a GPT-NeoX model's folder or Hub name")
     out: Path = required("folder of the converted model", metavar="DIR")
     ship_code: bool = option(False, "add the code of Context-Pythia, so that the model loads without the package")
-    control: bool = option(False, "convert nothing: distil the original into itself for --heal-steps, as a control")
+    control: bool = option(False, "convert nothing: distill the original into itself for --heal-steps, as a control")
     quiet: bool = option(False, "show no progress bars")
 
     def run(self) -> None:

@@ -30,7 +30,7 @@ class Evaluate(Report, Command):
     models: list[str] = required("models' folders or Hub names; the others are compared to the first", metavar="MODEL")
     dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     batch_size: int = option(16, "samples a pass", bounds=">= 1")
-    cache: list[str] = option((), "also with this quantised cache; may be given several times", CACHES)
+    cache: list[str] = option((), "also with this quantized cache; may be given several times", CACHES)
     cached_tokens: int = option(
         4096, "validation tokens that are also scored token by token through the cache", bounds=">= 1"
     )

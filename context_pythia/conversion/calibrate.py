@@ -43,7 +43,7 @@ class LayerStatistics:
 
     Attributes:
         tokens: number of tokens, `[]`.
-        input_sum: of the normalised inputs, `[D]`.
+        input_sum: of the normalized inputs, `[D]`.
         input_moment: of their outer products, `[D, D]`.
         column_moment: of `dWᵀ dW` over the samples, `[D + 1, D + 1]`. `dW`, `[2 D, D + 1]`, is the gradient of a
             sample's summed loss by the weight of keys (not yet turned; they come first) and values, head by head, and

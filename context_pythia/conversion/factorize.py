@@ -1,7 +1,7 @@
 """Keys and values of one layer from fewer numbers: linear algebra on weights, moments and ranks, nothing else.
 
-A layer's keys and values are `y = W h + b` of its normalised input h. The context keeps rotary pairs r and a latent z,
-both linear in h, and y is rebuilt affinely from them (`model/attention.py`). Below full rank the factors minimise
+A layer's keys and values are `y = W h + b` of its normalized input h. The context keeps rotary pairs r and a latent z,
+both linear in h, and y is rebuilt affinely from them (`model/attention.py`). Below full rank the factors minimize
 
     E (y - y')^T G (y - y'),
 
@@ -141,7 +141,7 @@ class LayerFactorizer:
             # Of a frequency whose metric is zero any components do, and none is worth anything.
             self.worth[f], vectors = values.flip(0).clamp(min=0) * bool(turning[f].any()), vectors.flip(1)
             inward = vectors.mH @ root  # [component, H]
-            # A pair is then as large as a head's key. Gradients are small, and would make pairs that a quantised cache
+            # A pair is then as large as a head's key. Gradients are small, and would make pairs that a quantized cache
             # rounds to nothing and that one step of healing overwrites.
             size = torch.linalg.vector_norm(inward, dim=1)
             self.inward[f] = inward / size[:, None]

@@ -9,7 +9,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from context_pythia.conversion.factorize import KeysAndValues
 from context_pythia.errors import Failure, UsageError, first_line
-from context_pythia.evaluation.pretrained import load_pretrained, quantiser_of, stored_config
+from context_pythia.evaluation.pretrained import load_pretrained, quantizer_of, stored_config
 from context_pythia.model import ContextPythiaConfig
 
 # A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
@@ -23,7 +23,7 @@ def load_original(name: str, device: torch.device) -> GPTNeoXForCausalLM:
         device: where it computes.
 
     Raises:
-        UsageError: a model of another family, a quantised one, or one whose kind of RoPE cannot be converted.
+        UsageError: a model of another family, a quantized one, or one whose kind of RoPE cannot be converted.
         Failure: a damaged checkpoint.
     """
     # The bare file first, which families have that transformers does not know; one that names none is left to loading.
@@ -36,9 +36,9 @@ def load_original(name: str, device: torch.device) -> GPTNeoXForCausalLM:
             f"{name} is a {family} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
             "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
         )
-    if quantiser := quantiser_of(stored):
+    if quantizer := quantizer_of(stored):
         raise UsageError(
-            f"{name} is quantised ({quantiser}): give the checkpoint in full precision that it was made of"
+            f"{name} is quantized ({quantizer}): give the checkpoint in full precision that it was made of"
         )
     # On a GPU, a module that stays there makes it the one that computes.
     parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")

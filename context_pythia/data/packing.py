@@ -1,7 +1,7 @@
 """From text to samples: tokenizer, split, and packed rows of tokens in a memory-mapped cache.
 
 A corpus is read once, as a stream. Its head (at most some 8 million characters) is held to place the split and to
-train the tokenizer; after that documents are tokenised batch by batch straight into memory maps, until both splits are
+train the tokenizer; after that documents are tokenized batch by batch straight into memory maps, until both splits are
 full. The cache folder is named by a fingerprint of text, tokenizer and settings and appears whole or not at all.
 
 Split: a document belongs to validation if the hash of its text is small. So a split depends on nothing but the text,
@@ -44,12 +44,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """Samples over `tokens` [N, S+1], a read-only memory map: row i gives S inputs and the tokens that follow them.
 
     Args:
-        labelled: booleans of the same shape, where only some tokens are to be predicted.
+        labeled: booleans of the same shape, where only some tokens are to be predicted.
     """
 
-    def __init__(self, tokens: np.ndarray, labelled: np.ndarray | None = None):
+    def __init__(self, tokens: np.ndarray, labeled: np.ndarray | None = None):
         self.tokens = tokens
-        self.labelled = labelled
+        self.labeled = labeled
         self.sequence_length = tokens.shape[1] - 1
         self.num_tokens = len(tokens) * self.sequence_length
 
@@ -61,8 +61,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         -100 where there is none."""
         row = torch.from_numpy(self.tokens[index].astype(np.int64))
         labels = row[1:]
-        if self.labelled is not None:
-            labels = labels.masked_fill(~torch.from_numpy(self.labelled[index, 1:]), -100)
+        if self.labeled is not None:
+            labels = labels.masked_fill(~torch.from_numpy(self.labeled[index, 1:]), -100)
         return {"input_ids": row[:-1], "labels": labels}
 
     def stream(self, start: int, stop: int) -> Tensor:

@@ -37,7 +37,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
     Raises:
         FileNotFoundError: there is no such folder and no such model.
         ConnectionError: the Hub cannot be reached.
-        UsageError: the checkpoint asks for what is not installed here, a quantiser for one.
+        UsageError: the checkpoint asks for what is not installed here, a quantizer for one.
         Failure: the checkpoint is damaged: unreadable, with tensors missing, left over or of another shape, or with a
             configuration that no model can have.
     """
@@ -62,8 +62,8 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
             ignore_mismatched_sizes=True,  # which the state below names
             trust_remote_code=False,
         )
-        if quantiser_of(stored) and device_map is None:
-            # Weights that are not as the quantiser packs them fail when they are used, not when they are read.
+        if quantizer_of(stored) and device_map is None:
+            # Weights that are not as the quantizer packs them fail when they are used, not when they are read.
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     except Exception as error:
@@ -78,9 +78,9 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
 def check_pretrained(name: str, dtype: torch.dtype) -> PreTrainedConfig:
     """The configuration of a model that `load_pretrained` can load; raises what that raises.
 
-    Weights are compared by their names and shapes and not read, but for those of a quantiser.
+    Weights are compared by their names and shapes and not read, but for those of a quantizer.
     """
-    device_map = None if quantiser_of(stored_config(name)) else {"": "meta"}
+    device_map = None if quantizer_of(stored_config(name)) else {"": "meta"}
     return load_pretrained(name, dtype, device_map).config
 
 
@@ -159,9 +159,9 @@ def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
     kind = "" if isinstance(cause, OSError | ValueError | ImportError) else f"{type(cause).__name__}: "
     # The longest that helps names each attention that there is; one about an unknown model lists hundreds.
     reason = shorten(f"{kind}{cause}", 1000, placeholder=" ...")
-    if quantiser := quantiser_of(stored):
+    if quantizer := quantizer_of(stored):
         return UsageError(
-            f"{name} is quantised ({quantiser}) and cannot be loaded here ({reason}): install what it needs, or give "
+            f"{name} is quantized ({quantizer}) and cannot be loaded here ({reason}): install what it needs, or give "
             "the checkpoint in full precision that it was made of"
         )
     if isinstance(cause, ImportError):
@@ -173,8 +173,8 @@ def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
     return Failure(f"{name} cannot be loaded ({reason}): correct its config.json, or train or download it again")
 
 
-def quantiser_of(stored: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint with the `stored_config` says that it was quantised."""
+def quantizer_of(stored: Mapping[str, Any]) -> str | None:
+    """The method by which a checkpoint with the `stored_config` says that it was quantized."""
     settings = stored.get("quantization_config")
     if settings is None:
         return None

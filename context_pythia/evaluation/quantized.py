@@ -2,7 +2,7 @@
 
 The backend is HQQ: it runs on any device, and alone has both int8 and packed int4 (Quanto's cache has no int8).
 
-Groups of at most 64 neighbouring numbers of one token (axis 1, as HQQ's cache wants it) share a scale and a zero
+Groups of at most 64 neighboring numbers of one token (axis 1, as HQQ's cache wants it) share a scale and a zero
 point, both in the model's dtype.
 """
 
@@ -32,16 +32,16 @@ def require_quantizer() -> None:
 
 
 def residual_length(length: int) -> int:
-    """Tokens that wait unquantised until they are quantised together, for sequences of `length` tokens.
+    """Tokens that wait unquantized until they are quantized together, for sequences of `length` tokens.
 
-    transformers' default, 128, would leave a short sequence unquantised. A sixteenth of the sequence leaves at most 15
-    tokens unquantised at its end, and quantises some sixteen times.
+    transformers' default, 128, would leave a short sequence unquantized. A sixteenth of the sequence leaves at most 15
+    tokens unquantized at its end, and quantizes some sixteen times.
     """
     return max(1, (length - 1) // 16)
 
 
 def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
-    """An empty quantised cache for sequences of `length` tokens.
+    """An empty quantized cache for sequences of `length` tokens.
 
     Args:
         kind: `int8` or `int4`.
@@ -67,7 +67,7 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
 
 
 def measure_quantized(cache: Cache) -> CacheMeasurement:
-    """Bytes of all that a quantised cache holds: packed integers, scales, zero points and unquantised tokens."""
+    """Bytes of all that a quantized cache holds: packed integers, scales, zero points and unquantized tokens."""
     tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer))]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     filled = sum(tensor.nbytes for tensor in tensors)

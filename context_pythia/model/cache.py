@@ -75,7 +75,7 @@ class StaticContextLayer(StaticLayer):
             # `early_initialization` was told the heads of GPT-NeoX.
             if torch.compiler.is_exporting():
                 raise ValueError(
-                    f"the static cache was initialised for {self.num_heads} heads of {self.k_head_dim} dims: a layer "
+                    f"the static cache was initialized for {self.num_heads} heads of {self.k_head_dim} dims: a layer "
                     f"of this model caches 1 head of {key_states.shape[-1]} dims"
                 )
             self.is_initialized = bool(self.cumulative_length)
@@ -205,7 +205,7 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
         state = layer.contexts[:, -1]
     elif config.context_source == "shared" and not isinstance(layer, RecurrentContext):
         if layer.keys.shape[-1] != config.cached_width() or (not static and length == 0):
-            return None  # initialised and never written to
+            return None  # initialized and never written to
         bring_back(cache, 0)
         keys = layer.keys[:, 0, :, config.rotary_dim :]
         # A static cache's length is known to the device alone: reading it would compile each decoding step anew.

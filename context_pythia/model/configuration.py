@@ -25,7 +25,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
     context_source (`str`, *optional*, defaults to `"layer"`):
         Who makes the context. `"input"`: the context replaces the token embedding of an unchanged GPT-NeoX, whose keys
         and values are cached. `"shared"`: one recurrent context a token serves, and is cached for, all layers.
-        `"layer"`: a layer projects its normalised input to a context. `"grouped"`, for comparison: keys and values
+        `"layer"`: a layer projects its normalized input to a context. `"grouped"`, for comparison: keys and values
         themselves, of fewer heads.
     context_dim (`int`, *optional*, defaults to 256):
         Width of the context. For `"layer"` it is all that a layer caches for a token, rotary keys included; for

@@ -1,7 +1,7 @@
 """When a shortcut gives what the long way gives: reading a module's parameters, and writing in place.
 
 Absorbed attention and the ContextBlock's scan take a map's matrix and never call the map. That is right only where the
-matrix is all there is: an adapter, a quantised or offloaded weight, a parametrization or a hook needs the call.
+matrix is all there is: an adapter, a quantized or offloaded weight, a parametrization or a hook needs the call.
 """
 
 import torch

@@ -95,7 +95,7 @@ class EvaluationReport:
 
     def _headline(self) -> str:
         """The smaller cache that costs least perplexity, of those that were filled by all tokens: with the few that
-        fill a quantised one, chance decides."""
+        fill a quantized one, chance decides."""
         first, name = self.rows[0], self.names[0]
         smaller = [row for row in self.rows if row["perplexity"] and row["cache"]["reduction_measured"] > 0]
         if not smaller:
@@ -114,12 +114,12 @@ class EvaluationReport:
         )
 
     def _whole(self, row: Row) -> Row:
-        """The row of the same model whose perplexity is that of all tokens; the first if a quantised one is alone."""
+        """The row of the same model whose perplexity is that of all tokens; the first if a quantized one is alone."""
         same = (one for one in self.rows if one["name"] == row["name"] and one["perplexity"] is not None)
         return next(same, self.rows[0])
 
     def _perplexity(self, row: Row) -> float:
-        """Of all tokens. A quantised cache was filled by fewer: its model's without, times the change on these."""
+        """Of all tokens. A quantized cache was filled by fewer: its model's without, times the change on these."""
         whole = self._whole(row)
         if row is whole:
             return row["perplexity"]

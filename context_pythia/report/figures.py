@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the picture at its own width
 _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _FAR = 4.0  # an arrow stands for a model that is so many times as far above the best as the worst that none beats
@@ -75,10 +75,10 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
 
-    colours = model_colours(baselines)
+    colors = model_colors(baselines)
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": colour, "marker": "o", "markersize": 5, "linewidth": 1.8, "linestyle": "--" if grey else "-"}
-        for (name, colour), grey in zip(colours.items(), baselines.values(), strict=True)
+        name: {"color": color, "marker": "o", "markersize": 5, "linewidth": 1.8, "linestyle": "--" if grey else "-"}
+        for (name, color), grey in zip(colors.items(), baselines.values(), strict=True)
     }
     names = [name for name in baselines if any(panel.curves.get(name) for panel in panels)]
     columns = max(1, min(3, 66 // (7 + max(len(short(name)) for name in names))))
@@ -90,7 +90,7 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
         for name, points in drawn:
             ax.plot(*zip(*points, strict=True), **styles[name])
         for name, point in panel.stars.items():
-            ax.plot(*point, marker="*", markersize=15, color=colours[name], markeredgecolor="white", zorder=4)
+            ax.plot(*point, marker="*", markersize=15, color=colors[name], markeredgecolor="white", zorder=4)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         if panel.edges:
             ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(panel.edges))]))
@@ -114,7 +114,7 @@ def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title:
     A point far above that line, where there are no whiskers, is an arrow at the upper edge with its perplexity, so that
     the others stay apart.
     """
-    colours, figure = model_colours(baselines), _figure(4.9)
+    colors, figure = model_colors(baselines), _figure(4.9)
     ax = figure.subplots()
     lines = [unbeaten([point for point in points if point.group == group]) for group in {p.group: 0 for p in points}]
     ceiling = math.inf
@@ -131,16 +131,16 @@ def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title:
         if point.perplexity > ceiling:
             label, marker = f"{label}: {point.perplexity:,.4g}", "^"
         if point.low is not None and point.high is not None:
-            ax.vlines(x, point.low, point.high, color=colours[point.model], linewidth=1.2)
-        ax.plot(x, y, marker=marker, markersize=8, color=colours[point.model], zorder=3)
-        labels.append((label, colours[point.model], x, y))
+            ax.vlines(x, point.low, point.high, color=colors[point.model], linewidth=1.2)
+        ax.plot(x, y, marker=marker, markersize=8, color=colors[point.model], zorder=3)
+        labels.append((label, colors[point.model], x, y))
     _scale(ax, "x", [x for *_, x, _ in labels], base=2)
     _scale(ax, "y", [y for *_, y in labels])
     ax.margins(0.18)
     ax.set(title=title, xlabel="measured KV cache (KB)", ylabel="best validation perplexity")
     if any(point.label != point.model for point in points):
-        for name, colour in colours.items():
-            ax.plot([], [], "D" if baselines[name] else "o", color=colour, label=short(name))
+        for name, color in colors.items():
+            ax.plot([], [], "D" if baselines[name] else "o", color=color, label=short(name))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
     _label_points(ax, labels)
@@ -160,16 +160,16 @@ def draw_settings(
     points: Sequence[Point], seeds: Sequence[Sequence[float]], baselines: Mapping[str, bool], title: str
 ) -> Figure:
     """The best settings of a sweep, one a line: the mean perplexity, and a small dot for each seed."""
-    shown, colours = points[:_ROWS_AT_MOST], model_colours(baselines)
+    shown, colors = points[:_ROWS_AT_MOST], model_colors(baselines)
     baseline = next((point for point in points if baselines[point.model]), None)
     figure = _figure(1.2 + 0.3 * len(shown))
     ax = figure.subplots()
     if baseline:
         ax.axvline(baseline.perplexity, color=_GREYS[0], linestyle=":", linewidth=1.2, zorder=1)
     for y, point in enumerate(shown):
-        colour = colours[point.model]
-        ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=colour, markersize=4, alpha=0.5, zorder=2)
-        ax.plot(point.perplexity, y, "D" if baselines[point.model] else "o", color=colour, markersize=8, zorder=3)
+        color = colors[point.model]
+        ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=color, markersize=4, alpha=0.5, zorder=2)
+        ax.plot(point.perplexity, y, "D" if baselines[point.model] else "o", color=color, markersize=8, zorder=3)
     ax.set_yticks(range(len(shown)), [short(point.name) for point in shown])
     ax.set_ylim(len(shown) - 0.5, -0.5)
     _scale(ax, "x", [value for values in seeds[: len(shown)] for value in values])
@@ -183,9 +183,9 @@ def draw_bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) 
     figure = _figure(1.5 + 0.45 * len(models))
     ax = figure.subplots()
     starts = [0.0] * len(models)
-    for kind, colour in zip(next(iter(models.values())), (*_COLOURS[:5], _LINE), strict=False):
+    for kind, color in zip(next(iter(models.values())), (*_COLORS[:5], _LINE), strict=False):
         widths = [kinds[kind] for kinds in models.values()]
-        ax.barh(list(map(short, models)), widths, left=starts, color=colour, label=kind.replace("_", " "))
+        ax.barh(list(map(short, models)), widths, left=starts, color=color, label=kind.replace("_", " "))
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     ax.invert_yaxis()
     ax.set_axisbelow(True)
@@ -202,10 +202,10 @@ def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
     figure = _figure(4.9)
     axes = figure.subplots()
     for number, layer in enumerate(layers):
-        spectrum, colour = layer["spectrum"], _COLOURS[number % len(_COLOURS)]
-        axes.plot(range(1, len(spectrum) + 1), spectrum, color=colour, linewidth=1.2, label=f"layer {number}")
+        spectrum, color = layer["spectrum"], _COLORS[number % len(_COLORS)]
+        axes.plot(range(1, len(spectrum) + 1), spectrum, color=color, linewidth=1.2, label=f"layer {number}")
         if 0 < layer["latent"] <= len(spectrum):
-            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=colour)
+            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=color)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
     axes.set_ylim(bottom=1e-9 * max(value for layer in layers for value in layer["spectrum"]))
@@ -216,7 +216,7 @@ def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def png(draw: Any, *args: Any) -> bytes:
-    """The figure that `draw` makes of the arguments, as a PNG file of few colours, a third as large as one of all."""
+    """The figure that `draw` makes of the arguments, as a PNG file of few colors, a third as large as one of all."""
     from PIL import Image  # matplotlib brings it
 
     drawn, reduced = io.BytesIO(), io.BytesIO()
@@ -257,13 +257,13 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def model_colours(baselines: Mapping[str, bool]) -> dict[str, str]:
-    """A colour for each model's name, the same in all pictures; baselines are grey."""
-    colours: dict[str, str] = {}
-    for kind, palette in ((True, _GREYS), (False, _COLOURS)):
+def model_colors(baselines: Mapping[str, bool]) -> dict[str, str]:
+    """A color for each model's name, the same in all pictures; baselines are grey."""
+    colors: dict[str, str] = {}
+    for kind, palette in ((True, _GREYS), (False, _COLORS)):
         names = [name for name, baseline in baselines.items() if baseline == kind]
-        colours |= {name: palette[i % len(palette)] for i, name in enumerate(names)}
-    return {name: colours[name] for name in baselines}
+        colors |= {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    return {name: colors[name] for name in baselines}
 
 
 def short(name: str) -> str:
@@ -290,8 +290,8 @@ def _label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> 
     pixels = ax.transData.transform([(x, y) for *_, x, y in points])
     taken = [Bbox.from_bounds(px - 12, py - 12, 24, 24) for px, py in pixels]
     room = ax.get_window_extent()
-    for name, colour, x, y in points:
-        label = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=colour, fontsize=11)
+    for name, color, x, y in points:
+        label = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=color, fontsize=11)
         label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible where it crosses the line
         for dx, dy, horizontal, vertical in _places():
             label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)

@@ -61,7 +61,7 @@ def expected_rows(recipe: Recipe) -> int:
 def build_model(
     options: ModelOptions, recipe: Recipe, rows: int, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> PreTrainedModel:
-    """A freshly initialised model; the recipe's seed decides its weights.
+    """A freshly initialized model; the recipe's seed decides its weights.
 
     The ContextBlock is frozen if the options say so; phase 1 trains it all the same.
     """

@@ -59,7 +59,7 @@ class Conversion:
         model: folder or Hub name of a GPT-NeoX model.
         out: folder of the result.
         data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
-        ship_code: add our modelling code, so that `trust_remote_code=True` loads the model without this package.
+        ship_code: add our modeling code, so that `trust_remote_code=True` loads the model without this package.
         control: convert nothing and heal the original itself, with the same loss: what more training, and learning
             from its own predictions, is worth without a smaller cache.
         partial: folder of the work in progress: what it was begun with, calibration statistics, the converted model,
@@ -309,7 +309,7 @@ def _resumable(partial: Path) -> Iterator[None]:
 
 
 def ship_code(config: Any, folder: Path) -> None:
-    """Lay our modelling code in `folder` and name it in the configuration, which is saved there next."""
+    """Lay our modeling code in `folder` and name it in the configuration, which is saved there next."""
     for path in Path(context_pythia.model.__path__[0]).glob("[!_]*.py"):
         shutil.copyfile(path, folder / path.name)
     config.auto_map = AUTO_MAP

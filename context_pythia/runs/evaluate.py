@@ -1,7 +1,7 @@
 """`context-pythia eval`: models side by side on the same held-out text.
 
 Each model is scored in one parallel pass, then token by token through its cache, whose bytes are counted as that pass
-left them; with `--cache`, again through quantised caches. The first model is what the others are compared with. At
+left them; with `--cache`, again through quantized caches. The first model is what the others are compared with. At
 most two models are in memory at a time. `evaluate_model` does the same for a model that Python code already holds.
 """
 
@@ -57,7 +57,7 @@ def evaluate(
         models: folders or Hub names of GPT-NeoX and Context-Pythia models.
         data: its validation split is scored: with the options of a training the text which that held out.
         cached_tokens: validation tokens that are also scored token by token.
-        caches: quantised caches (`int8`, `int4`) that every model is scored with, too.
+        caches: quantized caches (`int8`, `int4`) that every model is scored with, too.
         tasks: tasks of lm-evaluation-harness; `tasks_path` holds task files of one's own, `limit` bounds documents.
         recall_samples: texts for each task and distance of the models' recall, 0 for none.
         out: gets metrics.json after each model, and provenance.json at the end.
@@ -144,11 +144,11 @@ def evaluate_model(
     reference: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The rows of one model, plain figures: with its own cache, then with each of the quantised `caches`.
+    """The rows of one model, plain figures: with its own cache, then with each of the quantized `caches`.
 
     A row's `perplexity` is the parallel pass's, over all samples; `cached` holds what the token-by-token pass found on
     the first of them, and `cache` the bytes of one sequence in the cache that it filled. `kl` and `agreement` are those
-    to the reference, from the parallel pass, or with a quantised cache from the token-by-token one. A quantised cache
+    to the reference, from the parallel pass, or with a quantized cache from the token-by-token one. A quantized cache
     for which memory does not suffice, or whose loss is not a number, makes a row with an `error`.
 
     Args:

@@ -41,19 +41,19 @@ class FusedOacdLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:
         mean = contexts.mean(dim=0)
-        centred = contexts - mean
-        norm = torch.linalg.vector_norm(centred)
-        ctx.save_for_backward(mean, centred, norm)
+        centered = contexts - mean
+        norm = torch.linalg.vector_norm(centered)
+        ctx.save_for_backward(mean, centered, norm)
         ctx.mean_penalty = mean_penalty
         return mean_penalty * mean.square().sum() - norm / len(contexts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        mean, centred, norm = ctx.saved_tensors
-        scale = gradients[0] / len(centred)
+        mean, centered, norm = ctx.saved_tensors
+        scale = gradients[0] / len(centered)
         # As autograd's: contexts that are all the same have no direction to spread in.
         spread = torch.where(norm > 0, -scale / norm, 0.0)
-        return centred.mul_(spread).add_(2 * ctx.mean_penalty * scale * mean), None
+        return centered.mul_(spread).add_(2 * ctx.mean_penalty * scale * mean), None
 
 
 def fused_oacd_loss(contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:

@@ -198,7 +198,7 @@ def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: b
 
 
 def effective_rank(batches: Iterable[torch.Tensor]) -> float:
-    """Exp of the entropy of the normalised singular values of the rows `[..., C]` of all batches, 1 to C.
+    """Exp of the entropy of the normalized singular values of the rows `[..., C]` of all batches, 1 to C.
 
     Singular values come from the fp64 Gram matrix `[C, C]`, so memory does not grow with the rows.
     """

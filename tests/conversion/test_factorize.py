@@ -189,11 +189,11 @@ def test_no_other_latent_of_the_same_width_does_better(scale, layer, inputs, met
     factors, rows = factorizer.factors(pairs, latent), layer.content_rows
     lost = float(factorizer.errors(pairs)[-1])  # of the rotary keys
     metric = metric[rows][:, rows]
-    centred = inputs - inputs.mean(0)
-    content = centred @ layer.weight[rows].T
+    centered = inputs - inputs.mean(0)
+    content = centered @ layer.weight[rows].T
 
     def least(context_weight):
-        context = centred @ context_weight.T
+        context = centered @ context_weight.T
         rest = content - context @ torch.linalg.lstsq(context, content).solution
         return float(torch.einsum("ni,ij,nj->n", rest, metric, rest).mean()) / 2 + lost
 

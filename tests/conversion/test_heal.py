@@ -69,7 +69,7 @@ def assert_same_weights(model, other):
 
 
 def plain_loss(logits, teacher_logits, labels, ce_weight):
-    """The mean over the labelled tokens, from torch's own divergence and cross-entropy, in float64."""
+    """The mean over the labeled tokens, from torch's own divergence and cross-entropy, in float64."""
     kept = labels != -100
     log_q, log_p = logits.double()[kept].log_softmax(-1), teacher_logits.double()[kept].log_softmax(-1)
     divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)

@@ -17,7 +17,7 @@ WORDS = [f"{a}{b}" for a in ("bel", "cor", "dun", "fil", "gar", "hos") for b in 
 
 
 def texts(count: int = 60, words: int = 60) -> list[str]:
-    """Documents that each hold a word of their own, by which they are recognised in packed rows."""
+    """Documents that each hold a word of their own, by which they are recognized in packed rows."""
     draw = random.Random(0)
     return [" ".join([f"<doc{i}>", *draw.choices(WORDS, k=words), f"<doc{i}>"]) for i in range(count)]
 
@@ -52,7 +52,7 @@ def test_labels_are_the_inputs_shifted_by_one(options):
         assert sample["labels"][-1] == int(train.tokens[i, 16])
 
 
-def test_rows_are_the_tokenised_documents_joined_by_the_end_of_text(options):
+def test_rows_are_the_tokenized_documents_joined_by_the_end_of_text(options):
     data = load(options)
     end = data.tokenizer.eos_token_id
     for split in (data.train, data.validation):
@@ -136,7 +136,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(options, tmp_path, 
     assert not any(text in validation for text in seen)
 
 
-def test_the_second_load_neither_tokenises_nor_trains(options, monkeypatch):
+def test_the_second_load_neither_tokenizes_nor_trains(options, monkeypatch):
     first = load(options)
 
     def never(*arguments):

@@ -93,9 +93,9 @@ def test_values_that_no_model_can_have_are_refused_in_one_line(saved, values, sa
         ({}, "unknown"),
     ],
 )
-def test_a_quantiser_that_is_not_here_or_weights_that_it_did_not_pack_are_one_line(saved, settings, method):
+def test_a_quantizer_that_is_not_here_or_weights_that_it_did_not_pack_are_one_line(saved, settings, method):
     change(saved, quantization_config=settings)
-    said = rf"is quantised \({method}\) and cannot be loaded here .*in full precision"
+    said = rf"is quantized \({method}\) and cannot be loaded here .*in full precision"
     with pytest.raises(UsageError, match=said) as caught:
         load_pretrained(str(saved), torch.float32)
     assert "\n" not in str(caught.value)

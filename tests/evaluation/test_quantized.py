@@ -1,4 +1,4 @@
-"""Quantised caches: what they hold, what it costs, and that nothing else becomes quantised by them."""
+"""Quantized caches: what they hold, what it costs, and that nothing else becomes quantized by them."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind,
     for layer in range(config.num_hidden_layers):
         for _ in range(36):
             cache.update(torch.randn(3, 1, 1, 67), torch.randn(3, 1, 1, 0), layer)
-    # 67 numbers are two groups of 34; of the 36 tokens one waits, since they are quantised two by two.
+    # 67 numbers are two groups of 34; of the 36 tokens one waits, since they are quantized two by two.
     measured = measure_quantized(cache)
     assert measured.length == 36
     assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
@@ -79,7 +79,7 @@ def test_gpt_neox_gets_the_stock_layers_and_other_caches_stay_as_they_are():
     assert type(DynamicCache(config=config).layers[0]) is ContextLayer
 
 
-def test_few_tokens_are_left_unquantised():
+def test_few_tokens_are_left_unquantized():
     assert (residual_length(1), residual_length(128), residual_length(2048)) == (1, 7, 127)
     assert max((length - 1) % residual_length(length) for length in range(1, 3000)) <= 15
 

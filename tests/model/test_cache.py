@@ -238,7 +238,7 @@ def test_the_wider_of_two_dtypes_holds_both_as_in_the_stock_layer():
 
 
 @torch.no_grad()
-def test_a_static_cache_that_was_initialised_early_fills_in_chunks(any_model, ids):
+def test_a_static_cache_that_was_initialized_early_fills_in_chunks(any_model, ids):
     heads = any_model.config.num_attention_heads
     cache = StaticCache(config=any_model.config, max_cache_len=20)
     cache.early_initialization(3, heads, 64 // heads, torch.float32, "cpu")

@@ -21,8 +21,10 @@ def by_formula(block: ContextBlock, previous: torch.Tensor, embedding: torch.Ten
     for layer in block.layers:
         pre = torch.cat([context, embedding], -1) @ layer.dense.weight.T + layer.dense.bias
         residual = context + 0.5 * pre * (1 + torch.erf(pre / 2**0.5))
-        centred = residual - residual.mean(-1, keepdim=True)
-        context = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+        centered = residual - residual.mean(-1, keepdim=True)
+        context = (
+            centered / (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight + layer.norm.bias
+        )
     return context
 
 

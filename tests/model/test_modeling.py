@@ -203,7 +203,7 @@ def test_half_precision_generates_and_stays_near_fp32(model, ids):
         assert half.generate(ids, max_new_tokens=4).shape == (3, 21)
 
 
-def test_fresh_context_block_has_the_initialisation_that_oacd_needs():
+def test_fresh_context_block_has_the_initialization_that_oacd_needs():
     model = ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, "hidden_size": 256}, context_source="shared"))
     layer = model.gpt_neox.context_block.layers[0]
     assert layer.dense.weight.std().item() == pytest.approx(0.1, rel=0.02)

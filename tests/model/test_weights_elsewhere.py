@@ -104,15 +104,15 @@ def test_offloaded_weights_are_brought_back(source, ids, tmp_path, place):
     assert_decodes_as_a_forward(model, ids, wanted)
 
 
-QUANTISED = {
+QUANTIZED = {
     "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
 }
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_quantised_weights_decode_as_those_of_gpt_neox(ids, tmp_path, kind):
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_decode_as_those_of_gpt_neox(ids, tmp_path, kind):
     size = dict(num_hidden_layers=1, hidden_size=128, num_attention_heads=8)
     ids = ids[:1, :3] if kind == "bitsandbytes nf4" else ids  # whose products take long on a CPU
     models = {
@@ -124,7 +124,7 @@ def test_quantised_weights_decode_as_those_of_gpt_neox(ids, tmp_path, kind):
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         loaded = AutoModelForCausalLM.from_pretrained(
-            tmp_path / name, quantization_config=QUANTISED[kind](), device_map="cpu", dtype=torch.float32
+            tmp_path / name, quantization_config=QUANTIZED[kind](), device_map="cpu", dtype=torch.float32
         )
         with torch.no_grad():
             whole = loaded(ids, use_cache=False).logits

@@ -123,14 +123,14 @@ def rewritten(evaluated, folder, change):
 
 
 def test_a_quantized_cache_by_position_is_its_models_times_the_change(evaluated, rows, tmp_path):
-    def add_quantised(models):
-        quantised = json.loads(json.dumps(models[1])) | {"quantised": "int4", "perplexity_by_position": None}
-        quantised |= {"perplexity": None, "kl": 0.1}
-        quantised["cached"]["perplexity"] *= 1.25
-        quantised["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
-        models.append(quantised)
+    def add_quantized(models):
+        quantized = json.loads(json.dumps(models[1])) | {"quantised": "int4", "perplexity_by_position": None}
+        quantized |= {"perplexity": None, "kl": 0.1}
+        quantized["cached"]["perplexity"] *= 1.25
+        quantized["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
+        models.append(quantized)
 
-    report, _ = rewritten(evaluated, tmp_path / "eval", add_quantised)
+    report, _ = rewritten(evaluated, tmp_path / "eval", add_quantized)
     first, value = rows[0]["perplexity"], 1.25 * rows[1]["perplexity"]
     assert f"| input + int4 | {formats.perplexity(value)} ({formats.change(value / first - 1)}) |" in report
 

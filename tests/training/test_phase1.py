@@ -145,8 +145,8 @@ def test_iterations_equal_a_twin_that_copies_the_whole_stream():
         previous = torch.cat([torch.zeros(1, 4).double(), contexts[:-1]]) + 0.05 * noise
         hidden = torch.cat([previous, embeddings], 1) @ matrix.T + bias
         hidden = previous + hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        centred = hidden - hidden.mean(1, keepdim=True)
-        new = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt() * scale + offset
+        centered = hidden - hidden.mean(1, keepdim=True)
+        new = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt() * scale + offset
         loss = sum(twin_loss(batch) for batch in new.split(5))
         gradients = torch.autograd.grad(loss / 3, weights, retain_graph=True)
         norm = sum(g.square().sum() for g in gradients).sqrt()
