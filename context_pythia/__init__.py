@@ -1,4 +1,4 @@
-"""Context-Pythia: GPT-NeoX models that cache one small context a token in place of keys and values.
+"""Context-Pythia: GPT-NeoX models that cache one small context per token instead of keys and values.
 
 Importing the package registers the models with transformers' Auto classes, so that
 `AutoModelForCausalLM.from_pretrained` knows a saved Context-Pythia.
@@ -45,8 +45,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# The command must answer --help without waiting seconds for torch; its actions import the model when they need it.
-# `python -m context_pythia` is known by the interpreter's own arguments while the package itself is imported.
+# The command must answer --help without waiting seconds for torch, so it imports the model only when it needs it.
+# While Python imports the package for `python -m context_pythia`, only the interpreter's own arguments show that.
 _as_module = sys.argv[:1] == ["-m"] and ("-m", "context_pythia") in pairwise(sys.orig_argv)
 if not _as_module and Path(sys.argv[0] if sys.argv else "").stem != "context-pythia":
     importlib.import_module("context_pythia.model")

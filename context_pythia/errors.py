@@ -1,6 +1,6 @@
-"""Errors that are meant for users, and what the command makes of an error: one line and an exit code.
+"""Errors for users, and how the command shows an error: one line and an exit code.
 
-An error of neither class here, nor of the machine (files, network, memory), is our own mistake: it keeps its traceback.
+Any other error is a bug of ours and keeps its traceback, except those of the machine (files, network, memory).
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import re
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done. The message is one line that names the value and the mend; exit code 2."""
+    """A request that cannot be met. The message is one line that names the value and the mend; exit code 2."""
 
 
 class Failure(RuntimeError):
-    """What was asked for failed on the way: a damaged file, a loss that is not finite. One line; exit code 1."""
+    """A valid request that failed: a damaged file, a loss that is not finite. One line; exit code 1."""
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether `error` ends the work on one model and says nothing against the next: a `Failure`, or too little memory.
+    """Whether `error` ends the work on one model but not on the others: a `Failure`, or out of memory.
 
-    Memory is told by the text: torch has a class for it on CUDA alone.
+    The text of the error tells: torch has a class for out of memory only on CUDA.
     """
     if isinstance(error, Failure | MemoryError):
         return True
@@ -27,13 +27,13 @@ def is_failure(error: BaseException) -> bool:
 
 
 def exit_code(error: BaseException) -> int | None:
-    """2 for a fault in what was asked, 1 for a failure on the way, None for a mistake of our own."""
+    """2 for wrong usage, 1 for a failure, None for a bug of ours."""
     if isinstance(error, UsageError | FileNotFoundError | NotADirectoryError):
         return 2
     return 1 if isinstance(error, OSError) or is_failure(error) else None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that is not blank, or the name of its type where it has none."""
+    """The first line of an error's text that is not blank, or the name of its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

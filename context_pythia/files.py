@@ -1,4 +1,4 @@
-"""Files that appear whole: written under another name, then renamed."""
+"""Atomic writes: a file is written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from context_pythia.errors import UsageError
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what `path` is to hold: a file beside it, which takes its name when all is written.
+    """Yields a path beside `path` to write to; at the end of the `with` block that file replaces `path`.
 
-    Whoever reads `path` meanwhile, or after an error, finds the old file.
+    A reader of `path` finds the old file until then, and after an error.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,12 +35,12 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As `write_bytes`; `content` is of JSON's types alone."""
+    """As `write_bytes`; `content` has only JSON's types."""
     write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a command; FileNotFoundError or UsageError, in one line, if there is none."""
+    """The object in a JSON file that a command wrote; FileNotFoundError or UsageError if it is missing or damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: name a folder that a command of context-pythia has written into")
     try:
@@ -53,5 +53,5 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, reason: str) -> UsageError:
-    """The error for a file that does not hold what it should."""
+    """The error for a file with wrong contents."""
     return UsageError(f"{path} is damaged ({reason}): restore it, or remove it and run the command that wrote it again")

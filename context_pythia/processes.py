@@ -1,8 +1,8 @@
-"""One run by several processes, as `torchrun` and `accelerate launch` start them; in a single one all of it is idle.
+"""One run in several processes (`torchrun`, `accelerate launch`); in a single process these functions do nothing.
 
-The launcher's environment says how many there are (RANK, WORLD_SIZE, LOCAL_RANK). The processes run the same program in
-step. Process 0 alone prints, packs data and writes records; the first one that fails says why, and the launcher ends
-the others. torch is imported where it is used, because `--help` must answer without it.
+The launcher's environment gives their number (RANK, WORLD_SIZE, LOCAL_RANK). All processes run the same program. Only
+process 0 prints, packs data and writes records. The first process that fails says why, and the launcher ends the
+others. Functions import torch themselves, because `--help` must answer without it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from context_pythia.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-# Others wait for as long as process 0 packs a corpus; one that died is noticed by its closed connection. Elsewhere the
-# backends' own minutes hold: a collective that hangs should not keep a cluster for a day.
+# The others wait while process 0 packs a corpus; a closed connection shows that it died. Other collectives keep the
+# backend's timeout of minutes: one that hangs should not keep a cluster for a day.
 LONGEST_WAIT = timedelta(hours=24)
-_first_failed: bool | None = None  # known once processes that have joined fail
-_patient: Any = None  # their group for waiting, on the CPU
+_first_failed: bool | None = None  # known once joined processes fail
+_patient: Any = None  # process group on the CPU with the long timeout
 
 
 def count() -> int:
@@ -41,17 +41,17 @@ def is_main() -> bool:
 
 
 def says_why() -> bool:
-    """Whether it falls to this process to say why the run ends: of a joint failure one line is enough."""
+    """Whether this process prints the reason of a failure: one line is enough for all processes."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 if _first_failed is None else _first_failed
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Within it the processes can exchange tensors, and those other than process 0 print nothing on stdout.
+    """In the `with` block the processes can exchange tensors, and only process 0 prints on stdout.
 
     Raises:
         UsageError: more processes on this machine than GPUs, or accelerate's DeepSpeed or FSDP.
-        SystemExit: in a process that failed after another one had said why.
+        SystemExit: in a process that fails after another one.
     """
     if count() == 1:
         yield
@@ -76,7 +76,7 @@ def joined() -> Iterator[None]:
     distributed.init_process_group(backend)
     global _patient
     _patient = distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    wait()  # One that failed at once would leave another in the middle of connecting, with an error of its own.
+    wait()  # If one failed now, another could still be connecting and would print an error of its own.
     with contextlib.ExitStack() as stack:
         if not is_main():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -99,7 +99,7 @@ def _first_to_fail() -> bool:
 
     global _first_failed
     try:
-        # The launcher keeps this store. Where process 0 keeps it and has gone, that one has failed before.
+        # The launcher keeps this store. If process 0 keeps it and is gone, process 0 failed first.
         _first_failed = distributed.distributed_c10d._get_default_store().add("context-pythia failed", 1) == 1
     except RuntimeError:
         _first_failed = False
@@ -107,7 +107,7 @@ def _first_to_fail() -> bool:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over the processes, which all call it; `values` takes it."""
+    """Sum `values` over the processes, in place. All processes must call it."""
     from torch import distributed
 
     if count() > 1:
@@ -116,7 +116,7 @@ def total(values: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(values: torch.Tensor) -> list[torch.Tensor]:
-    """The `values` of every process, in their order; all call it, with one shape."""
+    """The `values` of every process, in rank order. All processes must call it, with the same shape."""
     import torch
     from torch import distributed
 
@@ -128,7 +128,7 @@ def gathered(values: torch.Tensor) -> list[torch.Tensor]:
 
 
 def highest(value: int) -> int:
-    """The highest `value` that a process brings; all call it, and each waits for the last."""
+    """The highest `value` of all processes. All must call it, and each waits for the last."""
     import torch
     from torch import distributed
 
@@ -140,13 +140,13 @@ def highest(value: int) -> int:
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Return once all processes have called it."""
     highest(0)
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """What stands within it is done by process 0 before any other begins with it."""
+    """Process 0 runs the `with` block first; the others start when it is done."""
     if not is_main():
         wait()
     yield

@@ -36,7 +36,7 @@ class Bench(Report, Command):
         metavar="A:N,B:N",
     )
     train: bool = option(False, "time training steps of a recipe (default: report)")
-    serve: bool = option(False, "conversations on vLLM's engine in place of single runs (--set serve.cache_mb=192)")
+    serve: bool = option(False, "time conversations on vLLM's engine instead (--set serve.cache_mb=192)")
     out: Path | None = option(None, "folder for figures, report and pictures (default: none)", metavar="DIR")
 
     def run(self) -> None:

@@ -1,7 +1,7 @@
-"""A command: one dataclass of options, with the function that does the work as its method `run`.
+"""A command: a dataclass of options whose method `run` does the work.
 
-The options make the command's flags and its help (`parser.py`), so a field here is all that an option needs. Files of
-commands import torch inside `run`, since `--help` must answer without it.
+`parser.py` makes flags and help from the options, so a field is all that an option needs. Command files import torch
+inside `run`, because `--help` must answer without it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Command(Options):
     Attributes:
         summary: one line for the help.
         examples: command lines for the help.
-        arguments: names of the fields that are given without a flag.
-        sections: option dataclasses whose values `--set section.name=value` sets, by section.
-        flagged: those of the sections whose options declared with `flag` have flags, too.
-        unflagged: paths of such options without one.
-        defaults: what the help says of defaults that differ from the declared ones, by path.
-        values: what flags of sections and `--set` gave, by path.
-        resumable: whether the same command, run again, goes on where it stopped.
-        joint: whether several processes, started by `torchrun`, can share the work.
+        arguments: names of the positional arguments.
+        sections: the option dataclasses that `--set section.name=value` sets, by section.
+        flagged: sections whose options with `flag=True` also get a flag.
+        unflagged: paths of such options that get no flag here.
+        defaults: text for the help where a default differs from the declared one, by path.
+        values: values from section flags and `--set`, by path.
+        resumable: whether the same command, run again, resumes.
+        joint: whether several processes (`torchrun`) can share the work.
     """
 
     summary: ClassVar[str]
@@ -54,7 +54,7 @@ class Command(Options):
         raise NotImplementedError
 
     def label(self, name: str) -> str:
-        """As the command line calls it."""
+        """The option's name on the command line."""
         return name.upper() if name in self.arguments else f"--{name}".replace("_", "-")
 
     def own(self) -> dict[str, Any]:
@@ -81,13 +81,13 @@ class RecipeCommand(Command):
     recipe: str = option("quick", f"{', '.join(packaged_recipes())}, or a YAML file")
 
     def load_recipe(self, models: Sequence[str] | None = None) -> Recipe:
-        """The recipe with the values given over its own, and these models alone."""
+        """The recipe after the user's overrides, with only these models."""
         return load_recipe(self.recipe, self.values, models)
 
 
 @dataclass(kw_only=True)
 class Report(Options):
-    """What commands that write a report can be asked for."""
+    """Options of the commands that write a report."""
 
     lang: str = option("en", "language of a second report, beside the English one", LANGUAGES)
     quiet: bool = option(False, "show no progress bars")
@@ -99,5 +99,5 @@ def required(help: str, **declared: Any) -> Any:
 
 
 def folder_of(recipe: Recipe, out: Path | None) -> Path:
-    """Where a run goes: `out`, or the folder of the recipe's name."""
+    """The run folder: `out`, or one named after the recipe."""
     return out or Path("runs") / recipe.name

@@ -1,7 +1,7 @@
 """The command `context-pythia`: parses, runs a command, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 a failure on the way, 2 something wrong with what was asked, 130 interrupted. A mistake of our own
-keeps its traceback (see `errors.py`) and ends with 1.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted. A bug of ours keeps its traceback (see `errors.py`)
+and exits with 1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; an error is one line on standard error."""
-    # A console that lacks a character of a table shows another one in its place: the work is done by then.
+    # A console that lacks a character of a table prints a substitute: an error there would lose finished work.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     args = None
     try:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"\n{PROGRAM}: interrupted{advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; Python's own flush at exit must not complain either.
+        # The reader of our output has gone; Python's own flush at exit must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

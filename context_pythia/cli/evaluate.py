@@ -36,10 +36,8 @@ class Evaluate(Report, Command):
     )
     tasks: tuple[str, ...] = option((), "also run these tasks of lm-evaluation-harness", metavar="A,B")
     tasks_path: Path | None = option(None, "folder with task files of your own", metavar="DIR")
-    limit: int | None = option(None, "at most so many documents a task", bounds=">= 1")
-    recall: int = option(
-        0, "also ask for what was read 32 tokens and more before, in so many texts a distance", bounds=">= 0"
-    )
+    limit: int | None = option(None, "at most N documents per task", bounds=">= 1")
+    recall: int = option(0, "also test recall of words 32 tokens back and more, in N texts per distance", bounds=">= 0")
     out: Path | None = option(None, "folder for figures, report and picture (default: none)", metavar="DIR")
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""From commands to argparse and back: every flag, its help and its check come from an option's declaration."""
+"""Builds argparse parsers from commands: each flag, its help and its check come from an option's declaration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(commands: dict[str, type[Command]]) -> argparse.ArgumentParser:
-    """The parser of the whole program; a command's class is in `command` of what it parses."""
+    """The parser of the whole program; its result has the command's class in `command`."""
     common: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(
         PROGRAM,
@@ -71,7 +71,7 @@ def parse(commands: dict[str, type[Command]], argv: Sequence[str] | None) -> tup
 
 
 class SetAction(argparse._AppendAction):
-    """`--set KEY=VALUE`; `--set help` lists the keys and ends, as `--help` does."""
+    """`--set KEY=VALUE`; `--set help` lists the keys and exits, as `--help` does."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         if values == "help":
@@ -108,7 +108,7 @@ def _setting_example(command: type[Command]) -> str:
 
 
 def _advice(unknown: str, command: type[Command], flags: Sequence[str]) -> str:
-    """What to give in place of an unknown flag: a value to set by that name, or the flag that looks most like it."""
+    """A hint for an unknown flag: the `--set` option of that name, or the closest flag."""
     name = unknown.split("=")[0]
     for path in _settable(command):
         section, _, key = path.rpartition(".")
@@ -153,7 +153,7 @@ def _add_options(parser: argparse.ArgumentParser, command: type[Command]) -> Non
             path = f"{section}.{declared.name}".lstrip(".")
             if declared.flag and path not in command.unflagged:
                 flag = _flag(f"{section}-{declared.name}" if section in PREFIXED else declared.name)
-                # A recipe has values of its own for the defaults.
+                # The recipe decides the defaults.
                 text = declared.help if of_recipe else _help(declared, command.defaults.get(path))
                 _add_flag(group, declared, flag, SETTING + path, text)
     if command.sections:
@@ -189,7 +189,7 @@ def _metavar(declared: Option) -> str:
 
 
 def _help(declared: Option, default: str | None = None) -> str:
-    """The option's help and its default: the declared one, or another in words."""
+    """The option's help with its default, or with the text `default` in its place."""
     if default is None:
         value = declared.default
         if declared.required or value is None or value is False or value == () or "(default" in declared.help:

@@ -1,6 +1,6 @@
-"""The work of commands, and then what is shown of it: tables on the console, and the report of its folder.
+"""Runs the work of a command, then shows the results: tables on the console, and the report of its folder.
 
-The work knows nothing of reports, and reports read only the JSON that it has written.
+The work knows nothing of reports, and reports read only its JSON files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from context_pythia.errors import Failure, UsageError
 
 
 def compare(recipe: Any, out: Path, lang: str = "en", **options: Any) -> None:
-    """`runs.train.compare`, and the report, also where a model failed."""
+    """`runs.train.compare`, then the report, even if a model failed."""
     from context_pythia.runs import train
 
     with _reported(out, lang, after=Failure):
@@ -24,7 +24,7 @@ def compare(recipe: Any, out: Path, lang: str = "en", **options: Any) -> None:
 
 
 def sweep(plan: Any, out: Path, lang: str = "en", **options: Any) -> dict[str, Any]:
-    """`sweep.worker.sweep`, and the report, also where all trials failed."""
+    """`sweep.worker.sweep`, then the report, even if all trials failed."""
     from context_pythia.sweep import worker
 
     with _reported(out, lang, after=Failure):
@@ -32,7 +32,7 @@ def sweep(plan: Any, out: Path, lang: str = "en", **options: Any) -> dict[str, A
 
 
 def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
-    """`bench.run.bench`, with its tables, and the report, also of an interrupted one."""
+    """`bench.run.bench` with its tables, then the report, even after an interruption."""
     from context_pythia.bench import run
     from context_pythia.report.bench import show
 
@@ -41,7 +41,7 @@ def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any)
 
 
 def serve(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
-    """`bench.serve.serve`, with its tables, and the report, also of an interrupted one."""
+    """`bench.serve.serve` with its tables, then the report, even after an interruption."""
     from context_pythia.bench import serve as served
     from context_pythia.report.serving import ServeReport
     from context_pythia.report.texts import Texts
@@ -84,9 +84,8 @@ def info(*args: Any, as_json: bool = False, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _reported(out: Path | None, lang: str, after: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
-    """Write the report of `out` in English and in `lang` at the end of the work within, and after such an error.
-
-    What was refused has no report.
+    """Write the report of `out` in English and in `lang` after the work in the `with` block, or after an error of type
+    `after`. A refused command writes no report.
     """
     try:
         yield

@@ -24,9 +24,9 @@ class Sweep(Report, RecipeCommand):
     seeds: tuple[int, ...] | None = option(
         None, "train each setting with these seeds (default: the recipe's)", bounds=">= 0", metavar="N,N"
     )
-    sampler: str = option("grid", "grid: every combination; tpe: what looks best", SAMPLERS)
-    trials: int | None = option(None, "of tpe: trainings in all, shared by models and seeds", bounds=">= 1")
-    storage: str | None = option(None, "of tpe: Optuna storage to share (default: a file in DIR)", metavar="URL")
+    sampler: str = option("grid", "grid: every combination; tpe: Optuna proposes settings", SAMPLERS)
+    trials: int | None = option(None, "with tpe: number of trainings over all models and seeds", bounds=">= 1")
+    storage: str | None = option(None, "with tpe: Optuna storage to share (default: a file in DIR)", metavar="URL")
     out: Path = required("folder of the sweep, which all its processes share", metavar="DIR")
 
     def run(self) -> None:

@@ -1,7 +1,7 @@
 """Options that document and check themselves: the base of every dataclass that configures something.
 
-A field made by `option` declares its help, its choices and its bounds. Building the dataclass checks them, whether the
-value came from a YAML file, the command line or Python code, and the command line makes its flags from the same words.
+A field made by `option` declares its help, its choices and its bounds. The dataclass checks them when it is built,
+whether the value comes from a YAML file, the command line or Python code. The command line makes its flags from them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Option:
 
     Attributes:
         help: one line for the command line's help.
-        choices: the valid values; none where there is no list of them.
-        bounds: comparisons that a number must pass, with spaces and "and" as a user reads them: `"> 0 and <= 1"`.
-        free: it changes results by rounding at most, so what was begun with one value may go on with another.
-        flag: commands that take a recipe have a flag for it; the others are set by `--set`.
-        metavar: what stands for the value in the help, instead of its kind.
-        default: `dataclasses.MISSING` where a value must be given.
-        kind: `str`, `int`, `float`, `bool` or `Path`; of each value, if there are several.
-        several: `tuple` or `list` where the field holds any number of values. On the command line a tuple's are
-            separated by commas, and a list's are given one by one.
+        choices: the valid values; empty if any value is valid.
+        bounds: comparisons that a number must pass, as a user reads them: `"> 0 and <= 1"`.
+        free: the option changes results by rounding at most, so work may resume with another value.
+        flag: commands that take a recipe have a flag for it; other options are set by `--set`.
+        metavar: the placeholder of the value in the help; by default it follows from the kind.
+        default: `dataclasses.MISSING` if the user must give a value.
+        kind: type of each value: `str`, `int`, `float`, `bool` or `Path`.
+        several: `tuple` or `list` if the field takes any number of values. On the command line, commas separate the
+            values of a tuple; for a list the flag is repeated.
         optional: None is valid.
     """
 
@@ -60,7 +60,7 @@ class Option:
         return self.default is dataclasses.MISSING
 
     def parse(self, text: str) -> Any:
-        """The value that a user wrote. What does not fit stays text, for the check to name it."""
+        """The value of a user's text. Text that does not parse stays text, and the check names it."""
         if self.several is tuple:
             return tuple(self._parse_one(word.strip()) for word in text.split(","))
         return self._parse_one(text)
@@ -100,17 +100,17 @@ class Options:
 
     @classmethod
     def of_record(cls, values: Mapping[str, Any]) -> Self:
-        """The options in a record of any version: what it lacks had its default, what has gone decides nothing."""
+        """The options in a record of any version. Missing options get their defaults; unknown ones are ignored."""
         return cls(**{one.name: values[one.name] for one in options_of(cls) if one.name in values})
 
     def label(self, name: str) -> str:
-        """How errors call the option of this name."""
+        """The option's name in error messages."""
         return f"{self.section}.{name}" if self.section else name
 
 
 def options_of(owner: type[Options]) -> list[Option]:
-    """What the fields that `option` made declare, in order."""
-    return _declared(owner)  # type: ignore[arg-type]  # a class can be hashed, whatever its instances are
+    """The `Option` of each field that declares one, in order."""
+    return _declared(owner)  # type: ignore[arg-type]  # a class is hashable even if its instances are not
 
 
 @functools.cache
@@ -136,23 +136,23 @@ def _declared(owner: type[Options]) -> list[Option]:
 
 
 def deciding(options: Options) -> dict[str, Any]:
-    """The values that decide results, by name: all but those of free options (see `option`)."""
+    """The values that decide results, by name: all options but the free ones (see `Option`)."""
     return {
         declared.name: getattr(options, declared.name) for declared in options_of(type(options)) if not declared.free
     }
 
 
 def suggestion(word: Any, known: Iterable[str], most: int = 1) -> str:
-    """` (did you mean X?)` for the known words that look most like `word`, or nothing."""
+    """` (did you mean X?)` for the known words closest to `word`; empty if none is close."""
     close = difflib.get_close_matches(str(word), list(known), n=most)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def only_known(given: Iterable[Any], known: Iterable[str], what: str, listed_by: str = "") -> None:
-    """Raise `UsageError` for the first of the given names that is not known.
+    """Raise `UsageError` for the first given name that is unknown.
 
     Args:
-        listed_by: the command that lists the known names, where they are too many for a line.
+        listed_by: the command that lists the known names, if they are too many for one line.
     """
     known = list(known)
     for name in given:
@@ -177,7 +177,7 @@ def _checked(declared: Option, value: Any, label: str) -> Any:
 
 def _checked_one(declared: Option, value: Any, label: str) -> Any:
     kind = declared.kind
-    # YAML 1.1 reads 1e-4, which has no point, as text.
+    # YAML 1.1 reads 1e-4 as text, because it has no decimal point.
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             value = float(value)

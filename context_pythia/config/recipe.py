@@ -153,7 +153,7 @@ class TrainOptions(OptimizationOptions):
 
 @dataclass
 class HealOptions(OptimizationOptions):
-    """Distillation of the original into a converted model, or into itself as a control."""
+    """Distillation: a converted model, or the original as its control, learns from the original's predictions."""
 
     section: ClassVar[str] = "heal"
     schedule: str = default_of(OptimizationOptions, "schedule", "cosine")
@@ -178,7 +178,7 @@ class HealOptions(OptimizationOptions):
         return self.parameters == "all" or (".attention." in parameter and ".attention.dense." not in parameter)
 
     def teaches_a_control(self, body: Any) -> bool:
-        """Whether a model learns when it is healed towards itself; `body` has its dropouts."""
+        """Whether a model learns anything when its teacher is its own copy; `body` has the dropouts."""
         return bool(self.ce_weight or body.hidden_dropout or body.attention_dropout)
 
 
@@ -186,8 +186,8 @@ class HealOptions(OptimizationOptions):
 class ModelOptions(Options):
     """One model of a run. Without a `context_source` it is the baseline, `GPTNeoXForCausalLM` itself.
 
-    With `from_baseline` it is not trained from its first weights but made of the run's trained baseline, converted and
-    healed; without a `context_source`, healed alone: the control, which shows what the longer training is worth.
+    With `from_baseline` the model starts from the run's trained baseline instead of random weights: it is converted,
+    then healed. Without a `context_source` it is only healed: the control, which shows the gain of longer training.
     """
 
     name: str = option("Pythia", "name in tables and of the model's folder")
@@ -207,18 +207,18 @@ class ModelOptions(Options):
 
     @property
     def folder(self) -> str:
-        """The name of the model's folder: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
+        """Name of the model's folder: `"Context-Pythia layer 256"` -> `"context-pythia-layer-256"`."""
         return re.sub(r"\W+", "-", self.name.casefold()).strip("-")
 
     @property
     def is_baseline(self) -> bool:
-        """Whether it is a GPT-NeoX trained from its first weights."""
+        """Whether it is a GPT-NeoX that starts from random weights."""
         return self.context_source is None and not self.from_baseline
 
 
 @dataclass
 class Recipe(Options):
-    """A whole run: `models` trained on the same data with the same seed."""
+    """A whole run: it trains `models` on the same data with the same seed."""
 
     name: str = option("custom", "name of the recipe")
     seed: int = option(
@@ -249,7 +249,7 @@ class Recipe(Options):
         self._check_models()
 
     def _check_tokens(self) -> None:
-        """Raise `UsageError` where one pass asks for more tokens than are packed, or for less than a step."""
+        """Raise `UsageError` if `train.tokens` is more than the packed data, or less than one step."""
         tokens, length = self.train.tokens, self.data.sequence_length
         if tokens is None:
             return
@@ -292,7 +292,7 @@ class Recipe(Options):
                 _check_context(model, self.architecture)
 
     def _check_healed(self, model: ModelOptions) -> None:
-        """Raise `UsageError` where a model cannot be made of the baseline."""
+        """Raise `UsageError` if the model cannot be converted from the baseline."""
         body = self.architecture
         if not self.heal.steps:
             raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
@@ -319,7 +319,7 @@ class Recipe(Options):
 
 
 def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
-    """Raise `UsageError` where a model's context does not fit the body."""
+    """Raise `UsageError` if the model's context does not fit the body."""
     widest = 2 * architecture.hidden_size
     if model.context_source != "grouped" and not 1 <= model.context_dim <= widest:
         raise UsageError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
@@ -349,6 +349,6 @@ SECTIONS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "heal": HealOptions,
 }
-# What tells the models of a recipe apart is set for none of them together.
+# Options that differ between the models of a recipe, so no single value can be set for all.
 OF_ONE_MODEL = ("model.name", "model.from_baseline")
 PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

@@ -52,7 +52,7 @@ def _read(name_or_path: str) -> tuple[str, Any]:
 def load_recipe(
     name_or_path: str, overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
 ) -> Recipe:
-    """Read a recipe, put the overrides over its values, and check the whole.
+    """Read a recipe, apply the overrides, and check the result.
 
     Args:
         name_or_path: a packaged name (see `packaged_recipes`) or a YAML file, which holds what differs from the
@@ -72,7 +72,7 @@ def load_recipe(
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe that nested plain values describe, what they leave out at its default.
+    """The recipe of nested plain values; missing ones get their defaults.
 
     Raises:
         UsageError: a key or value that is not valid.
@@ -93,7 +93,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def _selected(values: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """A recipe's nested values with the wanted models alone; what is no list of models is left to be refused."""
+    """A recipe's nested values with only the wanted models. An invalid list of models stays, to be refused later."""
     models = values.get("models", [{"name": model.name} for model in Recipe().models])
     if not isinstance(models, list) or not models:
         return values
@@ -106,7 +106,7 @@ def in_order(wanted: Sequence[str], names: Sequence[str], recipe: str) -> list[s
     """The wanted of a recipe's models, in the recipe's order.
 
     Raises:
-        UsageError: one that the recipe has not.
+        UsageError: the recipe lacks a wanted model.
     """
     only_known(wanted, names, f"recipe {recipe}: model")
     return [name for name in names if name in wanted]
@@ -131,12 +131,12 @@ def _mapping(values: Any, what: str) -> dict[str, Any]:
 
 
 def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with values by dotted path over its own, checked as a whole; see `load_recipe`."""
+    """The recipe after overrides by dotted path, checked as a whole; see `load_recipe`."""
     return recipe_from_dict(_overlaid(recipe_to_dict(recipe), overrides))
 
 
 def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's nested values with others over them; the result alone is checked, for the two may need each other."""
+    """A recipe's nested values after overrides. Only the result is checked: one override may need another."""
     owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
     changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
     known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
@@ -158,13 +158,13 @@ def _overlaid_model(model: Any, changes: Mapping[str, Any]) -> Any:
     if not isinstance(model, Mapping) or model.get("context_source") is None:
         return model
     if model.get("from_baseline"):
-        # A conversion chooses all but the width itself.
+        # A conversion chooses everything but the width.
         changes = {name: value for name, value in changes.items() if name == "context_dim"}
     return {**model, **changes}
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as nested plain values; `recipe_from_dict` is the way back."""
+    """The resolved recipe as nested plain values; `recipe_from_dict` is the inverse."""
     return dataclasses.asdict(recipe)
 
 

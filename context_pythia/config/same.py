@@ -1,7 +1,8 @@
-"""Is this the same work? What a folder's record says it was begun with, beside what is asked for now.
+"""Whether a folder's recorded settings equal the wanted ones.
 
-Run folders, checkpoints, conversions, evaluations and sweeps go on only where the two agree: figures in one folder must
-be comparable. What decides the results is the caller's to say; here it is compared, and the first difference named.
+Run folders, checkpoints, conversions, evaluations and sweeps resume only if they do: figures in one folder must be
+comparable. The caller chooses the settings that decide results; this module compares them and names the first
+difference.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from context_pythia.errors import UsageError
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The recorded and the wanted value of each setting whose values differ, by name (`section.name` where nested).
+    """The recorded and the wanted value of each setting that differs, by name (`section.name` if nested).
 
-    A setting that one side lacks is None there. Values compare as JSON writes them: it has neither tuples nor paths.
+    A missing setting counts as None. Values are compared as JSON, which has neither tuples nor paths.
     """
     old, new = _flat(recorded), _flat(wanted)
     return {name: (old.get(name), new.get(name)) for name in new | old if old.get(name) != new.get(name)}
@@ -26,8 +27,8 @@ def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any], holder: s
     """Raise `UsageError` that names the first difference.
 
     Args:
-        holder: where the recorded work lies and what it is: "runs/quick holds a run".
-        mend: what to do instead: "choose another folder with --out".
+        holder: start of the message, the recorded work and its place: "runs/quick holds a run".
+        mend: end of the message, what to do instead: "choose another folder with --out".
     """
     if different := differences(recorded, wanted):
         name, (old, new) = next(iter(different.items()))

@@ -1,11 +1,10 @@
-"""Associative recall as a corpus: samples that can only be predicted by finding what was read before.
+"""Associative recall as a corpus: to predict the answers, a model must find earlier tokens of the sample.
 
-Multi-query associative recall (MQAR, arXiv 2312.04927): a sample tells pairs of a key and a value and then asks for
-each key once, the sooner the likelier, amid tokens that mean nothing. Only values that are asked for have labels, so
-validation accuracy is recall. Nothing carries over from sample to sample but the task itself: what a model finds is
-what its cache kept.
+Multi-query associative recall (MQAR, arXiv 2312.04927): a sample lists pairs of a key and a value. It then asks for
+each key once, with filler tokens between; short distances are likelier. Only the answers have labels, so validation
+accuracy is recall. Samples share nothing but the task, so a model can answer only from its cache.
 
-Token 0 ends texts, 1 is what means nothing; keys are the next half of the vocabulary, values the rest.
+Token 0 is the end of a text, 1 the filler; the next half of the vocabulary are keys, the rest values.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from context_pythia.errors import UsageError
 
 NAME = "recall"
 _END, _NOTHING, _FIRST_KEY = 0, 1, 2
-_TOKENS_OF_A_PAIR = 8  # of a sample: a pair takes two to tell and two to ask
+_TOKENS_OF_A_PAIR = 8  # sample tokens per pair: two list it, two ask for it, four are left for filler
 _DISTANCE_POWER = 0.1
 
 
 def associations(samples: int, length: int, vocab_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples, and which of their tokens are answers.
+    """Samples, and a mask of the answers in them.
 
     Returns:
         tokens `[N, length + 1]` of uint16 or uint32, and booleans of the same shape.
@@ -60,13 +59,13 @@ def associations(samples: int, length: int, vocab_size: int, seed: int) -> tuple
 
 
 def tokenizer_of_numbers(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Token i is written as the number i."""
+    """A tokenizer that writes token i as the number i."""
     backend = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token=str(_NOTHING)))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=str(_END))
 
 
 def summary(options: DataOptions) -> dict[str, Any]:
-    """What a report says of the samples, as of packed text."""
+    """The facts that a report shows of the samples, as for packed text."""
     train, validation = options.split_sizes(options.samples)
     key = {"data": NAME, "train": train, "validation": validation}
     key |= {name: getattr(options, name) for name in ("sequence_length", "vocab_size")}

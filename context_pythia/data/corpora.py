@@ -1,8 +1,8 @@
-"""Where the text comes from: an iterator of documents over every kind of corpus that a recipe can name.
+"""The text: iterates over the documents of any corpus that a recipe can name.
 
-Nothing here holds a corpus in memory: files are read in pieces, Hub data sets are streamed. A document is a file of the
-standard library (`builtin`), a text file, a line of JSONL, or a row of Parquet or of a Hub data set. A text file that
-stands alone is cut into about a hundred documents, since one document could not be split into training and validation.
+No corpus is loaded whole: files are read in pieces, Hub data sets are streamed. A document is a file of the standard
+library (`builtin`), a text file, a line of JSONL, or a row of Parquet or of a Hub data set. A single text file is cut
+into about a hundred documents, because one document cannot be split into training and validation.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _PIECES_OF_A_FILE = 100
 
 
 def documents(options: DataOptions) -> Iterator[str]:
-    """The documents of the corpus `options.data`, in an order that never changes.
+    """The documents of the corpus `options.data`, in a fixed order.
 
-    Blank ones are left out, and halves of surrogate pairs are U+FFFD.
+    Blank documents are skipped, and halves of surrogate pairs become U+FFFD.
 
     Raises FileNotFoundError for a path that does not exist, UsageError for text that cannot be read (the file and the
     line are named), ConnectionError when a Hub data set cannot be reached.
@@ -68,7 +68,7 @@ def whole_characters(text: str) -> str:
 
 
 def corpus_digest(options: DataOptions) -> str:
-    """Hex digest of the bytes that `documents` reads; of name and split for a Hub data set, which is not fetched."""
+    """Hex digest of the bytes that `documents` reads; for a Hub data set, of its name and split only."""
     if options.data == "builtin":
         kind, files = "builtin", _builtin_files()
     elif (path := _local_path(options.data)) is None:
@@ -83,7 +83,7 @@ def corpus_digest(options: DataOptions) -> str:
 
 @functools.lru_cache
 def _digest(kind: str, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """The same files, by size and date, are read once: a sweep asks for each of its trainings."""
+    """Files of the same size and date are read once: a sweep asks again for each training."""
     digest = hashlib.blake2b(f"{kind}\n".encode(), digest_size=16)
     for file, size, _ in files:
         digest.update(f"{_suffix(file)} {size}\n".encode())
@@ -94,7 +94,7 @@ def _digest(kind: str, files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name`, for which there is no file, can be meant as `[OWNER/]NAME[@REVISION]` on the Hugging Face Hub."""
+    """Whether `name`, which is not a file, can be a name `[OWNER/]NAME[@REVISION]` on the Hugging Face Hub."""
     if not _HUB_NAME.fullmatch(name) or name.lower().endswith((*SUFFIXES, *_FILE_SUFFIXES)):
         return False
     return not Path(name.partition("/")[0]).exists()
@@ -107,10 +107,10 @@ def hub_revision(name: str) -> tuple[str, str | None]:
 
 
 def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
-    """Asks the Hub once for the `kind` ("dataset" or "model") `name`, where the loaders would retry for a minute.
+    """Asks the Hub once for the `kind` ("dataset" or "model") `name`; the loaders would retry for a minute.
 
-    Raises FileNotFoundError if there is none of that name or revision, or none that may be read, ConnectionError if the
-    Hub cannot be reached.
+    Raises FileNotFoundError if the name or revision does not exist or may not be read, ConnectionError if the Hub
+    cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -120,13 +120,13 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # a gated one is of the first kind
         at = f" of the revision {revision!r}" if revision else ""
         raise FileNotFoundError(
-            f"there is no {kind} {name!r}{at}: neither a file or folder here nor on the Hugging Face Hub (for a "
-            "private or gated one accept its terms there, and log in with `hf auth login`)"
+            f"there is no {kind} {name!r}{at}, neither here nor on the Hugging Face Hub (if it is private or gated, "
+            "accept its terms there and log in with `hf auth login`)"
         ) from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
         raise ConnectionError(
             f"there is no file or folder {name!r} here, and the Hugging Face Hub cannot be asked for a {kind} of that "
-            f"name ({first_line(error)}): mend the path, or connect to the network"
+            f"name ({first_line(error)}): correct the path, or connect to the network"
         ) from error
 
 
@@ -138,7 +138,7 @@ def hub_documents(name: str, split: str, text_field: str, config: str | None = N
     from datasets import load_dataset
     from datasets.utils import logging
 
-    logging.set_verbosity(logging.CRITICAL)  # what it would log is in the error that it raises
+    logging.set_verbosity(logging.CRITICAL)  # its errors say the same
     revision = None
     if not Path(name).is_dir():
         name, revision = hub_revision(name)
@@ -168,7 +168,7 @@ def _local_path(data: str) -> Path | None:
     if path.is_dir() or (path.is_file() and _suffix(path)):
         return path
     if path.is_file():
-        raise UsageError(f"{data}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{data}: unknown kind of file, give one of {', '.join(SUFFIXES)}")
     if not is_hub_name(data.partition(":")[0]):
         raise FileNotFoundError(f"no such file or folder: {data}")
     return None
@@ -180,7 +180,7 @@ def _suffix(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The corpus files under `folder` in path order, hidden ones left out."""
+    """The corpus files under `folder` in path order, without hidden ones."""
     paths = ((path.relative_to(folder), path) for path in folder.rglob("*") if _suffix(path) and path.is_file())
     files = [path for name, path in sorted(paths) if not any(part.startswith(".") for part in name.parts)]
     if not files:
@@ -191,12 +191,12 @@ def _files(folder: Path) -> list[Path]:
 def _builtin_files() -> list[Path]:
     """The standard library's Python files in path order, without its tests.
 
-    Files that are generated when Python is built are left out, so that one Python version is one corpus everywhere.
+    Files that the build of Python generates are skipped, so one Python version is the same corpus everywhere.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        # Pruned in place, so that the walk never enters site-packages, which can be a hundred times larger.
+        # Pruned in place: the walk must not enter site-packages, which can be a hundred times larger.
         subfolders[:] = [name for name in subfolders if not _no_corpus(name)]
         found += [Path(folder, name) for name in names if name.endswith(".py") and not _no_corpus(name)]
     return sorted(found)

@@ -1,11 +1,11 @@
 """From text to samples: tokenizer, split, and packed rows of tokens in a memory-mapped cache.
 
-A corpus is read once, as a stream. Its head (at most some 8 million characters) is held to place the split and to
-train the tokenizer; after that documents are tokenized batch by batch straight into memory maps, until both splits are
-full. The cache folder is named by a fingerprint of text, tokenizer and settings and appears whole or not at all.
+A corpus is read once, as a stream. Its head (about 8 million characters) stays in memory to choose the split and to
+train the tokenizer. After that, documents are tokenized batch by batch into memory maps, until both splits are full.
+The name of the cache folder is a fingerprint of text, tokenizer and settings; the folder appears whole or not at all.
 
-Split: a document belongs to validation if the hash of its text is small. So a split depends on nothing but the text,
-and copies of one document can never lie on both sides.
+Split: a document belongs to validation if the hash of its text is small. The split thus depends only on the text, and
+copies of a document are all on the same side.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     """Samples over `tokens` [N, S+1], a read-only memory map: row i gives S inputs and the tokens that follow them.
 
     Args:
-        labeled: booleans of the same shape, where only some tokens are to be predicted.
+        labeled: booleans of the same shape: the tokens that have labels. All of them by default.
     """
 
     def __init__(self, tokens: np.ndarray, labeled: np.ndarray | None = None):
@@ -57,8 +57,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` [S] and `labels` [S], int64; the labels are already shifted: the target of each input token, or
-        -100 where there is none."""
+        """`input_ids` [S] and `labels` [S], int64. The labels are shifted already: the target of each input token, or
+        -100 for none."""
         row = torch.from_numpy(self.tokens[index].astype(np.int64))
         labels = row[1:]
         if self.labeled is not None:
@@ -66,7 +66,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": row[:-1], "labels": labels}
 
     def stream(self, start: int, stop: int) -> Tensor:
-        """Input tokens start:stop (as in a slice) [stop-start] of all samples written one after another, [N*S]."""
+        """Input tokens start:stop [stop-start] of the concatenation of all samples [N*S]."""
         start, stop, _ = slice(start, stop).indices(self.num_tokens)
         first, last = start // self.sequence_length, -(-stop // self.sequence_length)
         inputs = self.tokens[first:last, :-1].astype(np.int64).reshape(-1)
@@ -76,7 +76,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
 @dataclass
 class PackedData:
-    """Both splits, the tokenizer that made them, and what a report says of them."""
+    """Both splits, their tokenizer, and the facts that a report shows."""
 
     train: PackedDataset
     validation: PackedDataset
@@ -85,10 +85,10 @@ class PackedData:
 
 
 def load_data(options: DataOptions, progress: bool = True) -> PackedData:
-    """Packs the corpus of `options`, or opens what an earlier call packed from the same text with the same settings.
+    """Packs the corpus of `options`, or opens the result of an earlier call with the same text and settings.
 
-    Raises UsageError or FileNotFoundError for options, text or tokenizers that cannot be used, a corpus shorter than
-    `samples` among them; ConnectionError for a Hub name without a network.
+    Raises UsageError or FileNotFoundError for unusable options, text or tokenizers, and for a corpus shorter than
+    `samples`; ConnectionError for a Hub name without a network.
     """
     if options.data == associations.NAME:
         return _associations(options)
@@ -157,7 +157,7 @@ def _default_cache() -> Path:
 
 
 def _name(data: str) -> str:
-    """A corpus or tokenizer as reports name it: local ones without the folders of this machine."""
+    """The name of a corpus or tokenizer in reports: local ones without this machine's folders."""
     path = Path(data).expanduser()
     return path.resolve().name if path.exists() and data not in ("builtin", "train") else data
 
@@ -166,7 +166,7 @@ def _name(data: str) -> str:
 
 
 class _Rows:
-    """One split while it is filled: `used` tokens of `documents` documents are written."""
+    """One split while it fills: `used` tokens of `documents` documents are written."""
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype):
         self.tokens = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).reshape(-1)
@@ -177,7 +177,7 @@ class _Rows:
         return len(self.tokens) - self.used
 
     def add(self, tokens: list[int], end: int) -> int:
-        """Writes a document and its end as far as there is room; returns how many tokens that were."""
+        """Writes a document and its end token as far as there is room; returns the number of tokens written."""
         taken = [*tokens, end][: self.room]
         self.tokens[self.used : self.used + len(taken)] = taken
         self.used += len(taken)
@@ -186,7 +186,7 @@ class _Rows:
 
 
 def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool) -> None:
-    """Writes the cache folder: a memory map for each split, counts.json, and the tokenizer if it was trained here."""
+    """Writes the cache folder: a memory map for each split, counts.json, and the tokenizer if this call trains it."""
     stream = documents(options)
     head, threshold = _split(stream, options)
     folder.mkdir()
@@ -217,11 +217,11 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
 
 
 def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]:
-    """The head of the corpus, and the threshold: documents whose hash is not above it are for validation.
+    """The head of the corpus, and the threshold: documents with a hash up to it are for validation.
 
-    The threshold is where the head's documents, in the order of their hashes, reach `validation_fraction` of its
-    characters; so a small corpus gets its share too, and each split at least one document. Raises UsageError if there
-    are not two different documents.
+    In order of their hashes, the head's documents up to the threshold have `validation_fraction` of its characters. So
+    a small corpus gets its share too, and each split has at least one document. Raises UsageError without two different
+    documents.
     """
     head: list[str] = []
     lengths: dict[int, int] = {}
@@ -249,7 +249,7 @@ def _hash(text: str) -> int:
 
 
 def _drained(head: list[str]) -> Iterator[str]:
-    """The documents of the head, each let go once it is read."""
+    """The documents of the head; each is freed once it is read."""
     head.reverse()
     while head:
         yield head.pop()
@@ -269,7 +269,7 @@ def _batches(pairs: Iterable[tuple[_Rows, str]]) -> Iterator[list[tuple[_Rows, s
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Token ids of whole texts, whatever truncation, padding or start tokens the tokenizer's file asks for."""
+    """Token ids of whole texts, without the truncation, padding or start tokens of the tokenizer's file."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -297,7 +297,7 @@ def _too_short(options: DataOptions, train: int, validation: int) -> str:
 def _open(
     folder: Path, options: DataOptions
 ) -> tuple[PackedDataset, PackedDataset, PreTrainedTokenizerFast | None, dict[str, int]] | None:
-    """What lies in a cache folder, None if there is none or it is damaged and has to be made again."""
+    """The contents of a cache folder; None if it is missing or damaged and must be made again."""
     width = options.sequence_length + 1
     shapes = [(rows, width) for rows in options.split_sizes(options.samples)]
     try:
@@ -317,7 +317,7 @@ def _open(
 
 
 def _publish(made: Path, folder: Path, options: DataOptions) -> None:
-    """Moves a finished folder to its place, unless another process has put the same there meanwhile."""
+    """Moves a finished folder to its place, unless another process has done so meanwhile."""
     if folder.exists() and _open(folder, options) is None:
         shutil.rmtree(folder)
     try:

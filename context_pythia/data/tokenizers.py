@@ -1,4 +1,4 @@
-"""Tokenizers: loaded by name, or trained on the text at hand as GPT-NeoX's was."""
+"""Tokenizers: loads one by name, or trains one on the corpus in the manner of GPT-NeoX's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LONGEST_WORD = 512  # bytes; training takes time quadratic in the length of a wo
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that `name` names: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name
-    (`NAME@REVISION` for another revision than the main one).
+    """The tokenizer of this name: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name (`NAME@REVISION`
+    for another revision than the main branch).
 
-    Raises FileNotFoundError or UsageError if there is none or it cannot mark the end of a text, ConnectionError for a
-    Hub name that is neither cached nor reachable.
+    Raises FileNotFoundError or UsageError if it does not exist or has no end-of-text token, ConnectionError for a Hub
+    name that is neither cached nor reachable.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -39,7 +39,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise UsageError(f"tokenizer {name!r} has no tokenizer.json: choose another with --tokenizer")
     try:
         tokenizer = _auto_tokenizer(name, path)
-    except Exception as error:  # as above, and whatever a configuration beside it provokes
+    except Exception as error:  # as above, and any error that a broken configuration causes
         if isinstance(error, ConnectionError | FileNotFoundError | MemoryError):
             raise
         raise UsageError(f"tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -51,9 +51,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as GPT-NeoX has it: every text can be written and read back, `<|endoftext|>` is token 0.
+    """Byte-level BPE as in GPT-NeoX: it encodes any text without loss, and `<|endoftext|>` is token 0.
 
-    Words of more than `LONGEST_WORD` bytes are cut for the training alone.
+    Only for training, words of more than `LONGEST_WORD` bytes are cut.
     """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
@@ -96,9 +96,9 @@ def _auto_tokenizer(name: str, path: Path) -> Any:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """Token ids of a text that a model is to go on from, without the end of text that some tokenizers append to any.
+    """Token ids of a prompt, without the end-of-text token that some tokenizers append.
 
-    What is no character is read as U+FFFD (see `whole_characters`).
+    Halves of surrogate pairs become U+FFFD (see `whole_characters`).
     """
     added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
     appended = added[::-1].index(0)
@@ -107,5 +107,5 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 def vocabulary_rows(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Rows that an embedding needs; more than the number of tokens where a vocabulary has gaps."""
+    """Rows that the embedding needs: the highest token id plus one, since a vocabulary may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -1,4 +1,4 @@
-"""From a recipe's words to models: one body, with the context that each model of the recipe asks for."""
+"""Builds a recipe's models: one body, and the context of each model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def best_device() -> torch.device:
 
 
 def compiled_step() -> CompileConfig:
-    """How `generate()` compiles its decoding step, which takes a static cache: whole, and on a CPU too."""
+    """Settings for `generate()` to compile its decoding step in one graph, on a CPU too. It needs a static cache."""
     settings = CompileConfig(fullgraph=True)
     settings._compile_all_devices = True
     return settings
 
 
 def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:
-    """Rows of the embedding: as the recipe says, else the tokenizer's size up to a multiple of 128 (as in Pythia).
+    """Rows of the embedding: the recipe's number, or the tokenizer's size up to a multiple of 128 (as in Pythia).
 
     Raises:
         UsageError: the recipe's number is smaller than the tokenizer needs.
@@ -52,7 +52,7 @@ def embedding_rows(recipe: Recipe, tokenizer_size: int) -> int:
 
 
 def expected_rows(recipe: Recipe) -> int:
-    """`embedding_rows` before any data is read: a tokenizer yet to be trained is taken to fill its vocabulary."""
+    """`embedding_rows` before any data is read. It assumes that a trained tokenizer will fill its vocabulary."""
     if recipe.data.tokenizer == "train":
         return embedding_rows(recipe, recipe.data.vocab_size)
     return embedding_rows(recipe, vocabulary_rows(load_tokenizer(recipe.data.tokenizer)))
@@ -61,9 +61,9 @@ def expected_rows(recipe: Recipe) -> int:
 def build_model(
     options: ModelOptions, recipe: Recipe, rows: int, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> PreTrainedModel:
-    """A freshly initialized model; the recipe's seed decides its weights.
+    """A model with random weights, which follow from the recipe's seed.
 
-    The ContextBlock is frozen if the options say so; phase 1 trains it all the same.
+    The ContextBlock is frozen if the options say so; phase 1 trains it anyway.
     """
     body: dict[str, Any] = asdict(recipe.architecture) | {"vocab_size": rows}
     del body["model_vocab_size"], body["match_parameters"]
@@ -97,10 +97,10 @@ def _model(options: ModelOptions, body: dict[str, Any]) -> PreTrainedModel:
 
 
 def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:
-    """Width of the MLP with which a model has the baseline's parameters, to half a column of all layers.
+    """The MLP width that gives the model the baseline's number of parameters, to half a column per layer.
 
     Raises:
-        UsageError: the rest of the model has more already.
+        UsageError: the model without its MLP already has more.
     """
     with torch.device("meta"):
         surplus = _model(options, body).num_parameters() - _model(ModelOptions(), body).num_parameters()
@@ -115,7 +115,7 @@ def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:
 
 
 def describe_parameters(model: PreTrainedModel, healing: HealOptions | None = None) -> dict[str, int]:
-    """How many there are, and how many are trained: by `healing`, where it is given."""
+    """Numbers of parameters, and of trained ones (by `healing`, if given)."""
     trained = (p for name, p in model.named_parameters() if (healing.trains(name) if healing else p.requires_grad))
     return {"parameters": model.num_parameters(), "trainable_parameters": sum(p.numel() for p in trained)}
 

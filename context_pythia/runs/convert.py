@@ -1,8 +1,8 @@
 """`context-pythia convert`: a trained GPT-NeoX model with a smaller cache.
 
-At half the cache the conversion is exact and needs no text. Below, one pass over calibration text says what the layers
-read and what their errors cost, and the widths are shared out among layers, rotary keys and latents by it. Work in
-progress lies in `.OUT.partial` beside the output, which appears whole at the end; the same command goes on with it.
+At half the cache the conversion is exact and needs no text. Below that, one pass over calibration text measures what
+the layers read and what their errors cost; this decides the widths of layers, rotary keys and latents. Work in progress
+is in `.OUT.partial` beside the output, and the same command resumes it. The output appears whole at the end.
 """
 
 from __future__ import annotations
@@ -44,30 +44,29 @@ from context_pythia.training.checkpoints import publish
 
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
-SHARD = "500MB"  # of the output: as much of it is in memory at a time
-# Relative error of an exact conversion's keys and values that is worth a warning, and a condition number that is not:
-# in bfloat16 any model rounds that much.
+SHARD = "500MB"  # size of an output file, which is in memory as a whole
+# Warn if an exact conversion's keys and values have a larger relative error, unless the condition number is small: in
+# bfloat16 every model rounds that much.
 MOST_ROUNDING, MOST_CONDITION = 0.02, 16
-DECODED = 8  # tokens that are decoded to measure the cache: the weights are read from disk for each
+DECODED = 8  # tokens to decode when measuring the cache: each one reads all weights from disk
 
 
 @dataclass
 class Conversion:
-    """What is asked for, and its work in progress.
+    """A conversion: its options, and its work in progress.
 
     Attributes:
         model: folder or Hub name of a GPT-NeoX model.
         out: folder of the result.
-        data: its training split calibrates and heals; not read where the conversion is exact and nothing is healed.
-        ship_code: add our modeling code, so that `trust_remote_code=True` loads the model without this package.
-        control: convert nothing and heal the original itself, with the same loss: what more training, and learning
-            from its own predictions, is worth without a smaller cache.
-        partial: folder of the work in progress: what it was begun with, calibration statistics, the converted model,
-            the healed one.
-        settings: what is asked for, as a record holds it.
+        data: its training split calibrates and heals; not read for an exact conversion without healing.
+        ship_code: add our modeling code; `trust_remote_code=True` then loads the model without this package.
+        control: convert nothing and heal the original itself, with the same loss. It shows what longer training and
+            distillation gain without a smaller cache.
+        partial: folder of the work in progress: settings, calibration statistics, converted model, healed model.
+        settings: the options, as the record stores them.
 
     Raises:
-        UsageError: options that cannot be together.
+        UsageError: options that contradict each other.
     """
 
     model: str
@@ -133,7 +132,7 @@ class Conversion:
         return record
 
     def finished(self) -> dict[str, Any] | None:
-        """The record in `out` if it holds this very conversion; None if there is nothing there."""
+        """The record in `out` if it is of this conversion; None if `out` is missing or empty."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return None
         if not (self.out / RECORD).is_file():
@@ -143,9 +142,9 @@ class Conversion:
         return record
 
     def open_partial(self) -> None:
-        """Make the folder of work in progress, or check that it is of the same conversion.
+        """Make the folder of the work in progress, or check that it belongs to the same conversion.
 
-        Other options of healing are refused only where healing has begun: what was converted stays good.
+        Healing options may change until healing has begun: the converted model does not depend on them.
         """
         recorded: dict[str, Any] = {}
         healed, file = self.partial / "healed", self.partial / SETTINGS
@@ -172,11 +171,10 @@ class Conversion:
         """The text to calibrate and heal on.
 
         Args:
-            longest: the configuration of the model that is to read it.
+            longest: the configuration of the model that will read it.
 
         Raises:
-            UsageError: its samples are longer than the model's positions, or it is not the text that this conversion
-                was begun on.
+            UsageError: samples longer than the model's positions, or another text than this conversion began with.
         """
         if self._text is None:
             check_length(self.data.sequence_length, longest)
@@ -192,7 +190,7 @@ class Conversion:
         return self._text
 
     def convert(self) -> dict[str, Any]:
-        """The record of the converted model, which lies in the folder `converted` of `partial`."""
+        """Convert into the folder `converted` of `partial`, and return the record."""
         folder = self.partial / "converted"
         if (folder / RECORD).is_file():
             print(f"resumes from the converted model in {folder}")
@@ -229,7 +227,7 @@ class Conversion:
         return record
 
     def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, int]:
-        """The model to convert, its weights on disk; its tokenizer; and the width of the contexts."""
+        """The model to convert (weights on disk), its tokenizer, and the width of the contexts."""
         original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
         config = original.config
         if self.control and not self.healing.teaches_a_control(config):
@@ -248,7 +246,7 @@ class Conversion:
         return original, tokenizer, width
 
     def heal(self) -> dict[str, Any]:
-        """What the record says of healing; the folder `healed` of `partial` is then the result."""
+        """Heal into the folder `healed` of `partial`, and return the record's entries on healing."""
         converted, healed = self.partial / "converted", self.partial / "healed"
         text = self.text(AutoConfig.from_pretrained(converted))
         dtype = getattr(torch, self.options.dtype)
@@ -258,7 +256,7 @@ class Conversion:
             student, teacher, text, self.healing, seed=self.options.seed, folder=healed, progress=self.progress
         )
         for path in converted.iterdir():
-            # The converted model's weights, and the index of their shards, are those from before.
+            # The converted model's weights, and their index, are those before healing.
             weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
             if not weights and not (healed / path.name).exists():
                 shutil.copy2(path, healed / path.name)
@@ -266,7 +264,7 @@ class Conversion:
 
 
 def _files(model: str) -> dict[str, list[int]] | None:
-    """Size and date of the files of a model's folder; None for a Hub name, which is taken to mean the same files."""
+    """Size and date of each file in a model's folder; None for a Hub name, whose files are assumed not to change."""
     if not Path(model).is_dir():
         return None
     files = [Path(model) / "config.json", *sorted(Path(model).glob("*.safetensors"))]
@@ -274,9 +272,9 @@ def _files(model: str) -> dict[str, list[int]] | None:
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a record's settings decides the result.
+    """The settings of a record that decide the result.
 
-    A folder is known by its files: it may be named in several ways, and its tokenizer with it.
+    A model's folder is compared by its files, because it and its tokenizer may have several names.
     """
     result = {key: settings[key] for key in ("model", "control", "ship_code")}
     for owner in (ConvertOptions, DataOptions, HealOptions):
@@ -290,8 +288,8 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _resumable(partial: Path) -> Iterator[None]:
-    """Say of a full disk how to go on, and leave `partial` only where it holds something to go on with: a command that
-    is refused must not lock the output."""
+    """Explain a full disk, and remove `partial` if it has nothing to resume from: a refused command must not lock the
+    output."""
     try:
         yield
     except (SafetensorError, OSError) as error:
@@ -309,14 +307,14 @@ def _resumable(partial: Path) -> Iterator[None]:
 
 
 def ship_code(config: Any, folder: Path) -> None:
-    """Lay our modeling code in `folder` and name it in the configuration, which is saved there next."""
+    """Copy our modeling code to `folder` and name it in the configuration, which is saved there next."""
     for path in Path(context_pythia.model.__path__[0]).glob("[!_]*.py"):
         shutil.copyfile(path, folder / path.name)
     config.auto_map = AUTO_MAP
 
 
 def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
-    """Say where the rotary keys of an exact conversion are nearly dependent, so that rounding costs digits."""
+    """Warn if the rotary keys of an exact conversion's worst layer are so dependent that rounding costs digits."""
     condition, layer = max((layer["condition"], index) for index, layer in enumerate(record["layers"]))
     rounding = torch.finfo(getattr(torch, dtype)).eps
     if condition * rounding > max(MOST_ROUNDING, MOST_CONDITION * rounding):

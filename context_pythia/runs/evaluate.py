@@ -1,8 +1,8 @@
 """`context-pythia eval`: models side by side on the same held-out text.
 
-Each model is scored in one parallel pass, then token by token through its cache, whose bytes are counted as that pass
-left them; with `--cache`, again through quantized caches. The first model is what the others are compared with. At
-most two models are in memory at a time. `evaluate_model` does the same for a model that Python code already holds.
+Each model is scored in one parallel pass, then token by token through its cache; the bytes are those of the filled
+cache. With `--cache` quantized caches follow. All models are compared with the first. At most two models are in memory
+at a time. `evaluate_model` does the same for a model that is already loaded.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def evaluate(
 
     Args:
         models: folders or Hub names of GPT-NeoX and Context-Pythia models.
-        data: its validation split is scored: with the options of a training the text which that held out.
-        cached_tokens: validation tokens that are also scored token by token.
-        caches: quantized caches (`int8`, `int4`) that every model is scored with, too.
-        tasks: tasks of lm-evaluation-harness; `tasks_path` holds task files of one's own, `limit` bounds documents.
-        recall_samples: texts for each task and distance of the models' recall, 0 for none.
+        data: its validation split is scored. The options of a training give that training's validation text.
+        cached_tokens: validation tokens to score token by token, too.
+        caches: quantized caches (`int8`, `int4`) to score every model with, too.
+        tasks: tasks of lm-evaluation-harness; `tasks_path` is a folder of own task files, `limit` bounds documents.
+        recall_samples: texts per task and distance of the recall test; 0 for none.
         out: gets metrics.json after each model, and provenance.json at the end.
 
     Raises:
-        UsageError, FileNotFoundError: models, data or options that cannot be used; found before anything is scored.
+        UsageError, FileNotFoundError: unusable models, data or options; raised before anything is scored.
         Failure: a damaged model, or a task that failed.
     """
     paths = model_names(models)
@@ -144,15 +144,15 @@ def evaluate_model(
     reference: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The rows of one model, plain figures: with its own cache, then with each of the quantized `caches`.
+    """The rows of one model as plain values: one for its own cache, then one for each of the quantized `caches`.
 
-    A row's `perplexity` is the parallel pass's, over all samples; `cached` holds what the token-by-token pass found on
-    the first of them, and `cache` the bytes of one sequence in the cache that it filled. `kl` and `agreement` are those
-    to the reference, from the parallel pass, or with a quantized cache from the token-by-token one. A quantized cache
-    for which memory does not suffice, or whose loss is not a number, makes a row with an `error`.
+    `perplexity` comes from the parallel pass over all samples. `cached` has the figures of the token-by-token pass over
+    the first samples, and `cache` the bytes of one sequence in the cache which that pass filled. `kl` and `agreement`
+    compare with the reference: in the parallel pass, or for a quantized cache in the token-by-token pass. A quantized
+    cache that runs out of memory, or whose loss is not a number, gives a row with an `error`.
 
     Args:
-        reference: the model to compare with; None if `model` is the first itself.
+        reference: the model to compare with; None if `model` is the first.
     """
     whole = score(model, dataset, batch_size, reference, progress)
     through = score_cached(model, dataset, cached_tokens, batch_size=batch_size, progress=progress)
@@ -184,8 +184,8 @@ def evaluate_model(
 
 
 def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to each row what only the first row tells, as shares: the cache's `reduction_measured`, and the `change` of
-    perplexity, that of both passes."""
+    """Add to each row its difference to the first row, as shares: `reduction_measured` of the cache, and `change` of
+    the perplexity of both passes."""
     first = rows[0]
     for row in rows:
         if row["cached"] is None:
@@ -197,7 +197,7 @@ def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """A row without figures: what is not known is null."""
+    """A row without figures: unknown values are null."""
     return {
         "name": name,
         "quantised": None,
@@ -221,7 +221,7 @@ def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
 
 
 def _nearness(score: Score) -> dict[str, float | None]:
-    """How near the predictions are to those of the reference."""
+    """The comparison of a score with the reference."""
     return {"kl": score.kl, "agreement": score.agreement, "logit_difference": score.difference}
 
 
@@ -252,7 +252,7 @@ def _through_cache(model: PreTrainedModel, score: CachedScore) -> dict[str, Any]
 
 
 def _check_out(out: Path) -> None:
-    """Raises UsageError where `out` is or holds what cannot be an evaluation."""
+    """Raises UsageError if `out` cannot be the folder of an evaluation."""
     kinds = {"recipe.yaml": "training run", "config.json": "model"}
     what = next((f"holds a {kind}" for file, kind in kinds.items() if (out / file).exists()), None)
     if out.exists() and not out.is_dir():
@@ -262,7 +262,7 @@ def _check_out(out: Path) -> None:
 
 
 def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
-    """Raises UsageError where `out` holds another evaluation than this one, done before or begun."""
+    """Raises UsageError if `out` holds another evaluation, finished or not."""
     if not (out / "metrics.json").exists():
         return
     recorded = read_record(out / "metrics.json")
@@ -277,7 +277,7 @@ def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any])
 
 
 def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
-    """The configuration of a model that can be loaded, so that damage shows before an hour of scoring."""
+    """The configuration of a model. It also checks the checkpoint, so damage shows before an hour of scoring."""
     config = check_pretrained(path, dtype)
     if not isinstance(config, GPTNeoXConfig):
         raise UsageError(f"{path} is a {config.model_type!r} model: give GPT-NeoX or Context-Pythia models")
@@ -285,10 +285,10 @@ def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
 
 
 def _vocabulary_notes(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], data: PackedData) -> list[str]:
-    """A line for each way in which vocabularies differ.
+    """One line for each difference between vocabularies.
 
     Raises:
-        UsageError: a model has fewer rows than the text has tokens.
+        UsageError: a model has fewer embedding rows than the tokenizer has tokens.
     """
     notes, first = [], next(iter(configs))
     vocabulary = data.tokenizer.get_vocab()

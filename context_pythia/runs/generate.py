@@ -28,16 +28,15 @@ def generate(
     stats: bool = False,
     compile: bool = False,
 ) -> None:
-    """Print the prompt and what the model goes on with; with `stats`, tokens a second and the measured cache.
+    """Print the prompt and its continuation; with `stats`, tokens per second and the measured cache, too.
 
     Args:
         model: folder or Hub name.
-        temperature: of the sampling; 0 is greedy.
-        compile: decode from a static cache with a compiled step, which takes a while at first.
+        temperature: sampling temperature; 0 is greedy.
+        compile: decode from a static cache with a compiled step. Compilation takes a while at first.
 
     Raises:
-        UsageError: `top_k` without sampling, a prompt without tokens, or one that with the new tokens is longer than
-            the model's positions.
+        UsageError: `top_k` without sampling, a prompt without tokens, or more tokens than the model has positions.
     """
     if top_k is not None and temperature == 0:
         raise UsageError(f"--top-k {top_k}: needs a --temperature above 0")

@@ -18,10 +18,10 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
     """The figures of each model.
 
     Args:
-        recipe: its models are built with random weights; what the trained baseline decides is left open.
-        model: folder or Hub name of a saved model, in place of a recipe.
+        recipe: its models are built with random weights; figures that depend on a trained baseline stay unknown.
+        model: folder or Hub name of a saved model, instead of a recipe.
         length: tokens in the measured cache.
-        dtype: of the model and its cache.
+        dtype: dtype of the model and its cache.
 
     Raises:
         UsageError: a cache longer than a model's positions.
@@ -36,7 +36,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
             healed = recipe.heal if options.from_baseline else None
             models.append(_describe(options.name, counted, _narrow(options, recipe).to(torch_dtype), length, healed))
             if healed and options.context_source is not None:
-                # How it divides the context between rotary keys and latent decides the size of the way back.
+                # The number of parameters depends on how the conversion splits the context into keys and latent.
                 models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
     else:
         assert model is not None
@@ -46,7 +46,7 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
 
 
 def _narrow(options: ModelOptions, recipe: Recipe) -> PreTrainedModel:
-    """The model with the narrowest vocabulary and MLP, which have no part in its cache."""
+    """The model with the smallest vocabulary and MLP: neither affects its cache."""
     body = replace(recipe.architecture, intermediate_size=1, model_vocab_size=None, match_parameters=False)
     return build_model(options, replace(recipe, architecture=body), rows=2)
 
@@ -54,7 +54,7 @@ def _narrow(options: ModelOptions, recipe: Recipe) -> PreTrainedModel:
 def _describe(
     name: str, counted: PreTrainedModel, cached: PreTrainedModel, length: int, healed: HealOptions | None = None
 ) -> dict[str, Any]:
-    """The parameters of one model, and the cache that `generate()` fills of another with the same cache."""
+    """The parameters of one model, and the cache of another with the same cache, as `generate()` fills it."""
     if length > (positions := cached.config.max_position_embeddings):
         raise UsageError(f"--length {length}: must be at most {positions}, the positions of {name}")
     cache = describe_cache(cached, length)

@@ -1,4 +1,4 @@
-"""Where, when, with what and by which command figures were made: what every folder's provenance.json holds."""
+"""The contents of a folder's provenance.json: where, when, with what and by which command its figures were made."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors
 
 
 def write_call(path: Path, facts: Mapping[str, Any], of_folder: Mapping[str, Any] | None = None) -> None:
-    """Record the `provenance` of a call in the file, and keep what it holds of earlier ones. The caller has the lock.
+    """Add the `provenance` of a call to the file, which keeps those of earlier calls. The caller has the lock.
 
     Args:
-        of_folder: what is the same for all calls.
+        of_folder: values that are the same for all calls.
     """
     of_folder = of_folder or {}
     now = facts["created"]
@@ -38,7 +38,7 @@ def write_call(path: Path, facts: Mapping[str, Any], of_folder: Mapping[str, Any
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What decides how fast a training on `device` is; seconds compare between equal ones alone."""
+    """The facts that decide the speed of a training on `device`. Times are comparable only if these are equal."""
     return {
         "device": _device_name(device),
         "processes": processes.count(),
@@ -63,14 +63,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """`text` with `***` for what a URL in it keeps secret: a password, a user that is a token, an option named so."""
+    """`text` with `***` for the secrets of its URLs: passwords, user names that are tokens, secret query options."""
     text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
     text = re.sub(r"://[^:/@\s]+@", "://***@", text)
     return re.sub(r"([?&](?:password|passwd|pwd|token|secret|key)=)[^&\s]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 def _program(path: Path) -> str:
-    """As it is installed: `python -m context_pythia` is the command by another name."""
+    """The command line, with the installed command's name for `python -m context_pythia`."""
     return "context-pythia" if path.parts[-2:] == ("context_pythia", "__main__.py") else path.name
 
 
@@ -83,9 +83,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that the package runs from, `None` if it runs from an installation.
+    """Commit of the source tree that the package runs from; None for an installed package.
 
-    An environment may lie inside some other repository, which does not track this file.
+    An environment may be inside another repository, which does not track this file.
     """
 
     def git(*words: str) -> str:

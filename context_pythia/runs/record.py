@@ -1,8 +1,8 @@
 """A run is a folder, and this is the one module that writes its records.
 
 recipe.yaml        the resolved recipe
-metrics.json       a model's entry is added when the model is finished or has failed; what is there is not rerun
-provenance.json    versions, device, commit, command and models of the last call, and of the earlier ones
+metrics.json       an entry for each model that has finished or failed; a finished model does not run again
+provenance.json    versions, device, commit, command and models of the last call and of earlier ones
 phase1/NAME        the ContextBlock
 models/NAME        the model in Hugging Face form
 """
@@ -27,7 +27,7 @@ from context_pythia.runs.provenance import provenance, write_call
 
 
 def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
-    """A model's entry in metrics.json. Readers rely on every key; what is not given is null."""
+    """A model's entry in metrics.json. Readers rely on every key; missing values are null."""
     source = options.context_source
     return {
         "name": options.name,
@@ -56,21 +56,21 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
 
 
 def is_baseline(entry: Mapping[str, Any]) -> bool:
-    """Whether a model's entry is that of a GPT-NeoX trained from its first weights."""
+    """Whether the entry is of a GPT-NeoX that was trained from random weights."""
     return entry["context_source"] is None and not entry.get("from_baseline")
 
 
 class Run:
     """The records of a run folder.
 
-    Opening a folder that holds a run of the same recipe goes on with it; models may come in different calls, and from
-    processes that run at one time: each write keeps what others have recorded. Anything else in the recipe that differs
-    is refused, since figures in one folder must be comparable.
+    A folder with a run of the same recipe is resumed. Its models may come from different calls and from processes that
+    run at the same time: each write keeps the records of others. Any other difference in the recipe is refused, because
+    figures in one folder must be comparable.
 
     Args:
-        folder: made if it is not there.
-        recipe: what is to be run now.
-        origin: the run with the trained baseline for models that are made of one, if it is not this run.
+        folder: created if missing.
+        recipe: the recipe of this call.
+        origin: the run with the trained baseline that models are converted from, if it is not this run.
 
     Raises:
         UsageError: the folder holds a run of another recipe; the message names the first difference.
@@ -90,7 +90,7 @@ class Run:
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
         self._entries: dict[str, dict[str, Any]] = {}  # of this process
         self._take_in_recorded()
-        # All processes of one launch must pass over the same models, so what others finish later does not count.
+        # All processes of a launch must skip the same models, so models that others finish later do not count.
         self._finished = {entry["name"] for entry in self.metrics["models"] if entry["error"] is None}
 
     def phase1_folder(self, model: ModelOptions) -> Path:
@@ -100,7 +100,7 @@ class Run:
         return self.folder / "models" / model.folder
 
     def finished(self, name: str) -> bool:
-        """Whether the folder held the finished model when it was opened."""
+        """Whether the model was finished when this folder was opened."""
         return name in self._finished
 
     def baseline(self) -> tuple[ModelOptions, dict[str, Any]]:
@@ -112,12 +112,12 @@ class Run:
         raise Failure(f"{self.folder} has no trained baseline: train it first; if it failed, its report says why")
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Record a model's entry in place of an earlier one."""
+        """Record a model's entry; it replaces an earlier one."""
         self._entries[entry["name"]] = entry
         self.write()
 
     def use_data(self, summary: dict[str, Any]) -> None:
-        """Take the packed data's `summary` for the run's; UsageError where its entries come from other text."""
+        """Set the run's data `summary`; UsageError if the folder's entries come from other text."""
         recorded = self.metrics["data"].get("fingerprint")
         if self.metrics["models"] and recorded is not None:
             check_same(
@@ -129,9 +129,9 @@ class Run:
         self.metrics["data"] = summary
 
     def write(self) -> None:
-        """Write the recipe and the metrics. Opening a run only makes its folder, so a refused command locks nothing.
+        """Write the recipe and the metrics, in process 0 only.
 
-        Of several processes of one launch one writes.
+        Opening a run only creates its folder, so a refused command locks nothing.
         """
         if not processes.is_main():
             return
@@ -141,9 +141,9 @@ class Run:
             write_json(self.folder / "metrics.json", self.metrics)
 
     def _take_in_recorded(self) -> None:
-        """Bring recipe and entries up to what the folder holds now and what this process adds.
+        """Merge this process's recipe and entries with those in the folder now.
 
-        Reductions follow from the baseline's measured bytes, whoever has recorded it.
+        Reductions follow from the baseline's measured bytes, whichever call recorded it.
         """
         recorded: dict[str, Any] = {"models": [], "data": {}}
         if (self.folder / "metrics.json").exists():
@@ -167,7 +167,7 @@ class Run:
             entry["cache"]["reduction_measured"] = reduction
 
     def write_provenance(self, models: list[str], device: torch.device) -> None:
-        """Record where, with what and by which command `models` are trained, and keep what earlier calls recorded.
+        """Record the provenance of `models`, and keep that of earlier calls.
 
         `created` is the date of the folder's first call.
         """
@@ -179,9 +179,9 @@ class Run:
 
 
 def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
-    """The wanted recipe with the recorded models before its own; `UsageError` where the two would not compare.
+    """The wanted recipe with the recorded models before its own; `UsageError` if their figures are not comparable.
 
-    Options of healing matter only where something is `healed`.
+    Healing options are compared only if a model is `healed`.
     """
     old, new = deciding_values(recorded), deciding_values(wanted)
     for key in ("name", "models") if healed else ("name", "models", "heal"):
@@ -197,7 +197,7 @@ def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Reci
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json, of any version, with every key of a model's entry; UsageError, in one line, if it is damaged."""
+    """metrics.json of any version, with every key of a model's entry; UsageError if it is damaged."""
     metrics = read_record(path)
     for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
         if not isinstance(metrics.get(key), kind):

@@ -1,7 +1,7 @@
-"""The experiment: every model of a recipe through both phases, on the same data and seed, into one run folder.
+"""The experiment: train every model of a recipe in both phases, on the same data and seed, into one run folder.
 
-`compare` runs all models of the recipe that it is given, `run_phase1` phase 1 of them. Both go on where an earlier call
-stopped, and run in as many processes as `torchrun` starts; models that are made of the trained baseline run in one.
+`compare` trains all models of its recipe; `run_phase1` runs only their phase 1. Both resume an earlier call, and run in
+all processes that `torchrun` starts; models that are converted from the trained baseline need a single process.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from context_pythia.training.phase2 import check_options, train_language_model
 def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None = None) -> None:
     """Train and measure every model of the recipe.
 
-    A model that fails is recorded with its reason, and the others are run; of several processes, a failure ends all.
+    If a model fails, its entry has the reason and the next one runs. In several processes a failure ends the run.
 
     Args:
-        origin: as `Run` takes it.
+        origin: as in `Run`.
 
     Raises:
-        Failure: a model failed; the others are recorded first.
+        Failure: a model failed; raised after the others are recorded.
     """
     check_training(recipe)
     run, data = _open(recipe, out, progress, origin)
@@ -65,7 +65,7 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
             with _alone_with(options, run):
                 run.add(make(options, run, data, progress))
         except Exception as error:
-            # Of several processes the others wait for this one in the middle of a model.
+            # The other processes wait for this one in the middle of a model.
             if processes.count() > 1 or not is_failure(error):
                 raise
             failures.append(f"{options.name}: {first_line(error)}")
@@ -79,10 +79,10 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
 
 @processes.joined()
 def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
-    """Phase 1 alone, for the recipe's models that have a ContextBlock.
+    """Run phase 1 of the recipe's models.
 
     Raises:
-        UsageError: a model has none.
+        UsageError: a model has no ContextBlock.
     """
     for options in recipe.models:
         if options.context_source not in RECURRENT:
@@ -98,7 +98,7 @@ def run_phase1(recipe: Recipe, out: Path, progress: bool = True) -> None:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Raise `UsageError` for options of training or healing that cannot be here, or not together."""
+    """Raise `UsageError` for options of training or healing that are impossible here or contradict each other."""
     check_options(recipe.train)
     if any(options.from_baseline for options in recipe.models):
         check_options(training_options(recipe.heal))
@@ -116,7 +116,7 @@ def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) 
 
 
 def _check_origins(recipe: Recipe, run: Run) -> None:
-    """Raise `UsageError` where a model is to be made of a baseline that is not there when its turn comes."""
+    """Raise `UsageError` if a model's baseline will be missing when the model has to be converted from it."""
     healed = [model.name for model in recipe.models if model.from_baseline and not run.finished(model.name)]
     if not healed:
         return
@@ -152,7 +152,7 @@ def _phase1(model: Any, options: ModelOptions, run: Run, data: PackedData, progr
 
 @contextlib.contextmanager
 def _alone_with(options: ModelOptions, run: Run) -> Iterator[None]:
-    """Raise `UsageError` where another call trains the model in this folder: they would share its checkpoints."""
+    """Raise `UsageError` if another call trains the model in this folder: they would share its checkpoints."""
     with contextlib.ExitStack() as held:
         if processes.is_main():
             (run.folder / ".locks").mkdir(exist_ok=True)
@@ -197,13 +197,13 @@ def _train_and_measure(options: ModelOptions, run: Run, data: PackedData, progre
 
 
 def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progress: bool) -> dict[str, Any]:
-    """The entry of a model that is made of the trained baseline; its epochs are counted from there."""
+    """The entry of a model that is converted from the trained baseline; its epochs count from the conversion."""
     baseline, entry = run.origin.baseline()
     recipe, original, folder = run.recipe, str(run.origin.model_folder(baseline)), run.model_folder(options)
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
     width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}
-    # A tokenizer that was trained on the text is the model's own now.
+    # A tokenizer that the run trained on the text is now in the model's folder.
     text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
     tokens = min(ConvertOptions.calibration_tokens, len(data.train) * recipe.data.sequence_length)
     conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
