@@ -1,10 +1,10 @@
-"""What a conversion must know of the text: each layer's inputs, and how much its keys and values matter.
+"""Calibration: statistics of each layer's inputs, and of how much its keys and values matter.
 
-One pass over calibration text through the original model. A layer's input moments say what it reads; the moments of
-its weights' gradients, sample by sample, say what errors do to the predictions. Labels are drawn from the model's own
-predictions, so that this is the true Fisher information, and a sample's gradient is the sum over its tokens, so that
-errors which add up along a text count as such. The two moments are those of Shampoo (arXiv 1802.09568); those of tokens
-taken one by one, as in K-FAC (arXiv 1503.05671), lost a tenth more at an eighth of the cache.
+The original model reads the calibration text once. The input moments of a layer show what it reads; the moments of its
+weights' gradients show what errors do to the predictions. Labels are drawn from the model's own predictions, which
+gives the true Fisher information. Gradients are summed over a sample's tokens, since errors add up along a text. The
+two moments are those of Shampoo (arXiv 1802.09568). Moments of single tokens, as in K-FAC (arXiv 1503.05671), lost a
+tenth more at an eighth of the cache.
 
 Shapes: B samples, T tokens of each, D hidden size, H heads.
 """
@@ -31,7 +31,7 @@ from context_pythia.errors import Failure
 from context_pythia.files import whole
 from context_pythia.training.optimization import recompute_activations
 
-HEAD_TOKENS = 256  # tokens whose predictions are held at once
+HEAD_TOKENS = 256  # tokens whose logits are in memory at once
 
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -43,12 +43,12 @@ class LayerStatistics:
 
     Attributes:
         tokens: number of tokens, `[]`.
-        input_sum: of the normalized inputs, `[D]`.
-        input_moment: of their outer products, `[D, D]`.
-        column_moment: of `dWᵀ dW` over the samples, `[D + 1, D + 1]`. `dW`, `[2 D, D + 1]`, is the gradient of a
-            sample's summed loss by the weight of keys (not yet turned; they come first) and values, head by head, and
-            in its last column by their bias.
-        row_moment: of `dW dWᵀ` likewise, without the bias, `[2 D, 2 D]`.
+        input_sum: sum of the normalized inputs, `[D]`.
+        input_moment: sum of their outer products, `[D, D]`.
+        column_moment: sum of `dWᵀ dW` over the samples, `[D + 1, D + 1]`. `dW`, `[2 D, D + 1]`, is the gradient of a
+            sample's summed loss by the weights of keys (before RoPE; they come first) and values, head by head. Its
+            last column is the gradient by their bias.
+        row_moment: sum of `dW dWᵀ` without the bias, `[2 D, 2 D]`.
     """
 
     tokens: torch.Tensor
@@ -75,7 +75,7 @@ class LayerStatistics:
             raise Failure(f"{path} is damaged ({error}): delete it to calibrate again") from error
 
     def factorizer(self, layer: KeysAndValues, weighting: str) -> LayerFactorizer:
-        """The layer's factorizations under one of `WEIGHTINGS`."""
+        """The layer's factorizer with one of `WEIGHTINGS`."""
         return LayerFactorizer(layer, *WEIGHTINGS[weighting](self))
 
     def input_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,12 +84,12 @@ class LayerStatistics:
         return mean, self.input_moment / self.tokens - mean[:, None] * mean
 
     def fisher_factors(self) -> Moments:
-        """Mean `[D]` of the inputs, and covariance `[D, D]` and metric `[2 D, 2 D]` whose Kronecker product stands for
-        the Fisher information of the weight, a token's share of it.
+        """Mean `[D]` of the inputs, covariance `[D, D]` and metric `[2 D, 2 D]`. The Kronecker product of the last two
+        approximates the Fisher information of the weight per token.
 
-        The bias is rebuilt at will, so its column is taken out, by the Schur complement. Of a Kronecker product each
-        moment holds one factor whole and of the other its trace; the covariance gets the trace that the inputs' has.
-        The mean is the inputs' own: the one that the column holds, about which this covariance is, gained nothing.
+        A Schur complement removes the bias, because its value is free after the conversion. Each moment of a Kronecker
+        product has one factor, times the trace of the other; the covariance is scaled to the trace of the inputs'
+        covariance. The mean is that of the inputs: the mean in the bias column gained nothing.
         """
         mean, covariance = self.input_moments()
         bias, of_bias = self.column_moment[:-1, -1], self.column_moment[-1, -1]
@@ -104,8 +104,8 @@ class LayerStatistics:
         return torch.eye(len(self.row_moment), dtype=torch.float64)
 
 
-# What a factorization takes for the inputs' mean and covariance and for the errors' metric. All but the first are there
-# to compare with: principal components of keys and values, and the singular values of the weights alone.
+# The inputs' mean and covariance and the errors' metric for a factorization. The last two are for comparison: principal
+# components of keys and values, and singular values of the weights.
 WEIGHTINGS: dict[str, Callable[[LayerStatistics], Moments]] = {
     "gradients": LayerStatistics.fisher_factors,
     "inputs": lambda held: (*held.input_moments(), held.identity()),
@@ -128,13 +128,13 @@ def collect(
 ) -> dict[int, LayerStatistics]:
     """Statistics of the given layers from one pass over all samples of `text`.
 
-    The backward pass computes each layer anew from its input, so that it takes one layer's activations and, where
-    weights are read from disk (`load_pretrained`), one layer's weights at a time.
+    The backward pass recomputes each layer from its input. It needs the activations of one layer at a time, and, if
+    weights are read from disk (`load_pretrained`), the weights of one layer.
 
     Args:
-        layers: those whose statistics are held at once; a layer takes `48 D^2` bytes.
-        batch_size: samples a pass; but for rounding it changes nothing.
-        seed: of the labels drawn from the model's predictions.
+        layers: the layers to observe; statistics take `48 D^2` bytes per layer.
+        batch_size: samples per pass; it changes only rounding.
+        seed: seed of the labels, which are drawn from the model's predictions.
 
     Raises:
         Failure: a prediction, an input or a gradient is not finite.
@@ -157,8 +157,8 @@ def collect(
 
 
 def loss_gradients(model: GPTNeoXForCausalLM, states: torch.Tensor, seed: int) -> torch.Tensor:
-    """Gradients, by a sample's last hidden states `[T, D]`, of its summed loss on labels that the model's own
-    predictions draw. Few tokens' predictions are held at once: a row of them is as long as the vocabulary.
+    """Gradients of a sample's summed loss by its last hidden states `[T, D]`. The labels are drawn from the model's own
+    predictions. Only `HEAD_TOKENS` rows of logits are in memory at a time, each as long as the vocabulary.
 
     Raises:
         Failure: a prediction is not finite.
@@ -176,12 +176,12 @@ def loss_gradients(model: GPTNeoXForCausalLM, states: torch.Tensor, seed: int) -
 
 
 def execution_device(model: GPTNeoXForCausalLM) -> torch.device:
-    """Where the model computes, wherever its weights are: its rotary angles are always there."""
+    """The device on which the model computes, even if its weights are elsewhere: that of its rotary angles."""
     return model.base_model.rotary_emb.inv_freq.device
 
 
 def _seed_of(seed: int, sample: int) -> int:
-    """A seed of the sample's own, so that batches may be of any size; generators read 32 bits of it."""
+    """The sample's own seed: labels do not depend on the batch size. Generators read 32 bits."""
     return (seed * 1_000_003 + sample) % 2**32
 
 
@@ -193,13 +193,13 @@ def _sandwich(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) -> Iterator[Event]:
-    """Within it a forward pass, while the given event is set, and its backward pass add to `statistics`.
+    """In the `with` block, a forward pass while the event is set, and its backward pass, add to `statistics`.
 
-    Gradients reach activations alone, no weights. The event must not be set in the backward pass, which runs each layer
-    forward once more: that is where its inputs are taken to meet the gradients, so that no others are held meanwhile.
+    Only activations get gradients, not weights. Clear the event before the backward pass, which runs each layer forward
+    again: the gradients then use the inputs of that second run, and no inputs stay in memory between the passes.
     """
     heads = model.config.num_attention_heads
-    # By name: a tied weight that is read from disk is one parameter before it is read, and two after.
+    # By name: a tied weight on disk is one parameter before it is read, and two after.
     required = {name: weight.requires_grad for name, weight in model.named_parameters(remove_duplicate=False)}
     handles = []
     recording = Event()
@@ -222,7 +222,7 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
             parts = gradient.float().unflatten(-1, (heads, 3, -1))
             kept = parts[..., 1:, :].transpose(2, 3).flatten(2)
             states = nn.functional.pad(computed_anew.pop(), (0, 1), value=1.0)
-            # dW is keptᵀ states; through products of tokens, neither it nor its products are formed for each sample.
+            # dW is keptᵀ states. Products between tokens give its moments without forming dW for each sample.
             held.column_moment += _sandwich(states, kept).double().cpu()
             held.row_moment += _sandwich(kept, states[..., :-1]).double().cpu()
 
@@ -230,12 +230,12 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
 
     try:
         model.eval().requires_grad_(False)
-        recompute_activations(model)  # embeddings then ask for gradients, too
+        recompute_activations(model)  # this also makes embeddings require gradients
         for layer in model.base_model.layers:
-            layer.training = True  # Checkpointing asks for it; the layer's parts, dropout among them, stay as they are.
+            layer.training = True  # Checkpointing requires it; the submodules, and so dropout, stay in eval mode.
         for layer, held in statistics.items():
             handles.append(model.gpt_neox.layers[layer].attention.query_key_value.register_forward_hook(watch(held)))
-        # Recomputing would else stop amid a layer's last module, whose weights, read from disk, would stay.
+        # With an early stop, a layer's last module would not finish, and its weights would stay in memory.
         with set_checkpoint_early_stop(False):
             yield recording
     finally:

@@ -1,7 +1,7 @@
-"""From a GPT-NeoX model and the options to its converted model, a layer at a time.
+"""Converts a GPT-NeoX model, one layer at a time.
 
-Statistics of the calibration text say what each layer's directions are worth; the budget is shared out by them, and
-each layer is factorized anew as its weights are written. Statistics that an interrupted run left are taken over.
+Calibration statistics give the value of each layer's directions and decide how the budget is split. Each layer is
+factorized again when its weights are written. A resumed run uses the statistics that it finds.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.memory import free_memory
 from context_pythia.model import ContextPythiaForCausalLM
 
-WIDTH_MULTIPLE = 8  # widths that memory and vector units like
-STATISTICS_BYTES = 48  # of a layer, times D^2
-MOST_STATISTICS = 8 * 2**30  # bytes at once; of more layers' statistics the text is read several times
-PASS_TOKENS = 4096  # each layer's weights are read twice a pass, so a pass should not be short
+WIDTH_MULTIPLE = 8  # alignment for memory and vector units
+STATISTICS_BYTES = 48  # per layer, times D^2
+MOST_STATISTICS = 8 * 2**30  # bytes at once; if all layers need more, the text is read several times
+PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
 
 
 def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
-    """The mean width of a layer's context; UsageError for one that the model cannot have."""
+    """The layers' mean context width; UsageError if it does not fit the model."""
     config, attention = original.config, original.gpt_neox.layers[0].attention
     hidden, rotary = config.hidden_size, attention.rotary_ndims
     width = options.width(hidden)
@@ -62,11 +62,11 @@ def compressed(
     partial: Path,
     progress: bool,
 ) -> tuple[ContextPythiaForCausalLM, dict[str, Any]]:
-    """The converted model, on disk (see `transplant`), and what the record says of its layers.
+    """The converted model, on disk (see `transplant`), and the record's entries on its layers.
 
     Args:
         width: the layers' mean context_dim, from `checked_width`.
-        packed: its training split calibrates; None for an exact conversion, which needs none.
+        packed: its training split calibrates; None for an exact conversion, which needs no text.
         partial: folder for statistics and weights.
 
     Raises:
@@ -105,7 +105,7 @@ def compressed(
 
 
 class _Exact:
-    """All rotary keys and the rest of the model's width in each layer: half of the cache, and no error."""
+    """Exact contexts, all rotary keys and a latent for the rest of the model's width: half the cache, no error."""
 
     def __init__(self, original: GPTNeoXForCausalLM):
         config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
@@ -121,7 +121,7 @@ class _Exact:
 
 
 class _Calibrated:
-    """Widths and rotary pairs that the layers' errors, weighed by the statistics, ask for."""
+    """Widths and rotary pairs with the least weighted error, and the layers' factors."""
 
     def __init__(self, original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]):
         self.original, self.weighting, self.statistics = original, options.weighting, statistics
@@ -138,7 +138,7 @@ class _Calibrated:
         self.pairs = [counts[layer][int(choices[layer][self.widths[layer]])] for layer in range(layers)]
 
     def _factorizer(self, layer: int) -> LayerFactorizer:
-        """Made anew each time: one layer's moments are in memory at once."""
+        """Built on each call, to keep only one layer's moments in memory."""
         statistics = LayerStatistics.load(self.statistics[layer])
         return statistics.factorizer(keys_and_values(self.original, layer), self.weighting)
 
@@ -150,7 +150,7 @@ class _Calibrated:
 def _statistics(
     original: GPTNeoXForCausalLM, options: ConvertOptions, train: PackedDataset, partial: Path, progress: bool
 ) -> list[Path]:
-    """A file of statistics for each layer; those that an interrupted run left are taken over."""
+    """One file of statistics per layer; existing files of an interrupted run are used."""
     hidden = original.config.hidden_size
     needed = 2 * hidden
     if options.calibration_tokens < needed:
@@ -162,7 +162,7 @@ def _statistics(
             f"calibration_tokens {options.calibration_tokens}: the training split has {train.num_tokens} tokens; give "
             f"more text or samples, or calibrate on fewer tokens (at least {needed})"
         )
-    # Samples from the whole split: its first ones may be of a single document.
+    # Samples from the whole split, since the first ones may come from a single document.
     chosen = torch.linspace(0, len(train) - 1, -(-options.calibration_tokens // train.sequence_length)).long()
     text = PackedDataset(train.tokens[chosen.numpy()])
     files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]

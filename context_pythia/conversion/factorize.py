@@ -1,12 +1,12 @@
-"""Keys and values of one layer from fewer numbers: linear algebra on weights, moments and ranks, nothing else.
+"""Rebuilds one layer's keys and values from fewer numbers: linear algebra on weights, moments and ranks.
 
-A layer's keys and values are `y = W h + b` of its normalized input h. The context keeps rotary pairs r and a latent z,
-both linear in h, and y is rebuilt affinely from them (`model/attention.py`). Below full rank the factors minimize
+A layer's keys and values are `y = W h + b` of its normalized input h. The context has rotary pairs r and a latent z,
+both linear in h; an affine map rebuilds y from them (`model/attention.py`). Below full rank the factors minimize
 
     E (y - y')^T G (y - y'),
 
-with moments of h and a metric G of which `conversion/calibrate.py` has several: by default the Kronecker factors of the
-Fisher information, so that this is the quadratic model of the loss. All in float64.
+with moments of h and a metric G from `conversion/calibrate.py`. The default moments are the Kronecker factors of the
+Fisher information, which make this the quadratic model of the loss. All in float64.
 
 Shapes: D hidden size, H heads, d rotary dims of a head, F = d / 2 frequencies, P pairs, R = 2 P, L latent, C content.
 """
@@ -20,9 +20,9 @@ import torch
 
 from context_pythia.errors import Failure
 
-# Directions in which inputs or gradients hardly vary have no say, but must not make a whitening infinite.
+# Directions in which inputs or gradients hardly vary do not matter, but must not make a whitening infinite.
 RIDGE = 1e-9
-# What a pair reads of the input beyond the other pairs, or the error that it saves, is rounding below this share.
+# Below this share, the part of the input that only this pair reads, or the error that it saves, is rounding.
 ROUNDING = 1e-11
 
 
@@ -31,8 +31,8 @@ class KeysAndValues:
     """A layer's weights, in float64.
 
     Attributes:
-        weight: of the keys (not yet turned), then the values, each head by head, `[2 D, D]`.
-        bias: likewise, `[2 D]`; zero where the layer has none.
+        weight: of the keys (before RoPE), then the values, each head by head, `[2 D, D]`.
+        bias: in the same order, `[2 D]`; zero if the layer has none.
         num_heads: H.
         rotary_dim: d.
     """
@@ -70,20 +70,19 @@ class KeysAndValues:
 
 @dataclass
 class Factors:
-    """A layer's context and the way back from it, as `ContextAttention` holds them.
+    """The maps of one layer to its context and back, in the form of `ContextAttention`.
 
     Attributes:
         pairs: rotary pairs at each of the F frequencies.
         context_weight, context_bias: `[R + L, D]`, `[R + L]`.
         rotary_up: `[H, P, 2]`.
-        key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L: the rotary keys are reused.
-        error: E (y - y')^T G (y - y') / 2. With the gradients' moments it stands for nats a token, but layers' errors
-            add up and a Kronecker product is not the whole Fisher information: it ranks factorizations and does not
-            foretell losses.
-        spectrum: what each direction of the input that the pairs do not read adds to the error if the latent leaves it
-            out, `[D - rank]`, descending; the latent has the first L. Empty where nothing is left out.
-        condition: condition number of an exact context, by which rounding it is enlarged on the way back; None for
-            others.
+        key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L, because rotary keys are reused.
+        error: E (y - y')^T G (y - y') / 2. With the gradients' moments its unit is nats per token. It ranks
+            factorizations but does not predict losses: errors of layers interact, and a Kronecker product only
+            approximates the Fisher information.
+        spectrum: error of omitting each direction of the input that the pairs do not read, `[D - rank]`, descending;
+            the latent has the first L. Empty for an exact context.
+        condition: condition number of an exact context, the factor by which it amplifies rounding; None for others.
     """
 
     pairs: list[int]
@@ -99,14 +98,14 @@ class Factors:
 
 
 class LayerFactorizer:
-    """All factorizations of one layer under one weighting.
+    """All factorizations of one layer with one weighting.
 
     The rotary pairs of a frequency are the leading components of a complex PCA over the heads' keys: RoPE turns all of
     them by one angle, so a complex combination of turned keys is the turned combination (RoRoPE, arXiv 2502.07864).
-    The latent is the reduced-rank regression of all else on what the pairs leave of the input.
+    The latent is a reduced-rank regression of everything else on the part of the input that the pairs do not read.
 
     Args:
-        mean, covariance: of the inputs, as a weighting has them, `[D]` and `[D, D]`.
+        mean, covariance: of the inputs, by the weighting, `[D]` and `[D, D]`.
         metric: G, `[2 D, 2 D]`, ordered as the layer's weight.
     """
 
@@ -119,7 +118,7 @@ class LayerFactorizer:
         self._find_components(covariance, metric)
 
     def _find_components(self, covariance: torch.Tensor, metric: torch.Tensor) -> None:
-        """At each frequency the heads' components, in order of what they are worth: errors, ways in, ways back."""
+        """The heads' components at each frequency, in order of their value: errors, maps in, maps back."""
         weight, bias = self.layer.rotary
         mean = weight @ self.mean.to(weight.dtype) + bias
         reads = weight @ covariance.to(weight.dtype) @ weight.mH + mean[:, :, None] * mean[:, None].conj()
@@ -128,7 +127,7 @@ class LayerFactorizer:
         def block(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return metric[a[:, :, None], b[:, None, :]]
 
-        # The part of the real metric that turns with the keys; RoPE averages out the rest.
+        # The part of the real metric that commutes with the turning; RoPE averages out the rest.
         turning = torch.complex(
             (block(real, real) + block(imaginary, imaginary)) / 2,
             (block(imaginary, real) - block(real, imaginary)) / 2,
@@ -138,22 +137,22 @@ class LayerFactorizer:
         for f in range(reads.shape[0]):
             root = symmetric_root(turning[f])
             values, vectors = torch.linalg.eigh(root @ reads[f] @ root)
-            # Of a frequency whose metric is zero any components do, and none is worth anything.
+            # If a frequency's metric is zero, any components do and all are worthless.
             self.worth[f], vectors = values.flip(0).clamp(min=0) * bool(turning[f].any()), vectors.flip(1)
             inward = vectors.mH @ root  # [component, H]
-            # A pair is then as large as a head's key. Gradients are small, and would make pairs that a quantized cache
-            # rounds to nothing and that one step of healing overwrites.
+            # This makes a pair as large as a head's key. Gradients are small: their scale would give pairs that a
+            # quantized cache rounds to zero and that one step of healing overwrites.
             size = torch.linalg.vector_norm(inward, dim=1)
             self.inward[f] = inward / size[:, None]
             self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
     @cached_property
     def order(self) -> torch.Tensor:
-        """All components, those of most worth first, as indices into the flattened `[F, H]`."""
+        """All components, the most valuable first, as indices into the flattened `[F, H]`."""
         return self.worth.flatten().argsort(descending=True, stable=True)
 
     def pair_counts(self, total: int) -> list[int]:
-        """The counts a frequency that keep the `total` components of most worth."""
+        """The counts per frequency of the `total` most valuable components."""
         frequencies, heads = self.worth.shape
         return torch.bincount(self.order[:total] // heads, minlength=frequencies).tolist()
 
@@ -166,9 +165,9 @@ class LayerFactorizer:
         return torch.cat([weight.real, weight.imag]), torch.cat([bias.real, bias.imag])
 
     def _free(self, rotary_weight: torch.Tensor) -> torch.Tensor:
-        """Orthonormal directions of the whitened input that the pairs do not see, `[D, D - rank]`.
+        """Orthonormal directions of the whitened input that the pairs do not read, `[D, D - rank]`.
 
-        Pairs that depend on each other, as those of heads with equal keys or with none, see fewer than R.
+        The rank is below R if pairs are linearly dependent, for example with equal or pruned heads.
         """
         directions, sizes, _ = torch.linalg.svd((rotary_weight @ self.root).T, full_matrices=True)
         return directions[:, int((sizes > ROUNDING * sizes[0]).sum()) :]
@@ -187,24 +186,24 @@ class LayerFactorizer:
         """The best split of each width into pairs and latent.
 
         Args:
-            grid: numbers of pairs that are tried.
+            grid: numbers of pairs to try.
 
         Returns:
-            least error at widths 0, 1, … D, `[D + 1]` (infinite where there is no room), and the pairs that reach it.
+            least error at widths 0, 1, … D, `[D + 1]` (infinite if too narrow), and the number of pairs that gives it.
         """
         width, most = self.layer.weight.shape[1], self.worth.numel()
         weight, _ = self.layer.rotary
         pairs = (self.inward @ weight).flatten(0, 1)[self.order] @ self.root.to(weight.dtype)  # [P, D]
         reads = torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T  # [D, 2 P]
-        # What the first pairs do not see is what the last columns span, so one basis serves all numbers of pairs. Where
-        # pairs depend on each other, it spans less than that.
+        # The last columns span what the first pairs do not read, so one basis serves all numbers of pairs. If pairs are
+        # linearly dependent, the columns span less than that.
         basis, triangle = torch.linalg.qr(reads, mode="complete")
         independent = bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
         gram = basis.T @ self.gram @ basis
         rounding = ROUNDING * float(gram.trace() + self.worth.sum())
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
-        # One pair is always among them, so that whatever has room for a pair and a latent is finite.
+        # Always try one pair, so every width with room for a pair and a latent has a finite error.
         for total in sorted({1, *(max(1, most * step // grid) for step in range(1, grid + 1))}):
             counts = self.pair_counts(total)
             if independent:
@@ -226,7 +225,7 @@ class LayerFactorizer:
         values = values.clamp(min=0)
         directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
         latent_weight = torch.linalg.solve(self.root, directions).T
-        # The latent is orthogonal to the pairs, so each is regressed on by itself.
+        # The latent is orthogonal to the pairs, so the two regressions are independent.
         content = layer.weight[layer.content_rows] @ self.root
         up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), content @ directions], dim=1)
         return rebuilt(
@@ -243,7 +242,7 @@ class LayerFactorizer:
 
 
 def exact_factors(layer: KeysAndValues) -> Factors:
-    """A context of D numbers that loses nothing: all rotary keys, and an orthonormal basis of what they do not read.
+    """An exact context of D numbers: all rotary keys, and an orthonormal basis of what they do not read.
 
     The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
 
@@ -289,7 +288,7 @@ def rebuilt(
     error: float,
     spectrum: torch.Tensor,
 ) -> Factors:
-    """Factors whose rebuilt values are right in the mean; `up` maps the context to the content's rows."""
+    """Factors whose biases make the rebuilt values right in the mean; `up` maps the context to the content's rows."""
     keys = layer.weight.shape[1] - layer.num_heads * layer.rotary_dim
     expected = layer.weight[layer.content_rows] @ mean + layer.bias[layer.content_rows]
     offset = expected - up @ (context_weight @ mean + context_bias)
@@ -307,7 +306,7 @@ def rebuilt(
 
 
 def allocate(frontiers: list[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
-    """Widths of the layers that sum up to `total` with the least error: by marginal error along each convex hull.
+    """Widths of the layers with sum `total` and the least error, by marginal error along each layer's convex hull.
 
     Args:
         frontiers: each layer's least error at widths 0, 1, … D (`LayerFactorizer.frontier`).
@@ -339,9 +338,9 @@ def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric positive root of a positive semidefinite matrix, its smallest eigenvalues raised to a ridge.
+    """The symmetric positive root of a positive semidefinite matrix; a ridge bounds its smallest eigenvalues.
 
-    The zero matrix has the identity: where nothing matters, as in heads that were pruned, directions are all alike.
+    The zero matrix (of pruned heads, for example) gives the identity: all directions are alike.
     """
     values, vectors = torch.linalg.eigh(matrix)
     largest = float(values[-1])

@@ -1,10 +1,10 @@
-"""Healing: a converted model is trained for some steps to match its original, on phase 2's machinery.
+"""Healing: some training steps that make a converted model match its original, in the loop of phase 2.
 
-The loss of a token is `(1 - ce_weight) KL(original || student) + ce_weight CE(text || student)` over the logits at
-temperature 1. The original only gives targets: it runs without gradients and enters no checkpoint.
+The loss per token is `(1 - ce_weight) KL(original || student) + ce_weight CE(text || student)`, on logits at
+temperature 1. The original only gives targets: it runs without gradients and is in no checkpoint.
 
-The same function with a plain GPT-NeoX as student, and no teacher or a copy of it, is the control of healing: the
-original, trained equally long.
+The control of healing is the original itself, trained for as many steps: a plain GPT-NeoX as student, with a copy of
+itself or None as teacher.
 """
 
 from __future__ import annotations
@@ -34,18 +34,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class HealResult:
-    """What healing reached; `asdict` of it is JSON.
+    """The result of healing; its `asdict` is JSON.
 
     Attributes:
         steps: optimizer steps done.
-        kept_step: the step whose weights were kept: the last, or that of the lowest perplexity if validation got worse
-            after it (0: the weights from before).
-        val_ppl_before: validation perplexity of the student as it came.
+        kept_step: the step of the kept weights, the one with the lowest validation perplexity (0: before healing).
+        val_ppl_before: validation perplexity of the student before healing.
         val_ppl: validation perplexity of the kept weights.
         val_accuracy: top-1 accuracy of the kept weights, 0 to 1.
         val_ppl_by_position: `val_ppl` in bands (see `perplexity_by_position`).
-        seconds: time in training steps, evaluations and interruptions not counted.
-        history: an evaluation a row, as `TrainResult.history`; train_loss is that of healing.
+        seconds: time in training steps, without evaluations and interruptions.
+        history: one row per evaluation, as in `TrainResult.history`; train_loss is the healing loss.
     """
 
     steps: int
@@ -75,24 +74,24 @@ def heal(
     folder: Path,
     progress: bool = True,
 ) -> HealResult:
-    """Trains `student` towards `teacher` and leaves the healed weights in it and, with the tokenizer, in `folder`.
+    """Trains `student` towards `teacher`, and saves the healed student with its tokenizer in `folder`.
 
-    Which parameters are trained is `options.parameters`. "attention": all in `gpt_neox.layers.*.attention`, but for
-    `dense`. The query is among them because conversion changed it too (it absorbs the maps of the rotary keys), and
-    because a plain GPT-NeoX keeps it in one matrix with keys and values, so that the control trains the same.
+    `options.parameters` chooses the trained parameters. "attention" means all in `gpt_neox.layers.*.attention` except
+    `dense`. This includes the query: the conversion changes it too (it absorbs the maps of the rotary keys), and in a
+    plain GPT-NeoX, the control, it is part of one matrix with keys and values.
 
-    Checkpoints, resumption and ctrl-C are those of `train_language_model`; a finished folder is loaded and returned at
-    once. To go on, give the student as it was at the first call, unhealed.
+    Checkpoints, resumption and ctrl-C work as in `train_language_model`; a finished folder is loaded and returned at
+    once. To resume, give the student of the first call, before healing.
 
     Args:
         student: a causal GPT-NeoX or Context-Pythia; its dtype may differ from the teacher's.
-        teacher: the original, which moves to the device of training and takes the student's attention implementation;
-            None trains by cross-entropy alone, whatever `options.ce_weight` is.
-        data: `train` heals, `validation` gives perplexities before, at each epoch's end and after the last step.
-        seed: of the samples' order and dropout.
+        teacher: the original; it moves to the training device and takes the student's attention implementation. None
+            means cross-entropy only, whatever `options.ce_weight` is.
+        data: `train` heals; `validation` gives perplexities before, at the end of each epoch and after the last step.
+        seed: seed of the samples' order and of dropout.
 
     Raises:
-        UsageError: no steps, models with unlike vocabularies, options that cannot be, or a folder with another run.
+        UsageError: no steps, different vocabularies, impossible options, or a folder with another run.
         Failure: a loss that is not finite, or only damaged checkpoints.
         OSError: a folder that cannot be written.
     """
@@ -144,7 +143,7 @@ class Distillation:
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum over the batch's tokens, in nats, a scalar."""
         hidden, head = hidden_states(model, batch["input_ids"])
-        # The same arithmetic in both, so that models that agree have no loss.
+        # The same arithmetic in both: equal models then have no loss.
         self.teacher.to(hidden.device)
         self.teacher.set_attn_implementation(unwrapped(model).config._attn_implementation)
         with torch.no_grad(), self._precision():
@@ -154,7 +153,8 @@ class Distillation:
         return linear_distillation(hidden, head, labels, expected.flatten(0, 1), teacher_head, self.ce_weight)
 
     def _precision(self) -> contextlib.AbstractContextManager:
-        """A teacher in float32 follows the student's autocast; another runs as it is: autocast would mix dtypes."""
+        """A teacher in float32 follows the student's autocast. One of another dtype runs without it: autocast would
+        mix dtypes."""
         if self.teacher.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.teacher.device.type, enabled=False)
@@ -162,7 +162,7 @@ class Distillation:
 
 @contextlib.contextmanager
 def trained_alone(model: PreTrainedModel, options: HealOptions) -> Iterator[None]:
-    """Within it only the parameters to be healed require gradients."""
+    """In the `with` block only the parameters to heal require gradients."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
@@ -174,13 +174,13 @@ def trained_alone(model: PreTrainedModel, options: HealOptions) -> Iterator[None
 
 
 def training_options(options: HealOptions) -> TrainOptions:
-    """What both kinds of options name alike; validation stops healing never, it only chooses the weights."""
+    """The options that both kinds share. Validation never stops healing, it only chooses the weights."""
     names = {f.name for f in fields(options)} & {f.name for f in fields(TrainOptions)}
     return HealTraining(**{name: getattr(options, name) for name in names}, patience=sys.maxsize)
 
 
 def fingerprint(model: PreTrainedModel) -> int:
-    """CRC-32 of all weights, by which a folder knows the models that it was begun with."""
+    """CRC-32 of all weights, which identifies a folder's models."""
     crc = 0
     for name, parameter in model.named_parameters():
         crc = zlib.crc32(name.encode(), crc)

@@ -1,4 +1,4 @@
-"""The checkpoint that a conversion begins with: checked, its weights read from disk as they are needed."""
+"""Opens and checks the checkpoint to convert; its weights are read from disk when needed."""
 
 from __future__ import annotations
 
@@ -12,35 +12,33 @@ from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.pretrained import load_pretrained, quantizer_of, stored_config
 from context_pythia.model import ContextPythiaConfig
 
-# A cached key is turned back by the angles of today; these kinds of RoPE change them as the text grows.
+# These kinds of RoPE change their angles as the text grows, and a cached key must be turned by its original angles.
 CHANGING_ROPE = ("dynamic", "longrope")
 
 
 def load_original(name: str, device: torch.device) -> GPTNeoXForCausalLM:
-    """The model to convert, its weights left on disk.
+    """The model to convert, with its weights on disk.
 
     Args:
-        device: where it computes.
+        device: the device on which it computes.
 
     Raises:
         UsageError: a model of another family, a quantized one, or one whose kind of RoPE cannot be converted.
         Failure: a damaged checkpoint.
     """
-    # The bare file first, which families have that transformers does not know; one that names none is left to loading.
+    # Read the bare file first: transformers may not know the family. Without a family in it, loading reports the fault.
     stored = stored_config(name)
     family = stored.get("model_type")
     if family == ContextPythiaConfig.model_type:
-        raise UsageError(f"{name} is a Context-Pythia already: give the GPT-NeoX checkpoint that it was made of")
+        raise UsageError(f"{name} is a Context-Pythia already: give the original GPT-NeoX checkpoint")
     if family not in (None, GPTNeoXConfig.model_type):
         raise UsageError(
             f"{name} is a {family} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
             "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
         )
     if quantizer := quantizer_of(stored):
-        raise UsageError(
-            f"{name} is quantized ({quantizer}): give the checkpoint in full precision that it was made of"
-        )
-    # On a GPU, a module that stays there makes it the one that computes.
+        raise UsageError(f"{name} is quantized ({quantizer}): give the original checkpoint in full precision")
+    # A module on the GPU makes accelerate compute there.
     parts = dict.fromkeys(("gpt_neox.embed_in", "gpt_neox.layers", "lm_head"), "disk")
     parts |= dict.fromkeys(("gpt_neox.rotary_emb", "gpt_neox.final_layer_norm"), str(device))
     original = load_pretrained(name, torch.float32, parts)
@@ -69,13 +67,13 @@ def check_weights(original: GPTNeoXForCausalLM, name: str) -> None:
 
 
 def read_weight(model: GPTNeoXForCausalLM, name: str) -> torch.Tensor:
-    """A parameter on the CPU, from the checkpoint where the model leaves it there (accelerate reads that to a GPU)."""
+    """A parameter on the CPU, read from the checkpoint if the model left it on disk."""
     weight = model.get_parameter(name).detach()
     return (load_offloaded_parameter(model, name) if weight.is_meta else weight).cpu()
 
 
 def split_projection(model: GPTNeoXForCausalLM, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The fused projection by parts: weight `[3, D, D]` and bias `[3, D]`, queries, keys and values, head by head."""
+    """The fused projection split into queries, keys and values, head by head: weight `[3, D, D]`, bias `[3, D]`."""
     name, heads = f"gpt_neox.layers.{layer_idx}.attention.query_key_value", model.config.num_attention_heads
     weight = read_weight(model, f"{name}.weight").unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
     if model.get_submodule(name).bias is None:

@@ -20,7 +20,7 @@ from context_pythia.conversion.original import read_weight, split_projection
 from context_pythia.errors import Failure
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
-# Entries of a configuration that point to code beside it, which a converted model has not.
+# Entries of a configuration that point to code beside it; a converted model has no such code.
 OF_ITS_FILES = ("auto_map", "custom_pipelines")
 
 
@@ -43,13 +43,13 @@ def context_config(
 
 
 class ConvertedWeights(Mapping[str, torch.Tensor]):
-    """A converted model's weights, each read as it is asked for: from its layer's file, or from the original.
+    """A converted model's weights. Each is read on access, from its layer's file or from the original.
 
     Args:
         original: the model that was converted.
-        kept: names of its weights that the converted model has too.
-        files: where each of the others lies.
-        dtype: of the converted model.
+        kept: names of the original's weights that the converted model has too.
+        files: file of each other weight, by name.
+        dtype: dtype of the converted model.
     """
 
     def __init__(self, original: GPTNeoXForCausalLM, kept: set[str], files: dict[str, Path], dtype: torch.dtype):
@@ -77,13 +77,13 @@ def transplant(
     folder: Path,
     dtype: torch.dtype,
 ) -> ContextPythiaForCausalLM:
-    """The converted model, which reads a module's weights from disk as it runs, or as it is saved.
+    """The converted model. It reads a module's weights from disk when the module runs or is saved.
 
     Args:
-        original: in memory or on disk; the converted model reads from it the weights that both have.
-        factors: of each layer in turn; may be made as they are asked for.
-        folder: gets a file for each layer's new weights, which the converted model needs until it is saved.
-        dtype: of the converted model.
+        original: in memory or on disk; the converted model reads their common weights from it.
+        factors: factors of each layer in turn; may be a generator.
+        folder: gets a file of new weights for each layer, which the converted model needs until it is saved.
+        dtype: dtype of the converted model.
 
     Raises:
         Failure: a weight of the original is not part of the converted model, or one of its weights is missing.
@@ -102,7 +102,7 @@ def transplant(
         what = "is missing from the checkpoint" if wrong[0] in places else "of the checkpoint is not part of the model"
         raise Failure(f"weight {wrong[0]} {what}")
     model.tie_weights()
-    # Not among the weights, so still on the meta device.
+    # Buffers are not among the weights, so they are still on the meta device.
     model.gpt_neox.rotary_emb = type(model.gpt_neox.rotary_emb)(config)
     model.generation_config = original.generation_config
     return dispatch_model(
@@ -110,7 +110,7 @@ def transplant(
         {"": "disk"},
         state_dict=ConvertedWeights(original, kept, files, dtype),
         offload_index={},
-        # Absorbed attention reads the weights of its parts without running them.
+        # Absorbed attention reads the weights of its submodules without running them.
         preload_module_classes=["ContextAttention"],
     )
 
@@ -118,7 +118,7 @@ def transplant(
 def _attention_weights(
     original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """What takes the place of a layer's fused projection."""
+    """The weights that replace a layer's fused projection."""
     weight, bias = split_projection(original, layer_idx)
     ours = {
         "context.weight": factors.context_weight,

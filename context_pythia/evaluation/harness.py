@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, through its wrapper for transformers' models.
 
-The harness is an optional extra (`context-pythia[harness]`). Task files of one's own (YAML) are found by folder, and
-with local data they need no network.
+The harness is an optional extra (`context-pythia[harness]`). Own task files (YAML) are found in a folder; with local
+data they need no network.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ BOOTSTRAPS = 1000  # resamplings for the standard errors that have no formula
 
 
 def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
-    """The harness's manager of tasks, which knows all of `tasks`.
+    """The harness's task manager, which has all of `tasks`.
 
     Args:
         tasks: names of tasks, groups or tags.
-        tasks_path: folder with task files of one's own.
+        tasks_path: folder with own task files.
 
     Raises:
         UsageError: the harness is not installed, or a task is unknown.
@@ -35,7 +35,7 @@ def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
     if find_spec("lm_eval") is None:
         raise UsageError("--tasks needs lm-evaluation-harness: pip install 'context-pythia[harness]'")
     if tasks_path is not None and not tasks_path.is_dir():
-        raise FileNotFoundError(f"--tasks-path {tasks_path}: is no folder")
+        raise FileNotFoundError(f"--tasks-path {tasks_path}: is not a folder")
     from lm_eval.tasks import TaskManager
 
     if tasks_path is not None:

@@ -1,8 +1,8 @@
-"""What a model holds in memory, measured: the cache that `generate()` really fills, the weights, and the peak.
+"""Measures a model's memory: the cache that `generate()` fills, the weights, and the peak.
 
-Peak memory on a CPU is the process's, which never falls by itself: what one run freed the C library may keep, and a
-high-water mark hides all that stays below it. `peak_during` first returns freed memory to the system (malloc_trim),
-then sets the kernel's mark for this process back (/proc/self/clear_refs), so each run has a mark of its own.
+On a CPU the peak is the process's high-water mark, which hides every later, smaller peak; the C library may also keep
+freed memory. So `peak_during` first returns freed memory to the system (malloc_trim), then resets the kernel's mark
+for this process (/proc/self/clear_refs).
 """
 
 import ctypes
@@ -34,18 +34,18 @@ def measure_generated_cache(
     cache: Cache | None = None,
     **settings: Any,
 ) -> CacheMeasurement:
-    """Run greedy `generate()` until `length` tokens are cached and measure the cache it leaves.
+    """Run greedy `generate()` until `length` tokens are cached, and measure that cache.
 
-    The first tokens are a prompt, so prefill and decoding both write to the cache. Every generated token but the last
-    is cached.
+    The first tokens are a prompt, so both prefill and decoding write to the cache. It gets every generated token but
+    the last.
 
     Args:
         model: any causal language model of transformers, on any device; its dtype is the cache's.
         length: cached tokens, at least 1.
         batch_size: sequences.
-        decoded: tokens of `length` that are not of the prompt; half of them if absent.
-        cache: an empty one to fill; the model's own by default.
-        settings: as `generate_tokens` takes them.
+        decoded: number of the `length` tokens to decode; the others are the prompt. Half of them by default.
+        cache: an empty cache to fill; the model's own by default.
+        settings: as in `generate_tokens`.
     """
     prompt = max(1, length // 2 if decoded is None else length - decoded)
     output = generate_tokens(model, prompt, length - prompt + 1, batch_size, cache, **settings)
@@ -58,17 +58,17 @@ def measure_generated_cache(
 def generate_tokens(
     model: PreTrainedModel, prompt: int, new_tokens: int, batch_size: int, cache: Cache | None = None, **settings: Any
 ) -> ModelOutput:
-    """Greedy `generate()` of exactly `new_tokens` tokens after a prompt of random ones; `settings` go into its
+    """Greedy `generate()` of exactly `new_tokens` tokens after a random prompt, with `settings` in its
     `GenerationConfig`."""
     greedy = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, pad_token_id=0, **settings
     )
     ids = random_ids(model, batch_size, prompt)
-    # An unset end of text would be taken from the model's own settings, and could stop early.
+    # Without this, the model's own end-of-text token could stop it early.
     own, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
         with warnings.catch_warnings():
-            # Weights that are read from disk as they are needed stand on no device, of which older hosts warn.
+            # Older hosts warn of weights that are read from disk when needed, because they are on no device.
             warnings.filterwarnings("ignore", r"You are calling .generate\(\) with the `input_ids`")
             return model.eval().generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=greedy, past_key_values=cache
@@ -89,7 +89,7 @@ def measure_any_cache(cache: Cache) -> CacheMeasurement:
 
 
 def cache_of(output: ModelOutput) -> Cache:
-    """The cache in what a model or `generate()` returned, under its name before and since transformers 5.24."""
+    """The cache in the output of a model or of `generate()`; transformers 5.24 changed its name."""
     return output["cache" if "cache" in output else "past_key_values"]
 
 
@@ -99,10 +99,10 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def peak_during(run: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """Run something; its result, and by how many bytes memory rose at most above what was held before.
+    """Run a function; return its result, and the peak of memory above the level before, in bytes.
 
-    On CUDA it is what torch allocated, on a CPU what the process had resident; None where the system does not say
-    (it takes Linux).
+    On CUDA this is memory that torch allocated, on a CPU resident memory of the process; None where the system cannot
+    tell (any but Linux).
     """
     gc.collect()
     if device.type == "cuda":
@@ -118,9 +118,9 @@ def peak_during(run: Callable[[], T], device: torch.device) -> tuple[T, int | No
 
 
 def process_memory(figure: str) -> int | None:
-    """Bytes of the process's resident memory: `VmRSS`, now, or `VmHWM`, the most so far; None off Linux.
+    """Bytes of the process's resident memory: `VmRSS` now, or `VmHWM`, the peak so far; None outside Linux.
 
-    The kernel counts `VmHWM` for the program's own memory; getrusage's ru_maxrss would begin with the parent's.
+    `VmHWM` counts only this program's memory; getrusage's ru_maxrss would start from the parent's.
     """
     status = Path("/proc/self/status")
     found = re.search(rf"{figure}:\s+(\d+) kB", status.read_text()) if status.exists() else None
@@ -136,7 +136,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where the system does not say."""
+    """Bytes that can still be allocated; None where the system cannot tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
@@ -145,7 +145,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _reset_mark() -> bool:
-    """Set `VmHWM` back to `VmRSS`; whether the system let us."""
+    """Reset `VmHWM` to `VmRSS`; returns whether the system allowed it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
 """Perplexity and accuracy over packed samples: in one parallel pass, and token by token through the cache.
 
-Both passes score the same targets, so their perplexities must agree; where they do not, decoding is wrong. Logits are
-held for one batch at a time, those of a reference model, for the divergence from it, beside them.
+Both passes score the same targets, so their perplexities must agree; if they do not, decoding is wrong. Only one batch
+of logits is in memory at a time, with those of the reference model, if there is one.
 
 Shapes: B samples of a batch, S tokens a sample, V vocabulary.
 """
@@ -35,13 +35,14 @@ class Score:
 
     Attributes:
         perplexity: exp of the mean loss.
-        accuracy: share of tokens that were the likeliest.
-        tokens: tokens that were predicted.
-        losses: each sample's loss, its tokens' sum, in nats.
-        by_position: perplexity by the tokens' positions in their samples, as `perplexity_by_position` gives it.
-        kl: mean of KL(reference || model) in nats a token; None without a reference, or with one of another vocabulary.
-        agreement: share of tokens at which the reference's likeliest token is the model's; None without a reference.
-        difference: largest difference between a logit and the reference's; None where `kl` is.
+        accuracy: share of tokens that were the likeliest prediction.
+        tokens: number of predicted tokens.
+        losses: loss of each sample, summed over its tokens, in nats.
+        by_position: perplexity by position in the sample (`perplexity_by_position`).
+        kl: mean KL(reference || model) in nats per token; None without a reference of the same vocabulary.
+        agreement: share of tokens for which model and reference have the same likeliest token; None without a
+            reference.
+        difference: largest difference between a logit and the reference's; None if `kl` is None.
     """
 
     perplexity: float
@@ -60,14 +61,14 @@ class Score:
 
 @dataclass(frozen=True)
 class CachedScore(Score):
-    """A score through the cache; `measurement` is of the cache that the first batch, of `sequences` samples, filled."""
+    """A score through the cache; `measurement` is of the first batch's cache, for `sequences` samples."""
 
     measurement: CacheMeasurement
     sequences: int
 
 
 class _Tally:
-    """Sums over the tokens of so many samples of `length` tokens, compared with a reference model's if there is one."""
+    """Sums over the tokens of samples of `length` tokens, and the comparison with a reference model if there is one."""
 
     def __init__(self, model: PreTrainedModel, samples: int, length: int, reference: PreTrainedModel | None):
         self.dtype, self.has_reference = model.dtype, reference is not None
@@ -79,7 +80,7 @@ class _Tally:
         self.divergence = self.difference = 0.0
 
     def add(self, first: int, logits: Tensor, labels: Tensor, reference: Tensor | None, position: int = 0) -> None:
-        """Count the tokens of samples `first` and following, from `position` on.
+        """Add the tokens of a batch that begins with sample `first`, at `position` and after.
 
         Shapes: logits and reference `[B, T, V]`, labels `[B, T]`.
         """
@@ -139,7 +140,7 @@ def score(
     for first, ids, labels in _batches(model, dataset, batch_size, "scoring", progress):
         logits = model(input_ids=ids, use_cache=False).logits
         wanted = _reference_logits(reference, ids)
-        # In fp32 there is one sample at a time: a long one of a large vocabulary takes a gigabyte.
+        # Convert one sample at a time to fp32: with a large vocabulary, a long one takes a gigabyte.
         for i in range(len(ids)):
             row = slice(i, i + 1)
             tally.add(first + i, logits[row], labels[row], None if wanted is None else wanted[row])
@@ -156,12 +157,12 @@ def score_cached(
     reference: PreTrainedModel | None = None,
     progress: bool = True,
 ) -> CachedScore:
-    """Score the first samples token by token: each step hands the model one true token and the cache of those before.
+    """Score the first samples token by token: each step gives the model one true token and the cache of earlier ones.
 
     Args:
-        tokens: how many tokens to score at least, in whole samples; all samples if they hold fewer.
-        make_cache: an empty cache; by default the model's own, `DynamicCache(config=model.config)`.
-        reference: as in `score`; its own pass is parallel.
+        tokens: score at least this many tokens, in whole samples; all samples if there are fewer.
+        make_cache: makes an empty cache; by default the model's own, `DynamicCache(config=model.config)`.
+        reference: as in `score`; it runs in one parallel pass.
 
     Raises:
         as `score`.
@@ -184,7 +185,8 @@ def score_cached(
 
 
 def equal_to_digits(first: float, second: float, digits: int = 4) -> bool:
-    """Whether two positive numbers differ by at most half a unit of the last of so many significant digits."""
+    """Whether two positive numbers agree to this many significant digits: they differ by at most half a unit of the
+    last one."""
     unit = 10.0 ** (math.floor(math.log10(max(first, second))) + 1 - digits)
     return abs(first - second) <= unit / 2
 

@@ -1,7 +1,7 @@
-"""Load a saved model for evaluation, with one clear line for everything that can be wrong with it.
+"""Loads a saved model for evaluation; every error is one clear line.
 
 A model's name is a folder, or `[OWNER/]NAME[@REVISION]` on the Hub; the revision is a branch, tag or commit other than
-the main branch. Whatever fails while a model loads was decided by its files, so every error here is about them.
+the main branch. A model that fails to load has faulty files, so every error here is about the files.
 """
 
 import logging as standard_logging
@@ -28,18 +28,18 @@ SIZES = {"vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"
 def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
     """The causal language model `name`, ready for evaluation.
 
-    Weights are read from safetensors alone; nothing is unpickled, and no code of the checkpoint runs.
+    Only safetensors files are read: nothing is unpickled, and no code of the checkpoint runs.
 
     Args:
-        device_map: as transformers takes it. Modules on "disk" hold no weights (theirs are meta tensors): accelerate
-            reads them from the checkpoint, in `dtype`, each time that the module runs.
+        device_map: as in transformers. The weights of modules on "disk" are meta tensors: accelerate reads them from
+            the checkpoint, in `dtype`, whenever the module runs.
 
     Raises:
-        FileNotFoundError: there is no such folder and no such model.
+        FileNotFoundError: there is no such folder or model.
         ConnectionError: the Hub cannot be reached.
-        UsageError: the checkpoint asks for what is not installed here, a quantizer for one.
-        Failure: the checkpoint is damaged: unreadable, with tensors missing, left over or of another shape, or with a
-            configuration that no model can have.
+        UsageError: the checkpoint needs something that is not installed, such as a quantizer.
+        Failure: the checkpoint is damaged: it is unreadable, tensors are missing, unknown or of the wrong shape, or the
+            configuration is impossible.
     """
     folder, revision = _place(name)
     stored = stored_config(name)
@@ -63,7 +63,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
             trust_remote_code=False,
         )
         if quantizer_of(stored) and device_map is None:
-            # Weights that are not as the quantizer packs them fail when they are used, not when they are read.
+            # Weights that the quantizer did not pack load without an error and fail in use.
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     except Exception as error:
@@ -76,16 +76,16 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
 
 
 def check_pretrained(name: str, dtype: torch.dtype) -> PreTrainedConfig:
-    """The configuration of a model that `load_pretrained` can load; raises what that raises.
+    """The configuration of a model, after a check that `load_pretrained` can load it; raises the same errors.
 
-    Weights are compared by their names and shapes and not read, but for those of a quantizer.
+    The check compares names and shapes of the weights without reading them, except for quantized ones.
     """
     device_map = None if quantizer_of(stored_config(name)) else {"": "meta"}
     return load_pretrained(name, dtype, device_map).config
 
 
 def stored_config(name: str) -> dict[str, Any]:
-    """What the checkpoint's config.json says, not yet checked; raises what `load_pretrained` raises."""
+    """The unchecked contents of the checkpoint's config.json; raises the errors of `load_pretrained`."""
     folder, revision = _place(name)
     try:
         stored = PreTrainedConfig.get_config_dict(folder, revision=revision)[0]
@@ -99,7 +99,7 @@ def stored_config(name: str) -> dict[str, Any]:
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:
-    """How tables call these models, by the last part of the path where that is enough: name -> path."""
+    """Names of the models in tables -> paths. A name is the last part of the path, if that is unique."""
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
         raise UsageError(f"the model {twice[0]} is named twice")
     short = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
@@ -124,12 +124,10 @@ def check_length(length: int, config: PreTrainedConfig) -> None:
 
 
 def _place(name: str) -> tuple[str, str | None]:
-    """The folder or Hub name, and the revision on the Hub, after it has been made sure that there is such a model."""
+    """The folder or Hub name, and the revision on the Hub; raises an error if there is no such model."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{name} holds no config.json: give the folder of one model, such as RUN/models/NAME"
-            )
+            raise FileNotFoundError(f"{name} has no config.json: give the folder of one model, such as RUN/models/NAME")
         return name, None
     if not is_hub_name(name):
         raise FileNotFoundError(f"no such model: {name!r} (give a model's folder or a Hub name)")
@@ -154,15 +152,15 @@ def _check_values(stored: dict[str, Any]) -> None:
 
 
 def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
-    """What to tell the user of an `error` in loading."""
+    """The error to show to the user for an `error` in loading."""
     cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
     kind = "" if isinstance(cause, OSError | ValueError | ImportError) else f"{type(cause).__name__}: "
-    # The longest that helps names each attention that there is; one about an unknown model lists hundreds.
+    # An error about an unknown attention lists all attentions, which helps; one about an unknown model lists hundreds.
     reason = shorten(f"{kind}{cause}", 1000, placeholder=" ...")
     if quantizer := quantizer_of(stored):
         return UsageError(
             f"{name} is quantized ({quantizer}) and cannot be loaded here ({reason}): install what it needs, or give "
-            "the checkpoint in full precision that it was made of"
+            "the original checkpoint in full precision"
         )
     if isinstance(cause, ImportError):
         return UsageError(
@@ -174,7 +172,7 @@ def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:
 
 
 def quantizer_of(stored: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint with the `stored_config` says that it was quantized."""
+    """The quantization method in a checkpoint's `stored_config`; None if it is not quantized."""
     settings = stored.get("quantization_config")
     if settings is None:
         return None

@@ -1,9 +1,9 @@
-"""transformers' quantized cache, for GPT-NeoX and, stacked on the smaller cache, for Context-Pythia, as it is measured.
+"""transformers' quantized cache for `eval`: of GPT-NeoX's keys and values, or of Context-Pythia's smaller cache.
 
-The backend is HQQ: it runs on any device, and alone has both int8 and packed int4 (Quanto's cache has no int8).
+The backend is HQQ: it runs on any device, and only it has both int8 and packed int4 (Quanto's cache has no int8).
 
-Groups of at most 64 neighboring numbers of one token (axis 1, as HQQ's cache wants it) share a scale and a zero
-point, both in the model's dtype.
+Groups of at most 64 neighboring numbers of one token (axis 1, as HQQ's cache requires) share a scale and a zero point,
+both in the model's dtype.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def require_quantizer() -> None:
 
 
 def residual_length(length: int) -> int:
-    """Tokens that wait unquantized until they are quantized together, for sequences of `length` tokens.
+    """Residual length of the quantized cache for sequences of `length` tokens: newest tokens that stay unquantized
+    until there are enough to quantize together.
 
-    transformers' default, 128, would leave a short sequence unquantized. A sixteenth of the sequence leaves at most 15
-    tokens unquantized at its end, and quantizes some sixteen times.
+    transformers' default, 128, would leave a short sequence unquantized. A sixteenth of the sequence quantizes about
+    sixteen times.
     """
     return max(1, (length - 1) // 16)
 
@@ -53,7 +54,7 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
     head_size = config.hidden_size // config.num_attention_heads
     group = max(size for size in range(1, min(GROUP, head_size) + 1) if head_size % size == 0)
     if isinstance(config, ContextPythiaConfig) and "context" in config.layer_types:
-        group = GROUP  # of a context, which needs no size that divides it
+        group = GROUP  # a context needs no group size that divides its width
     cache = QuantizedCache(
         "hqq",
         full_attention(config),
@@ -67,7 +68,7 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
 
 
 def measure_quantized(cache: Cache) -> CacheMeasurement:
-    """Bytes of all that a quantized cache holds: packed integers, scales, zero points and unquantized tokens."""
+    """Bytes of a quantized cache: packed integers, scales, zero points and unquantized tokens."""
     tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer))]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     filled = sum(tensor.nbytes for tensor in tensors)

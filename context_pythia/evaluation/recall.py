@@ -1,15 +1,15 @@
-"""Does a model find what it has read? Facts at known distances, in text that is made here from the tokenizer's words.
+"""Tests recall: can a model find earlier facts at known distances? The texts are made from the tokenizer's words.
 
-Two tasks, each a text of as many tokens as a training sample that ends where one word must follow:
+There are two tasks. Each text is as long as a training sample and ends before a word that the model must predict:
 
-    key      facts alone, "KEY is VALUE." with a new key and value each; the last question asks for one of them
-    passkey  one such fact amid sentences that repeat (arXiv 2305.16300)
+    key      only facts "KEY is VALUE.", each with its own key and value; the last question asks for one of them
+    passkey  one such fact between repeated sentences (arXiv 2305.16300)
 
-The distance is that of a value from the token which is to be predicted, in tokens. The answer is the likeliest of the
-values that the task can have (those in the text; of `passkey`, which has only one there, the same number of words), so
-a model that only knows what a value looks like is right by chance.
+The distance counts tokens from the value to the predicted token. The answer is the likeliest of several candidates:
+the values in the text, or for `passkey` the true value and as many other words. So a model that only knows which words
+are values is right by chance.
 
-Papers on caches that layers or heads share report perplexity, which a few lost facts hardly move.
+Papers on caches that layers or heads share report perplexity, which changes little when a few facts are lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FILLER = " The sky is wide and the day is long. We walk here and there, and the
 
 @dataclass(frozen=True)
 class Words:
-    """Token ids of a tokenizer: `keys` and `values` are words of one token each, the rest joins them to text."""
+    """Token ids: `keys` and `values` are words of one token each, the others join them to a text."""
 
     keys: list[int]
     values: list[int]
@@ -53,7 +53,7 @@ class Words:
 
 
 def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
-    """Keys and values for texts of so many tokens, twice as many of both as one text of facts alone takes.
+    """Keys and values for texts of `length` tokens: twice as many as one text of facts needs.
 
     Raises:
         UsageError: the tokenizer has too few whole words, or no distance fits the texts.
@@ -81,15 +81,15 @@ def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0)
 def recall_texts(
     words: Words, task: str, distance: int, length: int, samples: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Texts that ask for a value so many tokens back.
+    """Texts that ask for a value `distance` tokens back.
 
     Args:
         task: one of `TASKS`.
-        distance: of the value from the token to predict, one of `distances`.
-        length: tokens of a text.
+        distance: tokens from the value to the predicted token, one of `distances`.
+        length: tokens per text.
 
     Returns:
-        ids `[N, length]`, candidates `[N, K]` among which the answer is, and the answers' columns in them `[N]`.
+        ids `[N, length]`, candidates `[N, K]`, and the answers' columns among the candidates `[N]`.
     """
     generator = torch.Generator().manual_seed(seed)
     size = words.fact_length
@@ -100,7 +100,7 @@ def recall_texts(
         question = words.question(keys[0])
         facts = (length - len(question)) // size
         if task == "key":
-            back = distance // size  # facts from the one that is asked for to the end, itself included
+            back = distance // size  # facts from the right one to the end, itself included
             order = [*range(1, facts - back + 1), 0, *range(facts - back + 1, facts)]
             body = [token for i in order for token in words.fact(keys[i], values[i])]
         else:
@@ -110,7 +110,7 @@ def recall_texts(
             start = int(torch.randint(len(words.filler), (), generator=generator))
             around = filler[start : start + room]
             body = [*around[: room - after], *words.fact(keys[0], values[0]), *around[room - after :]]
-        # The front is cut or filled up with the repeating sentences, so that every text has the trained length.
+        # Fill the front with the repeated sentences, so every text has the trained length.
         front = length - len(question) - len(body)
         texts.append([*(words.filler * (front // len(words.filler) + 1))[:front], *body, *question])
         column = int(torch.randint(facts, (), generator=generator))
@@ -121,11 +121,11 @@ def recall_texts(
 
 
 def distances(words: Words, task: str, length: int) -> list[int]:
-    """The distances that a task asks at in texts of so many tokens: 32, 64 and so on, and the longest that there is
-    room for. Those of `key` are whole facts.
+    """The distances of a task in texts of `length` tokens: 32, 64, 128, ... and the longest that fits. For `key` they
+    are rounded down to whole facts.
 
     Raises:
-        UsageError: none fits.
+        UsageError: the texts are too short for any distance.
     """
     size = words.fact_length
     longest = length - len(words.joint) - 1
@@ -151,11 +151,11 @@ def recall(
     """How often a model finds the value, by task and distance.
 
     Args:
-        length: tokens of a text, as many as the model was trained on.
-        samples: texts of each task and distance.
+        length: tokens per text, the length of the training samples.
+        samples: texts per task and distance.
 
     Returns:
-        rows of `task`, `distance`, `accuracy`, `chance` (of a guess among the candidates) and `samples`.
+        rows of `task`, `distance`, `accuracy`, `chance` (accuracy of a guess among the candidates) and `samples`.
 
     Raises:
         UsageError: a text too short for any distance, or a tokenizer without enough words.

@@ -93,7 +93,7 @@ def test_half_a_surrogate_pair_in_a_tasks_data_is_one_line_with_its_row(tasks_pa
 
 @needs_harness
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--tasks-path .*nowhere: is no folder"):
+    with pytest.raises(FileNotFoundError, match="--tasks-path .*nowhere: is not a folder"):
         require_tasks(["own_words"], tmp_path / "nowhere")
 
 

@@ -136,7 +136,7 @@ def test_a_revision_of_a_hub_model_is_that_revisions_weights(saved, tmp_path, mo
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
         load_pretrained(str(tmp_path), torch.float32)
 
 

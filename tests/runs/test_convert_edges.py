@@ -67,7 +67,7 @@ def reconfigure(folder, **changes):
 def test_a_quantized_checkpoint_is_refused(refused, copy):
     reconfigure(copy, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False})
     line = refused(2, copy, *HALF, data=False)
-    assert "is quantized (gptq)" in line and "the checkpoint in full precision" in line
+    assert "is quantized (gptq)" in line and "the original checkpoint in full precision" in line
 
 
 def test_a_tokenizer_that_the_model_has_no_rows_for(refused, convert, save, tmp_path):
