@@ -1,8 +1,8 @@
-"""How fast models prefill and decode beside one another, and what they hold in memory.
+"""Compares the speed of prefill and decoding, and the memory, of several models.
 
-A cell of batch size B and length T: prefill reads T tokens into an empty cache. Decoding starts from a cache of T - N
-tokens and makes the last N, once by `generate()` and once by the bare forward. That cache is filled with random numbers
-of the right shapes, since its contents do not matter to the time.
+For batch size B and length T (a cell), prefill reads T tokens into an empty cache. Decoding starts from a cache of
+T - N tokens and produces the last N, once by `generate()` and once by bare forward calls. That cache has random numbers
+of the right shapes, because its contents do not affect the time.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ GIGABYTE = 2**30
 
 @dataclass
 class Speed:
-    """A subject's row of a cell. A run gives one number to each list, in the order of the rounds.
+    """A subject's row of a cell. Each round appends one number to each list.
 
     Attributes:
         prefill: seconds for all T tokens.
-        decode: seconds a token (of all sequences) by the bare forward.
-        generate: seconds a token by `generate()`.
-        cache: of T tokens.
-        peak_bytes: most memory in a `generate()` from an empty cache above the weights; None where the system does not
-            say.
-        error: why the row ends early.
+        decode: seconds per token (of all sequences) by bare forward calls.
+        generate: seconds per token by `generate()`.
+        cache: measurement of the cache with T tokens.
+        peak_bytes: peak memory above the weights in a `generate()` from an empty cache; None where the system cannot
+            tell.
+        error: the reason if the row ends early.
     """
 
     name: str
@@ -65,7 +65,7 @@ def decode_metrics(
     progress: bool,
     done: Callable[[], None],
 ) -> None:
-    """Fill `metrics`; `done` is called when the memory is in it, and after each cell.
+    """Fill `metrics`; calls `done` after the memory, and after each cell.
 
     Raises:
         UsageError: a length beyond a model's positions.
@@ -90,7 +90,7 @@ def decode_metrics(
 
 
 def _entry(subject: Subject, options: BenchOptions) -> dict[str, Any]:
-    """What is known of a subject before it is timed, and how many conversations fit beside its weights."""
+    """A subject's facts before timing, and how many conversations fit beside its weights."""
     config, weights = subject.model.config, weight_bytes(subject.model)
     length = min(CONVERSATION, config.max_position_embeddings)
     one, error = attempt(lambda: _measured(subject, 1, length, options.new_tokens))
@@ -119,10 +119,10 @@ def _entry(subject: Subject, options: BenchOptions) -> dict[str, Any]:
 def measure_cell(
     timed: Sequence[Subject], batch_size: int, length: int, options: BenchOptions, progress: bool = True
 ) -> list[Speed]:
-    """All figures of one batch size and length, a row a subject.
+    """All figures of one batch size and length, one row per subject.
 
-    Without `options.prefill` no cell reads its T tokens, which takes minutes where they are many: the cache that is
-    measured is then the one that was decoded from, and there is no peak.
+    Without `options.prefill` no cell reads its T tokens, which can take minutes. The measured cache is then the one
+    that decoding started from, and there is no peak.
     """
     rows = {subject.name: Speed(subject.name) for subject in timed}
     filled: dict[str, Callable[[], Cache]] = {}
@@ -150,7 +150,7 @@ def measure_cell(
         return seconds / new_tokens
 
     def first_run(subject: Subject) -> tuple[CacheMeasurement, int | None]:
-        _measured(subject, 1, 8, 2)  # what is allocated once and for all is no cell's peak
+        _measured(subject, 1, 8, 2)  # one-time allocations must not count for the first cell's peak
         return peak_during(lambda: _measured(subject, batch_size, length, new_tokens), subject.device)
 
     def take_turns(kind: str, run: Callable[[Subject], float]) -> None:
@@ -181,13 +181,13 @@ def measure_cell(
 
 
 def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) -> Callable[[], Cache]:
-    """What gives a cache of `tokens` random tokens, the same each time, that will hold `length` at most."""
+    """A function that returns a cache of `tokens` random tokens, always the same ones, with room for `length`."""
     cache, example = subject.empty_cache(length), DynamicCache(config=subject.model.config)
-    # One true token starts everything that a cache keeps besides keys and values, and shows the shapes.
+    # One real token gives the shapes, and initializes the parts of a cache other than keys and values.
     for one in (example, cache):
         subject.model(input_ids=random_ids(subject.model, batch_size, 1), past_key_values=one, use_cache=True)
     for i, layer in enumerate(example.layers):
-        if layer.keys is not None and tokens > 1:  # a layer that reads another's context holds nothing
+        if layer.keys is not None and tokens > 1:  # a layer that reads another's context caches nothing
             keys, values = (
                 torch.randn(*part.shape[:2], tokens - 1, part.shape[3], dtype=part.dtype, device=part.device)
                 for part in (layer.keys, layer.values)
@@ -196,8 +196,8 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
 
     def fresh() -> Cache:
         if not subject.is_static:
-            return copy.deepcopy(cache)  # with the room to grow that it has made for itself
-        # A compiled step is compiled for the addresses of this one.
+            return copy.deepcopy(cache)  # the copy also gets the cache's room to grow
+        # A compiled step is bound to this cache's addresses.
         for layer in cache.layers:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(tokens)
@@ -207,13 +207,13 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
 
 
 def _measured(subject: Subject, batch_size: int, length: int, decoded: int) -> CacheMeasurement:
-    """The cache of `length` tokens that `generate()` leaves."""
+    """The measured cache of `length` tokens after `generate()`."""
     cache, decoded = subject.empty_cache(length), min(decoded, length) - 1
     return measure_generated_cache(subject.model, length, batch_size, decoded, cache, **subject.settings)
 
 
 def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:
-    """The reason, where a cell does not fit the free memory."""
+    """The reason if a cell does not fit in the free memory; None if it does."""
     free, needed = free_memory(subject.device), subject.bytes_needed(batch_size, length)
     if free is None or needed <= free:
         return None

@@ -1,4 +1,4 @@
-"""The models that `bench` times: saved ones, a recipe's, or those of a named size, and a GPT-NeoX beside them."""
+"""The models that `bench` times: saved ones, a recipe's, or those of a named size, with a GPT-NeoX for comparison."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a model and the kind of cache it uses, `dynamic` (its own, by default), `static`, `int4`, or
-    `compiled`, a static cache and a compiled decoding step."""
+    """A model and its kind of cache: `dynamic` (its own, by default), `static`, `int4`, or `compiled` (a static cache
+    and a compiled decoding step)."""
 
     name: str
     model: PreTrainedModel
@@ -56,7 +56,7 @@ class Subject:
         return {"compile_config": compiled_step()} if self.cache == COMPILED else {"disable_compile": True}
 
     def empty_cache(self, length: int) -> Cache:
-        """A cache that will hold `length` tokens."""
+        """An empty cache with room for `length` tokens."""
         if self.cache == "int4":
             return quantized_cache(self.model.config, "int4", length)
         if self.is_static:
@@ -64,7 +64,7 @@ class Subject:
         return DynamicCache(config=self.model.config)
 
     def bytes_needed(self, batch_size: int, length: int) -> int:
-        """About what a cell takes beside the weights: two caches, and one layer's activations of a prefill."""
+        """Rough memory of a cell beside the weights: two caches, and one layer's activations of a prefill."""
         config, size = self.model.config, self.model.dtype.itemsize
         activations = batch_size * length * (2 * config.intermediate_size + 6 * config.hidden_size) * size
         return 2 * cache_bytes(config, length, batch_size, self.model.dtype) + activations
@@ -84,14 +84,13 @@ def recipe_models(recipe: Recipe, dtype: torch.dtype) -> dict[str, PreTrainedMod
 def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: torch.dtype) -> dict[str, Any]:
     """GPT-NeoX of a named size and a Context-Pythia for each source, with random weights.
 
-    Parameters of the same name and shape (embedding, MLPs, output) are one tensor in all of them, so that the large
-    sizes fit side by side.
+    The models share parameters of the same name and shape (embedding, MLPs, output), so large sizes fit side by side.
 
     Args:
-        positions: longest sequence; RoPE has no table to outgrow.
+        positions: longest sequence.
 
     Raises:
-        ValueError: an `exact` source that is not as wide as the residual stream, or a context_dim that does not fit.
+        ValueError: an `exact` source of another width than the model, or a context_dim that does not fit.
     """
     shape = SIZES[size]
     body = {
@@ -112,7 +111,7 @@ def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: to
 
 
 def share_parameters(model: nn.Module, other: nn.Module) -> None:
-    """Make the parameters of `model` that have a namesake of the same shape in `other` those of `other`."""
+    """Replace parameters of `model` by those of `other` with the same name and shape."""
     others = dict(other.named_parameters())
     for name, parameter in list(model.named_parameters()):
         if name in others and others[name].shape == parameter.shape:
@@ -121,17 +120,17 @@ def share_parameters(model: nn.Module, other: nn.Module) -> None:
 
 
 def is_peer(model: PreTrainedModel) -> bool:
-    """Whether it is what the others are compared with: any model that is not a Context-Pythia."""
+    """Whether the model is a peer, the reference of the ratios: any model but a Context-Pythia."""
     return not isinstance(model.config, ContextPythiaConfig)
 
 
 def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple[list[Subject], list[str]]:
-    """The rows of the bench: a Context-Pythia with its own cache and compiled, the others with each kind of cache.
+    """The rows of the bench: a Context-Pythia with its own cache and compiled, other models with each kind of cache.
 
-    Where no model is a GPT-NeoX, one of the first model's shape, with random weights, is put before them.
+    If no model is a GPT-NeoX, one of the first model's shape, with random weights, comes first.
 
     Returns:
-        the subjects, and a line for each thing that was left out or added.
+        the subjects, and a line for each omission or addition.
     """
     notes, caches = [], list(caches)
     if not any(map(is_peer, models.values())):
@@ -157,7 +156,7 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
 
 
 def _context(source: Source, size: str) -> dict[str, Any]:
-    """The source's part of the configuration."""
+    """The configuration values of the source."""
     shape, context = SIZES[size], {"context_source": source.context_source, "context_dim": source.context_dim}
     if source.form == "exact" and source.context_dim != shape.hidden_size:
         raise UsageError(
@@ -174,7 +173,7 @@ def _random_model(kind: Any, config: GPTNeoXConfig, dtype: torch.dtype) -> PreTr
 
 
 def _peer_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A GPT-NeoX of the model's shape, with the weights that the two can share."""
+    """A GPT-NeoX of the model's shape, which shares weights with it."""
     own, none = model.config.to_dict(), {"model_type", "architectures", "transformers_version", "layer_types", "dtype"}
     config = GPTNeoXConfig(**{key: own[key] for key in GPTNeoXConfig().to_dict() if key in own and key not in none})
     peer = _random_model(GPTNeoXForCausalLM, config, model.dtype).to(model.device)

@@ -1,4 +1,4 @@
-"""What `bench` can be asked for: sizes, sources, and how much is measured. Imports no torch, for the command's help."""
+"""Options of `bench`: sizes, sources, and how much to measure. Imports no torch, for the command's help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from context_pythia.errors import UsageError
 
 CACHES = ("dynamic", "static", "int4")
 COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
-CONVERSATION = 2048  # tokens of the conversations that are counted into a given memory
+CONVERSATION = 2048  # tokens per conversation when counting how many fit into memory
 FORMS = ("heads", "exact")
 
 
@@ -44,8 +44,8 @@ class Source:
 
     Attributes:
         context_source: `input`, `shared` or `layer`.
-        form: of `layer`: "" with one rotary key for all heads, `heads` with one a head, `exact` with one a head that
-            keys and values are rebuilt from too, as in a checkpoint that was converted without loss.
+        form: for `layer`: "" with one rotary key for all heads; `heads` with one per head; `exact` as in a lossless
+            conversion, with one per head, from which keys and values are rebuilt too.
     """
 
     context_source: str
@@ -58,7 +58,7 @@ class Source:
 
 
 def parse_sources(text: str) -> tuple[Source, ...]:
-    """`"shared:256,layer:512:exact"` -> the sources; ValueError for what is none."""
+    """`"shared:256,layer:512:exact"` -> the sources; UsageError for an invalid one."""
     sources = []
     for word in text.split(","):
         found = re.fullmatch(r"(\w+):([1-9]\d*)(?::(\w+))?", word.strip())
@@ -77,7 +77,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
 
 
 def default_sources(size: str) -> tuple[Source, ...]:
-    """Both sources at a quarter of the cached numbers of a layer, and the exact half."""
+    """Both sources at a quarter of a layer's cached numbers, and the exact one at half."""
     width = SIZES[size].hidden_size
     return Source("shared", width // 2), Source("layer", width // 2), Source("layer", width, "exact")
 
@@ -93,18 +93,18 @@ class BenchOptions(Options):
     lengths: tuple[int, ...] = option((512, 2048), "tokens in the cache", bounds=">= 1", flag=True, metavar="N,N")
     caches: tuple[str, ...] = option(
         CACHES,
-        "of the GPT-NeoX models; compiled: every model also with a static cache and a compiled decoding step",
+        "caches of the GPT-NeoX models; compiled: every model also with a static cache and a compiled decoding step",
         (*CACHES, COMPILED),
         flag=True,
         metavar="A,B",
     )
     new_tokens: int = option(16, "tokens that a timed run decodes", bounds=">= 1", flag=True)
-    rounds: int = option(5, "timed rounds, in each of which every model has its turn", bounds=">= 1", flag=True)
+    rounds: int = option(5, "timed rounds; every model runs once in each", bounds=">= 1", flag=True)
     prefill: bool = option(True, "also time the prefill (without it caches are filled with random numbers)", flag=True)
     dtype: str = option("float32", "dtype of weights and cache", PRECISIONS, flag=True)
     threads: int | None = option(None, "CPU threads (default: as many as torch takes)", bounds=">= 1", flag=True)
     memory_gb: float = option(4.0, "memory to fill with conversations (1 GB = 1024^3 bytes)", bounds="> 0")
-    steps: int = option(2, "with --train: timed steps of a turn", bounds=">= 1", flag=True)
+    steps: int = option(2, "with --train: timed steps per round", bounds=">= 1", flag=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,15 +117,15 @@ class BenchOptions(Options):
 
 @dataclass
 class ServeOptions(Options):
-    """What `bench --serve` measures: the conversations, and the engine that holds them."""
+    """What `bench --serve` measures: the conversations and the engine."""
 
     section: ClassVar[str] = "serve"
     conversations: int = option(64, "conversations that arrive at once", bounds=">= 1")
     prompt_tokens: int = option(1024, "tokens of each prompt", bounds=">= 2")
     answer_tokens: int = option(64, "tokens of each answer", bounds=">= 1")
-    common: float = option(0.25, "share of each prompt that is the same in all", bounds=">= 0 and < 1")
+    common: float = option(0.25, "share of each prompt that all have in common", bounds=">= 0 and < 1")
     cache_mb: int = option(192, "memory for the cache (1 MB = 1024^2 bytes)", bounds=">= 1")
-    rounds: int = option(1, "times that a model's conversations run", bounds=">= 1")
+    rounds: int = option(1, "how often each model's conversations run", bounds=">= 1")
     compile: bool = option(False, "let vLLM compile GPT-NeoX, which takes minutes at first")
     dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     threads: int | None = option(None, "CPU threads (default: one a core)", bounds=">= 1")

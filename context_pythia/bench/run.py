@@ -1,7 +1,7 @@
-"""`context-pythia bench`: how fast models prefill and decode, or train, beside GPT-NeoX, and what they hold in memory.
+"""`context-pythia bench`: speed of prefill, decoding or training, and memory, compared with GPT-NeoX.
 
-metrics.json holds every single time of every run, and is written after each finished cell (a batch size and a length)
-or round of training steps, so that what was measured survives an interruption.
+metrics.json has every single time of every run. It is written after each cell (a batch size and a length) or round of
+training steps, so an interruption loses little.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def bench(
 
     Args:
         models: folders or Hub names; or give a `recipe`, whose models get random weights, or a `size`.
-        sources: of the Context-Pythias of that size.
-        train: time training steps of the recipe's models in place of prefill and decoding.
-        out: gets metrics.json and provenance.json, whenever there are new figures.
-        show: is called with the figures, whenever there are new ones.
+        sources: sources of the Context-Pythias of that size.
+        train: time training steps of the recipe's models instead of prefill and decoding.
+        out: gets metrics.json and provenance.json whenever there are new figures.
+        show: is called with the figures whenever there are new ones.
 
     Raises:
-        UsageError: something that cannot be measured as asked; found before anything is timed.
+        UsageError: something that cannot be measured; raised before anything is timed.
         FileNotFoundError: there is no such model.
     """
     if out is not None:
@@ -85,7 +85,7 @@ def bench(
 
 
 def _of_first_weights(recipe: Recipe, train: bool) -> tuple[Recipe, list[str]]:
-    """The recipe without models that are made of its trained baseline, and a line for each of these.
+    """The recipe without the models that are converted from its trained baseline, and a line for each of those.
 
     Raises:
         UsageError: all of them are.

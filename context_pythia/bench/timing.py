@@ -1,7 +1,7 @@
 """How `bench` times anything: models take turns, round after round (A B A B ...).
 
-A machine that grows slower or faster meanwhile so favors none; what is compared are the ratios within the rounds. A
-first round, which is not counted, is the warm-up. Decoding, prefill and training steps are timed like this.
+A machine that becomes slower or faster thus favors no model; only ratios within a round are compared. The first round
+is a warm-up and does not count. Decoding, prefill and training steps are timed this way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The result of `run`, or the line that says why there is none: too little memory. Our own mistakes are raised."""
+    """The result of `run`, or a line with the reason of its failure, such as too little memory. Bugs are raised."""
     try:
         return run(), None
     except (RuntimeError, MemoryError) as error:
@@ -29,7 +29,7 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds until the work of `run` is done, that of a GPU included."""
+    """Seconds until the work of `run` is done, including work on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -47,16 +47,16 @@ def interleave(
     progress: bool = True,
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """Call all of `runs` in turn: a warm-up round, then the rounds that count.
+    """Call all `runs` in turn: a warm-up round, then the rounds that count.
 
     Args:
-        runs: name -> a run that times itself and returns what it found.
-        results: name -> the list to which each round adds a result.
-        what: what is timed, for the progress bar on stderr.
-        after_round: called when a round's results are there.
+        runs: name -> a run that times itself and returns its result.
+        results: name -> the list to which each round appends a result.
+        what: label of the progress bar on stderr.
+        after_round: called after each round.
 
     Returns:
-        the reason of each run that failed; it has no further turn.
+        the reason of each run that failed; it does not run again.
     """
     errors: dict[str, str] = {}
     bar = tqdm(total=(1 + rounds) * len(runs), desc=what, leave=False, disable=None if progress else True)
@@ -76,7 +76,7 @@ def interleave(
 
 
 class Stopwatch:
-    """Adds up spans by name, within a run. On CUDA it puts events into the stream, which let the GPU work on."""
+    """Sums time spans by name. On CUDA it records events in the stream, so the GPU need not stop."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"

@@ -1,7 +1,7 @@
-"""`bench --train`: training steps of a recipe's models, whole and by part, beside a plain loop.
+"""`bench --train`: times training steps of a recipe's models, whole and by part, beside a plain training loop.
 
-A turn is a short training of its own, from a new optimizer on: its first step is not counted. Phase 2 is timed by its
-own step, with a stopwatch in it.
+A turn is a short training with a new optimizer; its first step does not count. Phase 2 is timed in its own step, with
+a stopwatch inside.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def train_metrics(
     """Fill `metrics` with the rows of all models, and call `write` after each round.
 
     Raises:
-        UsageError: training options that cannot be.
+        UsageError: impossible training options.
     """
-    # One short epoch, without what else the recipe wants between its steps.
+    # One short epoch, without the recipe's checkpoints and logs.
     train = dataclasses.replace(recipe.train, epochs=1, tokens=None, checkpoint_steps=0, tensorboard=False)
     check_options(train)
     device, vocabulary = torch.device(metrics["settings"]["device"]), expected_rows(recipe)
@@ -131,7 +131,7 @@ def _timed_loss(watch: Stopwatch, model: nn.Module, batch: Batch) -> Tensor:
 
 
 def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
-    """The loop of a textbook: fp32, all logits at once, AdamW as PyTorch gives it, memory as the system gives it."""
+    """A textbook loop: fp32, all logits at once, PyTorch's default AdamW, the system's default allocator."""
     steps: Turn = []
     use_system_allocator()
     batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation)
@@ -163,7 +163,7 @@ def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) 
 
 
 def _parts(seconds: dict[str, float]) -> dict[str, float]:
-    """What the stopwatch says, as parts that add up to the step."""
+    """The stopwatch's seconds as parts that add up to the step."""
     forward, backward = seconds.get("context_forward", 0.0), seconds.get("context_backward", 0.0)
     parts = {
         "body": seconds["body"] - forward,
@@ -177,10 +177,10 @@ def _parts(seconds: dict[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def timed_parts(model: PreTrainedModel) -> Iterator[Stopwatch]:
-    """A stopwatch that sees the model's body, and in it the ContextBlock, forward and backward.
+    """A stopwatch for the model's body, and within it for the ContextBlock, forward and backward.
 
-    The backward pass comes to the ContextBlock last, when all layers that read its contexts are done, so what lies
-    between the gradients of its output and of its input is its own.
+    The backward pass reaches the ContextBlock last, after all layers that read its contexts. So its own time is that
+    between the gradients of its output and of its input.
     """
     watch, body = Stopwatch(model.device), model.base_model
     block: Any = getattr(body, "context_block", None)
@@ -212,8 +212,8 @@ def timed_parts(model: PreTrainedModel) -> Iterator[Stopwatch]:
 def step_flops(model: PreTrainedModel, tokens: int, length: int) -> int:
     """Floating-point operations of a training step's matrix products (PaLM, arXiv 2204.02311, appendix B).
 
-    6 a weight and token, 4 where the weight is frozen, and 12 a layer, width, length and token for attention. What is
-    computed a second time (checkpointing) is not counted.
+    Per token: 6 per weight, 4 per frozen weight, and 12 * layers * width * length for attention. Recomputation
+    (checkpointing) does not count.
     """
     config = model.config
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
@@ -222,7 +222,7 @@ def step_flops(model: PreTrainedModel, tokens: int, length: int) -> int:
 
 
 def product_shapes(config: GPTNeoXConfig, tokens: int) -> list[tuple[int, int, int, int]]:
-    """The matrix products of GPT-NeoX's forward pass: rows, inner width, columns, and how many there are."""
+    """The matrix products of GPT-NeoX's forward pass: rows, inner width, columns, count."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     return [
         (tokens, hidden, 3 * hidden, layers),
@@ -234,7 +234,7 @@ def product_shapes(config: GPTNeoXConfig, tokens: int) -> list[tuple[int, int, i
 
 
 def product_rate(shapes: Sequence[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of these products alone, one after another into memory that is already there."""
+    """FLOP/s of these products alone, computed one after another into preallocated memory."""
     work, seconds = 0, 0.0
     for rows, inner, columns, count in shapes:
         left = torch.randn(rows, inner, device=device).to(dtype)

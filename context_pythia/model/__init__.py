@@ -28,7 +28,7 @@ AUTO_MODELS = {
 AutoConfig.register(ContextPythiaConfig.model_type, ContextPythiaConfig, exist_ok=True)
 for auto_class, model_class in AUTO_MODELS.items():
     auto_class.register(ContextPythiaConfig, model_class, exist_ok=True)
-# What `config.json` says beside a copy of this folder's files: where the Auto classes find ours without this package.
+# The `auto_map` of config.json beside a copy of this folder's files: the Auto classes find our classes by it.
 AUTO_MAP = {"AutoConfig": "configuration.ContextPythiaConfig"} | {
     auto_class.__name__: f"modeling.{model_class.__name__}" for auto_class, model_class in AUTO_MODELS.items()
 }

@@ -1,8 +1,8 @@
 """Attention to cached contexts instead of cached keys and values.
 
 A context is `X = [r ; z]`: rotary keys r and a latent z. Keys and values are affine in the content c, `k_pass = U c`,
-`v = V c + b`. (A constant added to all keys of a head drops out of the softmax, so U has no bias.) The content is z,
-and r is cached turned; with `reuse_rotary_keys` it is all of X, and r is cached as it was before the turning.
+`v = V c + b`. (A constant added to all keys of a head drops out of the softmax, so U has no bias.) The content c is z,
+and r is cached turned by RoPE. With `reuse_rotary_keys` c is all of X, and r is cached before RoPE turns it.
 
 Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F = d / 2 frequencies, R width of the
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
@@ -28,16 +28,16 @@ from .shortcuts import is_plain, only_values
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
-# Decoding makes so many turned numbers at a time, of one sequence for each thread, which multiplies it: what is written
-# is still in the processor's cache when it is read.
+# Decoding turns this many numbers at a time, so they are still in the processor's cache when they are read. Each thread
+# works on one sequence, so the total is this number times the threads.
 TURNED_NUMBERS = 2**20
 
 
 class RotaryUp(nn.Module):
-    """The heads' rotary keys from P cached pairs, each of one frequency and common to all heads.
+    """The heads' rotary keys from P cached pairs; each pair has one frequency and serves all heads.
 
     A pair is a complex number that RoPE turns by its frequency's angle. At each frequency a head's key is a complex
-    combination of the pairs there, which commutes with the turning: it is the same for turned keys (the idea of
+    combination of that frequency's pairs. This commutes with RoPE, so the same map gives the turned keys (the idea of
     RoRoPE, arXiv 2502.07864).
 
     Args:
@@ -61,32 +61,32 @@ class RotaryUp(nn.Module):
         return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=1)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times `maps`, which are not built."""
+        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times `maps`, without building these."""
         real, imaginary = (at_pairs(part, self.pairs) for part in query.chunk(2, dim=-1))
         up_real, up_imaginary = self.weight.unsqueeze(1).unbind(-1)
         return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
 
 
 class Contexts:
-    """What layers hand on: for the index of a layer the context it made, `[B, 1, T, W]`.
+    """Contexts that layers pass on: index of a layer -> its context, `[B, 1, T, W]`.
 
-    No Mapping, for the hooks of accelerate and FSDP rebuild those among a layer's arguments, and what the layer wrote
-    into one would be lost.
+    Not a Mapping: the hooks of accelerate and FSDP rebuild mappings among a layer's arguments, and entries that the
+    layer wrote would be lost.
     """
 
     def __init__(self) -> None:
-        # Each with whether gradients were recorded when it was made.
+        # Each context, and whether gradients were recorded for it.
         self._made: dict[int, tuple[Any, bool]] = {}
 
     def __setitem__(self, layer_idx: int, context: Any) -> None:
-        # Whom a context is for are the layers up to the next that makes one. Holding on to it would keep an offloaded
-        # cache on its device; a backward pass that computes a layer anew reads it again.
+        # Only the layers up to the next context read this one. Keeping it longer would keep an offloaded cache on its
+        # device. With gradients it stays, because a backward pass that recomputes a layer reads it again.
         if not torch.is_grad_enabled():
             self._made.clear()
         self._made[layer_idx] = context, torch.is_grad_enabled()
 
     def __getitem__(self, layer_idx: int) -> Any:
-        """Raises `RuntimeError` where a layer is computed anew, for gradients, from a context made without them."""
+        """Raises `RuntimeError` if a layer is recomputed for gradients, but its context was computed without them."""
         context, with_gradients = self._made.get(layer_idx, (None, False))
         if context is None or with_gradients != torch.is_grad_enabled():
             raise RuntimeError(
@@ -134,8 +134,8 @@ class ContextAttention(GPTNeoXAttention):
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys, `[1 or B, T, R]` or, where
-        the rotary keys are made of pairs, `[1 or B, T, d]`."""
+        """With `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys: `[1 or B, T, R]`, or
+        `[1 or B, T, d]` if the rotary keys consist of pairs."""
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
@@ -147,9 +147,9 @@ class ContextAttention(GPTNeoXAttention):
             contexts[self.layer_idx] = cache_context(new, layer_past, self.layer_idx)
         context = contexts[self.context_layer].to(query.device)
 
-        # Rebuilding keys and values costs W (d_k + d_v) a cached token, attending to the contexts W for each query and
-        # head: fewer queries than a head has dims are cheaper absorbed. Without a mask, several queries mean a causal
-        # prefill, which the expanded form leaves to the kernel.
+        # Per cached token, rebuilding keys and values costs W (d_k + d_v); attending to the contexts costs W for each
+        # query and head. So the absorbed form is cheaper for fewer queries than a head has dims. Without a mask,
+        # several queries mean a causal prefill, which the expanded form leaves to the kernel.
         decoding = context.shape[2] > length and (length == 1 or attention_mask is not None)
         attend = self.absorbed if decoding and length <= self.head_size and self.is_plain else self.expanded
         output, weights = attend(query, context, attention_mask, key_positions, **kwargs)
@@ -157,7 +157,7 @@ class ContextAttention(GPTNeoXAttention):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the maps to keys and values may be absorbed, which are then not called."""
+        """Whether the maps to keys and values may be absorbed; absorbed maps are not called."""
         maps = [("key_up", nn.Linear), ("value_up", nn.Linear), ("rotary_up", RotaryUp)]
         return all(is_plain(getattr(self, name), kind) for name, kind in maps if hasattr(self, name))
 
@@ -169,8 +169,8 @@ class ContextAttention(GPTNeoXAttention):
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Training, prefill, and maps that must be called: rebuild keys and values `[B, H, T, D]`, then attend as
-        GPT-NeoX does.
+        """Expanded attention, for training, prefill, and maps that must be called: rebuild keys and values
+        `[B, H, T, D]`, then attend as GPT-NeoX does.
 
         Args:
             query: `[B, H, Q, D]`, rotary dims turned.
@@ -209,17 +209,17 @@ class ContextAttention(GPTNeoXAttention):
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Decoding: attend to the contexts themselves, with the heads as query positions of a single head.
+        """Absorbed attention, for decoding: attend to the contexts themselves, with the heads as queries of one head.
 
-        `q . k = [q_rot ; U^T q_pass] . [r ; c]` and `sum_t a_t v_t = V (sum_t a_t c_t) + b`. Arguments and results as
-        in `expanded`; no key or value is ever built.
+        `q . k = [q_rot ; U^T q_pass] . [r ; c]` and `sum_t a_t v_t = V (sum_t a_t c_t) + b`. Arguments and results are
+        those of `expanded`; keys and values are never built.
         """
         batch, heads, queries, _ = query.shape
         rotary, query_pass = query.split([self.rotary_ndims, self.head_size - self.rotary_ndims], dim=-1)
         if hasattr(self, "rotary_up"):
             rotary = self.rotary_up.absorb(rotary)
         elif self.num_rotary_keys > 1:
-            # Each head sees its own rotary key: its query is zero in the columns of the others.
+            # Each head has its own rotary key, so its query is zero in the columns of the other keys.
             own = torch.eye(heads, dtype=query.dtype, device=query.device)
             rotary = torch.einsum("bhqd,hr->bhqrd", rotary, own).flatten(-2)
         if hasattr(self, "key_up"):
@@ -231,7 +231,7 @@ class ContextAttention(GPTNeoXAttention):
         if attention_mask is not None and queries > 1:
             attention_mask = attention_mask.expand(-1, heads, -1, -1).reshape(batch, 1, heads * queries, -1)
         if self.reuse_rotary_keys:
-            # The keys are affine in X too, but for the turned part, whose scores are added as a mask is.
+            # The keys are affine in X, except for the turned part. Its scores are added in the form of a mask.
             assert key_positions is not None
             keys = context[:, 0, :, : self.rotary_width]
             rotary = self.scaling * rotary.flatten(1, 2)
@@ -251,7 +251,7 @@ class ContextAttention(GPTNeoXAttention):
         return output, None if weights is None else weights.view(batch, heads, queries, -1)
 
     def columns(self, position_embeddings: PositionEmbeddings) -> PositionEmbeddings:
-        """Those of a cached rotary key's pairs, if it is made of pairs."""
+        """The columns for a cached rotary key: if it consists of pairs, one for each pair's frequency."""
         if not hasattr(self, "rotary_up"):
             return position_embeddings
         halves = (at_pairs(table[..., : self.rotary_ndims // 2], self.pairs) for table in position_embeddings)
@@ -259,7 +259,7 @@ class ContextAttention(GPTNeoXAttention):
         return cos, sin
 
     def _interface(self, query, key, value, attention_mask, **kwargs):
-        # Only absorbed attention has the same tensor for both.
+        # Only absorbed attention passes the same tensor for both.
         splits = splits_for(query, key, self.config._attn_implementation) if value is key else 1
         if splits > 1:
             return attend_in_splits(query, key, attention_mask, self.scaling, splits), None
@@ -271,7 +271,7 @@ class ContextAttention(GPTNeoXAttention):
 
 
 def at_pairs(table: torch.Tensor, pairs: list[int]) -> torch.Tensor:
-    """`[..., F]` -> `[..., P]`, for each pair what `table` has at its frequency."""
+    """`[..., F]` -> `[..., P]`: for each pair the entry of `table` at its frequency."""
     columns = zip(table.split(1, dim=-1), pairs, strict=True)
     return torch.cat([column.expand(*table.shape[:-1], count) for column, count in columns], dim=-1)
 
@@ -293,10 +293,10 @@ def turn_rotary_keys(
 def turned_scores(
     query: torch.Tensor, keys: torch.Tensor, num_rotary_keys: int, position_embeddings: PositionEmbeddings
 ) -> torch.Tensor:
-    """Products of queries `[B, HQ, R]` with rotary keys `[B, T, R]` that are yet to be turned, `[B, HQ, T]`.
+    """Products of queries `[B, HQ, R]` with rotary keys `[B, T, R]` that RoPE has not turned yet, `[B, HQ, T]`.
 
-    `q . (k cos + half(k) sin) = [q ; -half(q)] . [k cos ; k sin]`, where half swaps real and imaginary parts: all that
-    is done to a cached number are two products with tables that the sequences share.
+    `q . (k cos + half(k) sin) = [q ; -half(q)] . [k cos ; k sin]`, where half swaps real and imaginary parts. Each
+    cached number thus needs only two products with tables that the sequences share.
     """
     queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
     if keys.device.type != "cpu" or not only_values():
@@ -321,7 +321,7 @@ def turned_scores(
 
 
 def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Scores with a mask as transformers makes it: of booleans, or to be added."""
+    """Scores with a mask of transformers: booleans, or numbers to add."""
     if attention_mask is None:
         return scores
     if attention_mask.dtype == torch.bool:
@@ -330,11 +330,11 @@ def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
 
 
 def cache_context(context: torch.Tensor, cache: Cache | None, layer_idx: int) -> torch.Tensor:
-    """Append `[B, 1, T, W]` to the cache, if there is one, and return all contexts in it. Values have no width: stock
-    caches then hold the contexts alone.
+    """Append `[B, 1, T, W]` to the cache, if there is one, and return all its contexts. Values have width 0, so stock
+    caches store only the contexts.
 
     Raises:
-        ValueError: the cache holds something else, such as the keys of a prefix that PEFT trains.
+        ValueError: the cache has other contents, such as the keys of a prefix that PEFT trains.
     """
     if cache is None:
         return context
@@ -343,7 +343,7 @@ def cache_context(context: torch.Tensor, cache: Cache | None, layer_idx: int) ->
     has_keys = isinstance(cache, DynamicCache) and keys is not None and keys.ndim == 4
     if has_keys and keys.shape[1::2] != context.shape[1::2]:
         raise ValueError(
-            f"the cache holds {keys.shape[1]} heads of {keys.shape[3]} numbers a token, and this model caches one "
-            f"context of {context.shape[3]}: keys and values of GPT-NeoX (prefix tuning, say) do not fit"
+            f"the cache has {keys.shape[1]} heads of {keys.shape[3]} numbers per token, but this model caches one "
+            f"context of {context.shape[3]}: give a cache without keys and values of GPT-NeoX (such as prefix tuning's)"
         )
     return cache.update(context, context[..., :0], layer_idx)[0]

@@ -1,7 +1,7 @@
-"""What a Context-Pythia caches: the layers of the cache, and its bytes by formula and by measurement.
+"""The cache of a Context-Pythia: its layers, and its bytes by formula and by measurement.
 
-transformers builds a cache from `config.layer_types`; the classes below register themselves for the two types that it
-lacks, so `generate()`, `DynamicCache(config=...)` and `StaticCache(config=...)` all use them.
+transformers builds a cache from `config.layer_types`. The classes below register themselves for the two types that it
+lacks, so `generate()`, `DynamicCache(config=...)` and `StaticCache(config=...)` use them.
 
 Shapes: B batch, T cached tokens, W cached width, C context_dim.
 """
@@ -23,12 +23,12 @@ from .shortcuts import only_values
 
 
 class ContextLayer(DynamicLayer):
-    """Contexts `[B, 1, T, W]` as `keys`, with `values` of no width: keys and values are rebuilt from them.
+    """Contexts `[B, 1, T, W]` as `keys`, with `values` of width 0: attention rebuilds keys and values from them.
 
     The stock layer copies the whole cache at each token. This one writes into spare room behind the last token, which
-    grows by half when it is used up, so that a token costs its own bytes. `keys` carries its room as an attribute, and
-    who writes first takes the room along: a shallow copy of the layer, a crop, a reordering or a tensor from elsewhere
-    has none and is copied once. So what a tensor of the cache has held never changes, as in the stock layer.
+    grows by half when it is full, so a token costs only its own bytes. The room is an attribute of the tensor `keys`,
+    and the first writer takes it. A shallow copy of the layer, a crop, a reordering or a foreign tensor has no room and
+    is copied once. So a tensor of the cache never changes its contents, as in the stock layer.
     """
 
     _layer_type = "context"
@@ -36,7 +36,7 @@ class ContextLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not only_values():
-            # Autograd needs the old contents, whose version writing in place would change; a trace has no addresses.
+            # Autograd needs the old version of the tensor, so no write in place; a trace has no addresses.
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -61,7 +61,7 @@ class ContextLayer(DynamicLayer):
 
 
 class StaticContextLayer(StaticLayer):
-    """`ContextLayer` of a fixed size: the stock layer holds contexts as they are."""
+    """`ContextLayer` of a fixed size; the stock layer can store contexts as they are."""
 
     _layer_type = "context"
     is_initialized: bool
@@ -70,9 +70,9 @@ class StaticContextLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states[..., :0])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Raises `ValueError` in `torch.export` if `early_initialization` was told another shape than a context's."""
+        """Raises `ValueError` in `torch.export` if `early_initialization` got another shape than a context's."""
         if self.is_initialized and self.keys.shape[1::2] != key_states.shape[1::2]:
-            # `early_initialization` was told the heads of GPT-NeoX.
+            # `early_initialization` got the heads of GPT-NeoX.
             if torch.compiler.is_exporting():
                 raise ValueError(
                     f"the static cache was initialized for {self.num_heads} heads of {self.k_head_dim} dims: a layer "
@@ -83,14 +83,14 @@ class StaticContextLayer(StaticLayer):
 
 
 class EmptyLayer(DynamicLayer):
-    """Caches nothing: a layer that reads the context of another. Newer transformers has one of its own, "dummy"."""
+    """Caches nothing, for a layer that reads another's context. Newer transformers has its own, "dummy"."""
 
     is_compileable = True
     supports_early_init = False
 
     @property
     def cumulative_length(self) -> torch.Tensor:
-        """Of no tokens; an export of older transformers sets every layer's."""
+        """The number of tokens, always 0; an export of older transformers sets it for every layer."""
         return torch.zeros((), dtype=torch.long)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -102,11 +102,11 @@ for layer_classes in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
 
 
 class RecurrentContext:
-    """Adds the ContextBlock's state to a layer of keys and values (context source `input`), or of contexts that it
-    cannot be read back from to the digit (`shared` in a quantized cache).
+    """Adds the ContextBlock's state to a layer of keys and values (context source `input`), or of contexts that are
+    not exact (`shared` in a quantized cache).
 
-    `contexts` `[B, k, C]` ends with the context of the last token. k is 1, or, once transformers asks for a past to
-    roll back to (assisted decoding), all tokens since the last `crop`.
+    `contexts` `[B, k, C]` ends with the context of the last token. k is 1; or, once transformers asks for a past to
+    roll back to (assisted decoding), k counts all tokens since the last `crop`.
     """
 
     contexts: torch.Tensor | None = None
@@ -123,7 +123,7 @@ class RecurrentContext:
 
     def crop(self, tokens_to_remove: int) -> None:
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
-        # To transformers 5.16 a positive number is the length to keep; newer ones refuse it.
+        # For transformers 5.16 a positive number is the length to keep; newer versions refuse it.
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
         kept = 0 if self.contexts is None else self.contexts.shape[1] - removed
         if self.contexts is not None and kept < 1 and removed < length:
@@ -160,7 +160,7 @@ class RecurrentContextLayer(RecurrentContext, DynamicLayer):
 
 
 class StaticRecurrentContextLayer(RecurrentContext, StaticLayer):
-    """The state is written into one tensor: a CUDA graph overwrites what it gave out at its next call."""
+    """Writes the state into one tensor, because a CUDA graph overwrites its outputs at its next call."""
 
     _layer_type = "recurrent_context"
 
@@ -185,8 +185,8 @@ class StaticRecurrentContextLayer(RecurrentContext, StaticLayer):
 
 
 def bring_back(cache: Cache, layer_idx: int) -> None:
-    """Have an offloaded layer on its device again. The host has asked for it while the layer before was at work, but
-    not where this is the first layer, the only one that caches, or one behind layers that cache nothing."""
+    """Move an offloaded layer back to its device. The host prefetches it during the layer before, except if it is the
+    first layer, the only one that caches, or follows layers that cache nothing."""
     if getattr(cache, "offloading", False) and layer_idx < len(cache.layers):
         cache.layers[layer_idx].prefetch()
 
@@ -195,7 +195,7 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
     """The ContextBlock's state in `cache`, `[B, C]`, or None before the first token.
 
     Raises:
-        ValueError: the cache keeps no state (`input` with a cache that was made without the model's config).
+        ValueError: the cache cannot store a state (`input` with a cache that was created without the model's config).
     """
     if cache is None or not cache.layers or not getattr(cache.layers[0], "is_initialized", False):
         return None
@@ -208,20 +208,20 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
             return None  # initialized and never written to
         bring_back(cache, 0)
         keys = layer.keys[:, 0, :, config.rotary_dim :]
-        # A static cache's length is known to the device alone: reading it would compile each decoding step anew.
+        # Only the device knows a static cache's length: reading it would recompile each decoding step.
         last = (length - 1).clamp(min=0).view(1) if static else None
         state = keys[:, -1] if last is None else keys.index_select(1, last)[:, 0] * (length > 0)
     elif not static and length > 0:
         raise ValueError(f"{type(cache).__name__} cannot store the recurrent state: create it with config=model.config")
     else:
         return None
-    # Autograd takes no tensor of inference mode. A trace, which cannot ask for it, has none.
+    # Autograd accepts no tensor of inference mode. A trace cannot ask for the mode, and has no such tensor.
     foreign = torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference()
     return state.clone() if foreign else state
 
 
 def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:
-    """Hand the new tokens' contexts `[B, T, C]` to a cache that keeps them apart from keys and values."""
+    """Store the new tokens' contexts `[B, T, C]` in a cache that keeps them apart from keys and values."""
     if cache is not None and cache.layers and isinstance(cache.layers[0], RecurrentContext):
         cache.layers[0].update_contexts(contexts)
 
@@ -247,8 +247,8 @@ class CacheMeasurement:
 
     Attributes:
         length: cached tokens.
-        filled: bytes of the tensors' parts that hold these tokens (and the recurrent state, where there is one).
-        slack: bytes of storage held beyond that, room to grow.
+        filled: bytes of these tokens, and of the recurrent state, if there is one.
+        slack: further bytes of storage, the room to grow.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""ContextPythiaConfig: GPT-NeoX's configuration plus who makes the context, and how wide it is."""
+"""ContextPythiaConfig: GPT-NeoX's configuration, plus the source and width of the context."""
 
 from copy import copy
 
@@ -7,8 +7,8 @@ from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers import GPTNeoXConfig
 
-# The versions that the tests run on; pyproject.toml has the same. A host that calls `forward` in another way would lose
-# the cache without a word, so a copy of this code that was saved with a model must not run there.
+# The versions that the tests run on; pyproject.toml has the same. Another host may call `forward` in another way and
+# silently lose the cache, so a copy of this code that ships with a model must refuse to run there.
 OLDEST, NEWER = "5.16.1", "5.25"
 if not Version(OLDEST).release <= Version(transformers.__version__).release < Version(NEWER).release:
     raise ImportError(
@@ -23,30 +23,30 @@ CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 class ContextPythiaConfig(GPTNeoXConfig):
     r"""
     context_source (`str`, *optional*, defaults to `"layer"`):
-        Who makes the context. `"input"`: the context replaces the token embedding of an unchanged GPT-NeoX, whose keys
-        and values are cached. `"shared"`: one recurrent context a token serves, and is cached for, all layers.
-        `"layer"`: a layer projects its normalized input to a context. `"grouped"`, for comparison: keys and values
-        themselves, of fewer heads.
+        What computes the context. `"input"`: the context replaces the token embedding of an unchanged GPT-NeoX, whose
+        keys and values are cached. `"shared"`: one recurrent context per token is cached and serves all layers.
+        `"layer"`: a layer projects its normalized input to a context. `"grouped"`, for comparison: keys and values of
+        fewer heads.
     context_dim (`int`, *optional*, defaults to 256):
         Width of the context. For `"layer"` it is all that a layer caches for a token, rotary keys included; for
         `"shared"` the rotary key is cached beside it.
     context_block_layers (`int`, *optional*, defaults to 1):
         Layers of the ContextBlock (`"input"` and `"shared"`).
     context_sharing (`int`, *optional*, defaults to 1):
-        Number of consecutive layers that attend to the context which the first of them made (`"layer"`), or to its
-        keys and values (`"grouped"`).
+        Number of consecutive layers that attend to the context of the first of them (`"layer"`), or to its keys and
+        values (`"grouped"`).
     key_value_heads (`int`, *optional*, defaults to 1):
         Heads of keys and values in a layer, each read by as many heads of queries; 1 is multi-query attention
         (`"grouped"`).
     num_rotary_keys (`int`, *optional*, defaults to 1):
         Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
     rotary_pairs (`list[list[int]]`, *optional*):
-        For each layer and rotary frequency, the pairs of numbers that are cached at this frequency in place of whole
-        rotary keys; every head reads them through a complex-linear map of its own (`"layer"`).
+        For each layer and rotary frequency, the number of pairs that are cached at this frequency instead of whole
+        rotary keys; every head reads them through its own complex-linear map (`"layer"`).
     reuse_rotary_keys (`bool`, *optional*, defaults to `False`):
-        Whether keys and values are rebuilt from the rotary keys too, as they were before RoPE turned them, and not from
-        the latent alone (`"layer"`). Cached tokens
-        must then stand where `generate()` counts them, or at their places in the cache.
+        Whether keys and values are rebuilt from the rotary keys (before RoPE) and the latent, and not from the latent
+        alone (`"layer"`). The positions of cached tokens must then be those of `generate()`, or their places in the
+        cache.
     layer_context_dims (`list[int]`, *optional*):
         Width of each layer's context where layers differ; `context_dim` is then their mean (`"layer"`).
     context_bias (`bool`, *optional*):
@@ -97,7 +97,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         self._validate_layers()
 
     def _validate_layers(self) -> None:
-        """What the layers' contexts hold, where each layer makes its own."""
+        """Check the options of contexts that each layer computes for itself."""
         if self.context_source != "layer":
             if self.rotary_pairs or self.layer_context_dims or self.reuse_rotary_keys:
                 raise ValueError(
@@ -126,7 +126,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
                 )
 
     def validate_layer_type(self):
-        # The host admits the names of its own layer types alone; ours are derived below and need no check.
+        # The host accepts only its own layer types; ours are derived below and need no check.
         pass
 
     @property
@@ -142,7 +142,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
 
     def cached_width(self, layer_idx: int = 0) -> int:
-        """Numbers that are cached for a token and context: rotary keys, then latent; keys and values of `grouped`."""
+        """Cached numbers per token and context: rotary keys, then latent; for `grouped` keys and values."""
         if self.context_source == "shared":
             return self.rotary_dim + self.context_dim
         if self.context_source == "grouped":
@@ -150,7 +150,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         return self.context_dim if self.layer_context_dims is None else self.layer_context_dims[layer_idx]
 
     def content_dim(self, layer_idx: int = 0) -> int:
-        """Width of the part of a cached context that keys and values are rebuilt from."""
+        """Width of the content: the part of a cached context from which keys and values are rebuilt."""
         width = self.cached_width(layer_idx)
         return width if self.reuse_rotary_keys else width - self.rotary_width(layer_idx)
 
@@ -161,15 +161,15 @@ class ContextPythiaConfig(GPTNeoXConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer caches; transformers builds its caches from these names (`model/cache.py` registers ours)."""
+        """The type of each layer's cache; transformers builds caches from these names (`cache.py` registers ours)."""
         if self.context_source == "input":
             return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
         own = "grouped" if self.context_source == "grouped" else "context"
         return [own if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]
 
     def _per_layer_config(self):
-        """Each layer's view of the config, with the shape of what it caches: `torch.export` needs a static cache of
-        that shape before the first token."""
+        """Each layer's view of the config, with the shape of its cache: `torch.export` needs a static cache of that
+        shape before the first token."""
         host = super().per_layer_config
         if self.context_source == "input" or self.is_heterogeneous:
             return host

@@ -19,7 +19,7 @@ from .shortcuts import is_plain
 
 
 class ContextLinear(nn.Linear):
-    """The product with `[c ; e]`; a class of its own because transformers picks initial weights by a leaf's class."""
+    """The product with `[c ; e]`; a separate class, because transformers chooses initial weights by class."""
 
 
 class ContextBlockLayer(nn.Module):
@@ -42,24 +42,24 @@ class ContextBlockLayer(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the two halves of the weight, and the norm's, may be read in place of calling the modules."""
+        """Whether the weights may be read directly, without calling the modules."""
         return is_plain(self.dense, ContextLinear) and is_plain(self.norm, nn.LayerNorm)
 
     def forward(self, contexts: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` contexts and `[..., C]` projected embeddings (see `project`) -> `[..., C]`, of a plain layer."""
+        """`[..., C]` contexts and `[..., C]` projected embeddings (see `project`) -> `[..., C]`, for a plain layer."""
         product = nn.functional.linear(contexts, self.recurrent_weight)
         return self.norm(contexts + nn.functional.gelu(product + projected))
 
     def step(self, contexts: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` contexts and `[..., E]` embeddings -> `[..., C]`, by calling the modules, whatever they are."""
+        """`[..., C]` contexts and `[..., E]` embeddings -> `[..., C]`, by calling the modules."""
         return self.norm(contexts + nn.functional.gelu(self.dense(torch.cat([contexts, embeddings], dim=-1))))
 
 
 class ContextBlock(nn.Module):
     """The report's ContextBlock, with one or more layers a token.
 
-    With N layers the context of a token is refined N times, each layer with weights of its own, and the last result is
-    both the token's context and the state for the next token: depth costs no cache.
+    N layers refine the context of a token N times, each with its own weights. The last result is both the token's
+    context and the state for the next token, so depth costs no cache.
 
     Args:
         context_dim: width C of the context.
@@ -89,7 +89,7 @@ class ContextBlock(nn.Module):
         initial: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One parallel fixed-point pass: every token from the last estimate of its predecessor's context.
+        """One parallel fixed-point pass: each token's context from the last estimate of its predecessor's.
 
         Args:
             contexts: last estimates `[..., T, C]`.
@@ -116,8 +116,8 @@ class ContextBlock(nn.Module):
         Args:
             embeddings: `[B, T, E]`.
             initial: context before the first token `[B, C]`, zero if absent.
-            mask: `[B, T]`, false where a token is padding, which keeps the context of the token before it.
-            starts: `[B or 1, T]`, true where a text begins anew, from a context of zero.
+            mask: `[B, T]`, false for padding, which keeps the context of the token before it.
+            starts: `[B or 1, T]`, true where a new text begins, with a context of zero.
 
         Returns:
             contexts `[B, T, C]`.
@@ -148,7 +148,7 @@ class ContextBlock(nn.Module):
     def _scan_at_once(
         self, embeddings: torch.Tensor, initial: torch.Tensor, mask: torch.Tensor | None, starts: torch.Tensor | None
     ) -> torch.Tensor:
-        # The recurrence runs in the weights' own dtype: under autocast it would round the state at each token.
+        # The recurrence runs in the dtype of the weights, because autocast would round the state at each token.
         norm = self._layers[0].norm
         dtype = norm.weight.dtype
         projected = torch.stack([layer.project(embeddings).transpose(0, 1) for layer in self._layers]).to(dtype)

@@ -1,16 +1,16 @@
 """Attention of few queries to one long sequence by all threads of a CPU.
 
-The kernel behind scaled_dot_product_attention gives a thread a sequence, a head and a block of queries. Absorbed
-decoding has one head and one block: with fewer sequences than threads, threads stand idle. Here a sequence is cut into
-parts, which the kernel takes for sequences of their own; each part's softmax is then weighed by its share of the whole
-(flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+In scaled_dot_product_attention each thread of the kernel works on one sequence, head and block of queries. Absorbed
+decoding has one head and one block, so with fewer sequences than threads some threads are idle. Here a sequence is cut
+into parts, which the kernel treats as separate sequences; each part's result is then weighted by its share of the
+softmax (flash decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 
 Shapes: B batch, Q queries (of all heads), T keys, W width, S parts.
 """
 
 import torch
 
-# Tokens from which a part is worth the merging.
+# Least tokens per part: merging shorter parts costs more than it saves.
 LEAST_TOKENS = 512
 
 
@@ -21,7 +21,7 @@ def _threads() -> int:
 
 
 def splits_for(query: torch.Tensor, context: torch.Tensor, implementation: str | None) -> int:
-    """Parts to cut `context` `[B, 1, T, W]` into for queries `[B, 1, Q, W]`; 1 where the kernel does as well."""
+    """Number of parts of `context` `[B, 1, T, W]` for queries `[B, 1, Q, W]`; 1 if the plain kernel is as fast."""
     if implementation != "sdpa" or query.device.type != "cpu" or torch.is_grad_enabled():
         return 1
     idle = _threads() // query.shape[0]
@@ -36,7 +36,7 @@ def attend_in_splits(
     Args:
         query: `[B, 1, Q, W]`.
         context: `[B, 1, T, W]`, keys and values at once.
-        attention_mask: `[B, 1, 1 or Q, T]`, of booleans or to be added.
+        attention_mask: `[B, 1, 1 or Q, T]`, booleans or numbers to add.
 
     Returns:
         `[B, Q, 1, W]`.
@@ -45,7 +45,7 @@ def attend_in_splits(
         least = torch.finfo(query.dtype).min
         if attention_mask.dtype == torch.bool:
             attention_mask = torch.where(attention_mask, query.new_zeros(()), least)
-        # A part that is masked by -inf has a sum of 0, whose logarithm the kernel gives as 0.
+        # A part masked by -inf has a sum of 0; the kernel gives 0 as its logarithm.
         attention_mask = attention_mask.clamp(min=least)
         attention_mask = attention_mask.expand(query.shape[0], 1, query.shape[2], -1)
     cut = context.shape[2] // splits * splits

@@ -1,4 +1,4 @@
-"""Grouped-query attention on GPT-NeoX, beside which contexts are measured: fewer heads of keys and values are cached.
+"""Grouped-query attention on GPT-NeoX, for comparison with contexts: it caches fewer heads of keys and values.
 
 H heads of queries read the keys and values of `key_value_heads` heads (arXiv 2305.13245; 1 is multi-query attention,
 arXiv 1911.02150), which consecutive layers may share (cross-layer attention, arXiv 2405.12981).
@@ -19,7 +19,7 @@ from .configuration import ContextPythiaConfig
 
 
 class GroupedLayer(DynamicLayer):
-    """The stock layer under a name that says nothing of masks: `generate()` would make one for each type it knows."""
+    """The stock layer under another type name: `generate()` would make a mask for each type that it knows."""
 
     _layer_type = "grouped"
 

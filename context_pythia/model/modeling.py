@@ -36,7 +36,7 @@ from .quantized import full_attention, hold_contexts
 
 class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
     config: ContextPythiaConfig
-    # Absorbed attention is one wide head that these kernels were not tried with.
+    # Absorbed attention is one wide head; these kernels are untested with it.
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -44,7 +44,7 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ContextLinear):
-            # OACD does not converge from Xavier or from weights as small as the rest of the model's.
+            # OACD does not converge from Xavier weights, nor from weights as small as the rest of the model's.
             init.normal_(module.weight, mean=0.0, std=0.1)
             init.normal_(module.bias, mean=0.0, std=0.01)
         elif isinstance(module, RotaryUp):
@@ -54,7 +54,7 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
-        # The reentrant form gives gradients to a layer's first argument alone, none to the contexts of other layers.
+        # The reentrant form gives gradients only to a layer's first argument, not to the contexts of other layers.
         gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
@@ -78,7 +78,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         self.post_init()
 
     def embed_context_input(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What the ContextBlock reads for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
+        """The ContextBlock's input for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
         return self.embedding_norm(self.embed_in(input_ids))
 
     @merge_with_config_defaults
@@ -98,9 +98,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         """As GPT-NeoX.
 
         Args:
-            past_key_values, cache: the cache, under its name before and since transformers 5.24.
-            token_mask: `[B, T]`, false where a new token is padding, so that the recurrence skips it; it is read off a
-                two-dimensional `attention_mask` and needed only beside a four-dimensional one.
+            past_key_values, cache: the cache; `cache` is its name since transformers 5.24.
+            token_mask: `[B, T]`, false where a new token is padding, which the recurrence skips. Needed only with a
+                four-dimensional `attention_mask`: a two-dimensional one says the same.
 
         Raises:
             ValueError: a cache under any other name, or two caches.
@@ -115,7 +115,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         past = None if cache is None else cache.get_seq_length()
         is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], past)
         if token_mask is not None:
-            # A compiled `generate()` tells padding apart; its mask lets padding see all keys, so no text begins there.
+            # A compiled `generate()` marks padding in token_mask; its attention mask lets padding see all keys, so no
+            # text begins there.
             is_text, starts = token_mask.bool(), starts if cache is None else None
         given_positions = position_ids
         if position_ids is None:
@@ -123,7 +124,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
 
-        # By place: transformers 5.24 names the fourth argument anew.
+        # Positional, because transformers 5.24 renamed the fourth argument.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_positions = position_embeddings
@@ -150,7 +151,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             if self.config.context_source == "input":
                 hidden_states = self.context_proj(context)
             else:
-                # One context for all layers, in place of keys and values that each dropped on their way to it.
+                # One dropout of the context for all layers, instead of one for each layer's keys and values.
                 content = self.emb_dropout(context)
                 new = torch.cat([self.rotary_key(context).to(content.device), content], dim=-1)
                 new = turn_rotary_keys(new, 1, position_embeddings)
@@ -173,7 +174,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
     def _positions_in_cache(
         self, states: torch.Tensor, cache: Cache, causal_mask: torch.Tensor | None, position_ids: torch.Tensor | None
     ) -> tuple[PositionEmbeddings, PositionEmbeddings]:
-        """Position embeddings of the new tokens and of all that will be in the cache, which keeps no positions."""
+        """Position embeddings of the new tokens, and of all tokens in the cache, which stores no positions."""
         length, _ = cache.get_mask_sizes(states.shape[1], 0)
         new = torch.arange(states.shape[1], device=states.device) + cache.get_seq_length()
         positions = torch.arange(length, device=states.device).unsqueeze(0)
@@ -193,21 +194,21 @@ def _only_cache(past_key_values: Cache | None, cache: Cache | None, others: Mapp
 
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):
     def __init__(self, config: ContextPythiaConfig):
-        # Not the host's __init__, which would build a whole GPT-NeoX only to drop it.
+        # Skip the host's __init__, which would build a whole GPT-NeoX for nothing.
         PreTrainedModel.__init__(self, config)
         self.gpt_neox = ContextPythiaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values=None, **kwargs):
-        """The mask of a compiled forward, made before it. The host's function knows no layer types but its own."""
-        # transformers 5.24 names the cache anew.
+        """The mask of a compiled forward, built before it. The host's function knows only its own layer types."""
+        # transformers 5.24 renamed the cache.
         return create_causal_mask(
             config, inputs_embeds, attention_mask, kwargs.get("cache", past_key_values), kwargs.get("position_ids")
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As the host, whose quantized cache admits full attention alone: that one is made, then holds contexts."""
+        """As the host's; its quantized cache accepts only full attention, so build that and adapt it to contexts."""
         quantized = generation_config.cache_implementation == "quantized"
         if quantized:
             generation_config = copy(generation_config)
@@ -225,13 +226,13 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         if attention_mask is not None and attention_mask.ndim == 2:
             # With a static cache the host turns the mask into a four-dimensional one, which hides the padding.
             new = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
-            # In memory of its own, whose strides do not grow with the mask: they would compile each step anew.
+            # A copy, because strides that grow with the mask would recompile each step.
             inputs["token_mask"] = attention_mask[:, -new.shape[1] :].clone(memory_format=torch.contiguous_format)
         return inputs
 
 
 class ContextPythiaForSequenceClassification(ContextPythiaPreTrainedModel, GPTNeoXForSequenceClassification):
-    """Scores of a text, `[B, num_labels]`, read off its last token that is no padding."""
+    """Scores of a text, `[B, num_labels]`, from its last token that is not padding."""
 
     def __init__(self, config: ContextPythiaConfig):
         PreTrainedModel.__init__(self, config)

@@ -1,6 +1,6 @@
-"""What attention masks and `position_ids` say of texts: where they are padded, where they begin, where they stand.
+"""Reads padding, beginnings of texts, and positions from attention masks and `position_ids`.
 
-Shapes: B batch, Q new tokens, T tokens in the cache once they are there.
+Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included.
 """
 
 import torch
@@ -19,19 +19,18 @@ def text_masks(
     queries: int,
     past: int | torch.Tensor | None,
 ) -> TextMasks:
-    """What the recurrence must know of the new tokens.
+    """Padding and beginnings of texts among the new tokens, for the recurrence.
 
-    Texts that are packed into one row are told apart as attention tells them apart: by `position_ids` that do not go
-    on, where there is neither a mask nor a cache (so does transformers), or by a four-dimensional mask.
+    Texts packed into one row are separated as in attention: by a four-dimensional mask; or, without a mask and a cache,
+    where `position_ids` do not count on (as in transformers).
 
     Args:
-        attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, as the model was given it.
-        position_ids: `[B or 1, Q]` or None, as the model was given them.
-        past: tokens in the cache, None where there is no cache.
+        attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, the model's argument.
+        position_ids: `[B or 1, Q]` or None, the model's argument.
+        past: tokens in the cache; None without a cache.
 
     Returns:
-        `[B, Q]` false where a token is padding, or None where none is; `[B or 1, Q]` true where a text begins anew,
-        or None where none does.
+        `[B, Q]`, false for padding, or None without padding; `[B or 1, Q]`, true where a new text begins, or None.
     """
     if attention_mask is not None and attention_mask.ndim == 2:
         return attention_mask[:, -queries:].bool(), None
@@ -49,20 +48,20 @@ def text_masks(
 def positions_in_cache(
     position_ids: torch.Tensor, causal_mask: torch.Tensor | None, length: int, new: torch.Tensor
 ) -> torch.Tensor:
-    """Positions of all tokens in a cache, old and new, `[B or 1, T]`, but for a number common to a row: RoPE knows only
+    """Positions of all tokens in a cache, old and new, `[B or 1, T]`, up to a constant per row: RoPE depends only on
     distances.
 
-    The cache keeps no positions. Tokens stand either at their places in the cache (padding counts) or as `generate()`
-    counts them (it does not); which of both, `position_ids` tell.
+    The cache stores no positions. They are either places in the cache (padding counts) or the positions of
+    `generate()` (padding does not count); `position_ids` show which.
 
     Args:
         position_ids: of the new tokens, `[B or 1, Q]`.
-        causal_mask: `[B, 1, Q, T]` or None where nothing is padded.
+        causal_mask: `[B, 1, Q, T]`, or None without padding.
         length: T.
         new: places of the new tokens, `[Q]`.
 
     Raises:
-        ValueError: positions that are neither (not looked for while a graph is compiled).
+        ValueError: positions that are neither (not checked while a graph is compiled).
     """
     places = torch.arange(length, device=new.device).unsqueeze(0)
     if causal_mask is None:
@@ -84,6 +83,6 @@ def positions_in_cache(
         )
     if causal_mask is None or by_place.all():
         return places
-    # Where padding stands only before and after a text, places give the same distances in one table for all rows.
+    # If padding is only before and after a text, places give the same distances, with one table for all rows.
     begins = is_text[:, 1:] & ~is_text[:, :-1]
     return torch.where(by_place, places, counts) if (begins.sum(dim=-1) + is_text[:, 0] > 1).any() else places

@@ -1,7 +1,7 @@
 """transformers' quantized cache with contexts in it: `generate(cache_implementation="quantized", cache_config=...)`.
 
-The host's cache has layers of keys and values alone, and refuses any other. It makes those, and `hold_contexts` has
-them do what a context needs: a width that no group divides, values of no width, a recurrent state that stays exact.
+The host's quantized cache accepts only layers of keys and values. `hold_contexts` adapts these to contexts: widths that
+no group size divides, values of width 0, and a recurrent state that stays exact.
 
 Shapes: B batch, T cached tokens, W cached width.
 """
@@ -19,7 +19,7 @@ from .configuration import ContextPythiaConfig
 
 
 class WithoutValues:
-    """Adds to a quantized layer that values of no width pass through untouched."""
+    """Adds to a quantized layer: values of width 0 pass unchanged."""
 
     def _quantize(self, tensor: torch.Tensor, *args, **kwargs) -> Any:
         return super()._quantize(tensor, *args, **kwargs) if tensor.shape[-1] else (tensor, None)  # type: ignore[misc]
@@ -29,8 +29,8 @@ class WithoutValues:
 
 
 class TokenGroups:
-    """Adds to a layer of HQQ contexts `[B, 1, T, W]` of any width W: a token's numbers make groups of `q_group_size`,
-    the last one filled up, whatever axis was asked for."""
+    """Adds to an HQQ layer contexts `[B, 1, T, W]` of any width W: a token's numbers form groups of `q_group_size`,
+    the last one padded, whatever the axis."""
 
     nbits: int
     q_group_size: int
@@ -38,7 +38,7 @@ class TokenGroups:
     def _quantize(self, tensor: torch.Tensor, axis: int) -> Any:
         filled = tensor[..., -1:].expand(*tensor.shape[:-1], -tensor.shape[-1] % self.q_group_size)
         rows = torch.cat([tensor, filled], dim=-1).reshape(-1, self.q_group_size)
-        # A byte takes as many numbers as it has room for, each of another part of the rows.
+        # A byte packs several numbers, each from another part of the rows.
         rows = pad(rows, (0, 0, 0, -len(rows) % (8 // self.nbits)))
         return super()._quantize(rows, 1), tensor.shape  # type: ignore[misc]
 
@@ -50,18 +50,18 @@ class TokenGroups:
 
 
 def full_attention(config: GPTNeoXConfig) -> GPTNeoXConfig:
-    """The config of a GPT-NeoX with as many layers: the host makes a quantized cache for no other types of layer."""
+    """The config of a GPT-NeoX with as many layers: the host builds quantized caches only for its layer type."""
     return GPTNeoXConfig(num_hidden_layers=config.num_hidden_layers)
 
 
 def hold_contexts(cache: QuantizedCache, config: GPTNeoXConfig) -> QuantizedCache:
-    """Have an empty cache, made for `full_attention(config)`, hold what the model of `config` caches.
+    """Adapt an empty cache, built for `full_attention(config)`, to the model of `config`.
 
-    A layer keeps its settings, but for `q_group_size`: the groups of a context's W numbers are of equal size, at most
-    that, so that little is filled up.
+    A layer keeps its settings except `q_group_size`: a context's W numbers form groups of equal size, at most the
+    given one, to need little padding.
 
     Raises:
-        ValueError: contexts in a cache of a backend that is neither `hqq` nor `fp8`.
+        ValueError: contexts with another backend than `hqq` or `fp8`.
     """
     if not isinstance(config, ContextPythiaConfig):
         return cache
@@ -79,7 +79,7 @@ def hold_contexts(cache: QuantizedCache, config: GPTNeoXConfig) -> QuantizedCach
                 layer.q_group_size = math.ceil(width / math.ceil(width / layer.q_group_size))
             elif hasattr(layer, "q_group_size"):
                 raise ValueError(
-                    f"quantized cache of {type(layer).__name__}: contexts take the backend 'hqq' or 'fp8'; give "
+                    f"quantized cache of {type(layer).__name__}: contexts need the backend 'hqq' or 'fp8'; give "
                     "cache_config={'backend': 'hqq'}"
                 )
         if parts:
@@ -88,7 +88,7 @@ def hold_contexts(cache: QuantizedCache, config: GPTNeoXConfig) -> QuantizedCach
 
 
 def _with(layer: CacheLayerMixin, parts: list[type]) -> CacheLayerMixin:
-    """`layer`, with its settings, whose class has `parts` before its own."""
+    """`layer` with its settings, in a new class that has `parts` before the layer's own class."""
     bases = (*parts, type(layer))
     new: CacheLayerMixin = object.__new__(type("".join(base.__name__ for base in bases), bases, {}))
     vars(new).update(vars(layer))

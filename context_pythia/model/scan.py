@@ -1,8 +1,8 @@
 """The ContextBlock's recurrence over a whole sequence as one differentiable function.
 
-Autograd's own way records some ten operations a token and multiplies small matrices for the weights' gradients at each
-of them. Here a token costs four operations forward and four backward; what has no order in time (the gradients of
-weights, biases and norms) is computed for all tokens at once.
+Plain autograd records about ten operations per token, and multiplies small matrices for the weights' gradients at each
+token. Here a token costs four operations forward and four backward. The gradients of weights, biases and norms need no
+order in time and are computed for all tokens at once.
 
 Shapes: T tokens, B batch, C context_dim, N layers of the ContextBlock.
 """
@@ -19,15 +19,15 @@ aten = torch.ops.aten
 
 
 class Recurrence(torch.autograd.Function):
-    """`c_t = f_N(... f_1(b_t))`, or `c_t = b_t` where a token is padding.
+    """`c_t = f_N(... f_1(b_t))`, or `c_t = b_t` for padding.
 
-    Here `b_t = c_{t-1}`, or 0 where a text begins anew, and `f_i(c) = LN_i(c + GELU(W_i c + p_{i,t}))`.
+    Here `b_t = c_{t-1}`, or 0 where a new text begins, and `f_i(c) = LN_i(c + GELU(W_i c + p_{i,t}))`.
 
     Arguments of `apply`:
         projected: `p`, `[N, T, B, C]`.
         initial: context before the first token, `[B, C]`.
-        keep: `[T, B, 1]`, false where a token is padding, or None.
-        carry: `[T, B or 1, 1]`, false where a text begins anew, or None.
+        keep: `[T, B, 1]`, false for padding, or None.
+        carry: `[T, B or 1, 1]`, false where a new text begins, or None.
         eps: of the norms.
         parameters: `W_1` `[C, C]`, the first norm's weight and bias `[C]`, and so on: 3 N tensors.
 
@@ -47,7 +47,7 @@ class Recurrence(torch.autograd.Function):
     ) -> Tensor:
         weights, norms = parameters[::3], list(zip(parameters[1::3], parameters[2::3], strict=True))
         transposed = [weight.t().contiguous() for weight in weights]
-        # The products W c + p, and what the norms take in.
+        # The products W c + p, and the norms' inputs.
         products, residuals = torch.empty_like(projected), torch.empty_like(projected)
         contexts = torch.empty_like(projected[0])
         kept, carried = (None if mask is None else mask.unbind(0) for mask in (keep, carry))

@@ -1,7 +1,7 @@
-"""When a shortcut gives what the long way gives: reading a module's parameters, and writing in place.
+"""Checks whether two shortcuts are safe: reading a module's parameters without calling it, and writing in place.
 
-Absorbed attention and the ContextBlock's scan take a map's matrix and never call the map. That is right only where the
-matrix is all there is: an adapter, a quantized or offloaded weight, a parametrization or a hook needs the call.
+Absorbed attention and the ContextBlock's scan read the matrix of a map and never call the map. This is wrong for maps
+with an adapter, a quantized or offloaded weight, a parametrization or a hook.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` is a `kind` and no more: `weight` and `bias` are ordinary parameters, and it has no hooks."""
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    # accelerate hangs its hooks on by a `forward` of the instance's own.
+    # accelerate adds its hooks by replacing the instance's `forward`.
     if type(module) is not kind or hooks or "forward" in vars(module) or _has_any_global_hook():
         return False
     parameters = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None]
@@ -21,7 +21,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def only_values() -> bool:
-    """Whether nothing but values is computed now: no derivative of either kind, no batch by vmap, no trace."""
+    """Whether only values are computed now: no forward or backward derivative, no vmap, no trace."""
     return not (
         torch.is_grad_enabled()
         or forward_ad._current_level >= 0

@@ -52,6 +52,6 @@ def test_a_backend_that_was_not_tried_with_contexts_is_refused_in_one_line():
     model = build("layer")
     cache = QuantizedCache.__new__(QuantizedCache)
     cache.layers = [OtherLayer() for _ in range(3)]
-    with pytest.raises(ValueError, match=r"OtherLayer: contexts take the backend 'hqq' or 'fp8'; give"):
+    with pytest.raises(ValueError, match=r"OtherLayer: contexts need the backend 'hqq' or 'fp8'; give"):
         hold_contexts(cache, model.config)
     assert full_attention(model.config).num_hidden_layers == 3

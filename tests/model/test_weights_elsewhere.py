@@ -171,5 +171,5 @@ def test_hooks_on_all_modules_count_while_decoding(source, ids):
 @pytest.mark.parametrize("source", MAPS[1:])
 def test_keys_and_values_of_a_trained_prefix_are_refused(source, ids):
     model = get_peft_model(build(source), PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match=r"keys and values of GPT-NeoX \(prefix tuning, say\) do not fit"):
+    with pytest.raises(ValueError, match=r"without keys and values of GPT-NeoX \(such as prefix"):
         model(input_ids=ids[:, :4])  # On transformers 5.24 PEFT 0.21.2 leaves the prefix out of any model's generate()
