@@ -70,7 +70,7 @@ class ServedAttention(ContextAttention):
         if self.num_heads % ranks:
             raise ValueError(f"tensor_parallel_size {ranks}: must divide the model's {self.num_heads} heads")
         if ranks > 1 and self.num_rotary_keys > 1:
-            raise ValueError(f"tensor_parallel_size {ranks}: a model with a rotary key a head is served by one rank")
+            raise ValueError(f"tensor_parallel_size {ranks}: must be 1 for a model with a rotary key per head")
         self.num_heads //= ranks
         self.cache = cache
         maps = {"query": ColumnParallelLinear, "context": ReplicatedLinear, "dense": RowParallelLinear}

@@ -166,7 +166,7 @@ class ContextPythiaForCausalLM(nn.Module):
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             if name not in parameters:
-                raise ValueError(f"{name} in the checkpoint has no place in a model of its config.json")
+                raise ValueError(f"{name} in the checkpoint does not belong to the model of its config.json")
             loader = getattr(parameters[name], "weight_loader", default_weight_loader)
             try:
                 loader(parameters[name], tensor)

@@ -84,7 +84,7 @@ def parse_over(text: str) -> Dimension:
     low, high = (option.parse(word.strip()) for word in ends.groups()[1:])
     log = bool(ends[1]) or by_logarithm(option)
     if option.kind not in (int, float) or isinstance(low, str) or isinstance(high, str) or low >= high:
-        raise UsageError(f"--over {path}: {given} is no range of numbers, low..high")
+        raise UsageError(f"--over {path}: {given} must be two numbers, low..high")
     if log and low <= 0:
         raise UsageError(f"--over {path}: {given} must begin above 0")
     return Dimension(path, (low, high), True, log)
@@ -130,7 +130,7 @@ class SweepPlan:
     def __post_init__(self) -> None:
         paths, models = [one.path for one in self.dimensions], self.recipe.models
         if twice := next((path for path in paths if paths.count(path) > 1), None):
-            raise UsageError(f"--over {twice}: is given twice, name all its values in one")
+            raise UsageError(f"--over {twice}: is given twice, list all values in one --over")
         if self.sampler == "grid":
             if ranged := next((one.path for one in self.dimensions if one.ranged), None):
                 raise UsageError(f"--over {ranged}: a range needs --sampler tpe; the grid takes values")
@@ -139,7 +139,7 @@ class SweepPlan:
         elif self.trials is None or self.trials % (share := len(models) * len(self.seeds)):
             raise UsageError(
                 f"--trials {self.trials}: --sampler tpe needs a multiple of {share} "
-                f"({len(models)} models x {len(self.seeds)} seeds), so that each gets as many"
+                f"({len(models)} models x {len(self.seeds)} seeds), so each gets the same number"
             )
         if healed := next((model.name for model in models if model.from_baseline), None):
             if not any(model.is_baseline for model in models):

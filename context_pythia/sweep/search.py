@@ -102,7 +102,7 @@ class Search:
         try:
             entries = [train(self.plan.setting(self.model, values, seed)) for seed in self.plan.seeds]
         except UsageError as error:  # values that are valid one by one, but not together
-            print(f"{self.model}, trial {number}: left out, {first_line(error)}", flush=True)
+            print(f"{self.model}, trial {number}: skipped, {first_line(error)}", flush=True)
             entries = []
         done = [(entry["best_val_ppl"], entry["cache"]["bytes_measured"]) for entry in entries if not entry["error"]]
         means = [statistics.fmean(column) for column in zip(*done, strict=True)]

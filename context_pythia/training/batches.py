@@ -29,8 +29,8 @@ def check_shares(options: TrainOptions) -> None:
     """Raises UsageError where the processes cannot share a batch evenly."""
     if options.batch_size % processes.count():
         raise UsageError(
-            f"{options.section}.batch_size {options.batch_size}: {processes.count()} processes share a batch, "
-            f"give a multiple of {processes.count()}"
+            f"{options.section}.batch_size {options.batch_size}: must be a multiple of {processes.count()}, the number "
+            "of processes"
         )
 
 

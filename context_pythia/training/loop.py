@@ -211,7 +211,7 @@ class Loop:
             self.loss_sum = 0.0  # The first process goes on with that of all.
         self.optimization.load_state_dict(state)
         if processes.is_main():
-            print(f"{self.name}: goes on after step {self.step} of {self.plan.steps}")
+            print(f"{self.name}: resumes after step {self.step} of {self.plan.steps}")
 
     @property
     def best_weights(self) -> Path | None:

@@ -85,9 +85,9 @@ def train_language_model(
     plan = Plan(options, len(data.train), data.train.sequence_length, steps)
     if not 0 < plan.samples <= len(data.train):
         raise UsageError(
-            f"{options.section}.tokens {options.tokens}: the training split holds "
-            f"{len(data.train) * plan.sequence_length} tokens, a step takes "
-            f"{plan.step_samples * plan.sequence_length}: give a number between"
+            f"{options.section}.tokens {options.tokens}: must be between "
+            f"{plan.step_samples * plan.sequence_length} (one step) and "
+            f"{len(data.train) * plan.sequence_length} (the training split)"
         )
     if torch.cuda.is_available():
         model.to("cuda")
@@ -129,7 +129,9 @@ def check_options(options: TrainOptions) -> None:
     """Raises UsageError, in one line, for options that cannot be here, or not together."""
     if options.warmup_ratio and options.schedule == "constant":
         section = options.section
-        raise UsageError(f"{section}.warmup_ratio {options.warmup_ratio}: needs the schedule constant_with_warmup")
+        raise UsageError(
+            f"{section}.warmup_ratio {options.warmup_ratio}: schedule constant has no warm-up, use constant_with_warmup"
+        )
     if options.precision == "float16" and not torch.cuda.is_available():
         raise UsageError(f"{options.section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
     check_shares(options)

@@ -302,5 +302,5 @@ def test_a_recipe_of_models_made_of_its_trained_baseline_is_refused(tmp_path):
 
 def test_training_options_that_cannot_be_are_refused_before_anything_starts(tmp_path):
     recipe = tiny_recipe(tmp_path, train={"warmup_ratio": 0.5})
-    with pytest.raises(ValueError, match="warmup_ratio 0.5: needs the schedule"):
+    with pytest.raises(ValueError, match="warmup_ratio 0.5: schedule constant has no warm-up"):
         bench([], recipe, None, None, options(), train=True, progress=False)

@@ -322,7 +322,7 @@ def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):
         (OPTIONS, student, "the teacher is the student itself"),
         (OPTIONS, make_teacher(vocab_size=VOCABULARY), "the student has 224 logits and the teacher 200"),
         (replace(OPTIONS, precision="float16"), teacher, "heal.precision float16: needs a CUDA GPU"),
-        (replace(OPTIONS, schedule="constant"), teacher, "heal.warmup_ratio 0.05: needs the schedule"),
+        (replace(OPTIONS, schedule="constant"), teacher, "heal.warmup_ratio 0.05: schedule constant has no warm-up"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(tmp_path, student, other, options)

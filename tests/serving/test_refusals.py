@@ -37,7 +37,7 @@ def test_sources_that_cache_keys_and_values(settings, tmp_path):
         (lambda found: found.pop("gpt_neox.layers.1.attention.value_up.bias"), "value_up.bias is missing"),
         (
             lambda found: found.update(stray=found["gpt_neox.final_layer_norm.bias"].clone()),
-            "stray in the .* has no place",
+            "stray in the .* does not belong",
         ),
     ],
     ids=["missing", "left over"],

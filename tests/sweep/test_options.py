@@ -49,7 +49,7 @@ TPE = {"sampler": "tpe", "trials": 4}
         ({"over": ["context_dim=32,300"]}, "context_dim 300: must be between 1 and 2 * hidden_size = 256"),
         ({"over": ["context_dim=32..64"]}, "--over model.context_dim: a range needs --sampler tpe"),
         ({"over": ["context_dim=64..300"], **TPE}, "context_dim 300: must be between"),
-        ({"over": ["schedule=a..b"], **TPE}, "--over train.schedule: a..b is no range of numbers"),
+        ({"over": ["schedule=a..b"], **TPE}, "--over train.schedule: a..b must be two numbers"),
         ({"over": ["phase1_noise=log:0..1"], **TPE}, "--over phase1.noise: log:0..1 must begin above 0"),
         ({"over": ["epochs=2"], **TPE, "trials": 5}, "--trials 5: --sampler tpe needs a multiple of 2"),
         ({"over": ["epochs=2"], "trials": 5}, "--trials: is for --sampler tpe"),

@@ -90,7 +90,7 @@ def test_a_failed_baseline_fails_what_is_made_of_it(folder, tmp_path, monkeypatc
     [
         ({"models": ["Converted"]}, "Converted starts from the trained baseline: name the baseline with --models too"),
         ({"sampler": "tpe", "trials": 8}, "Control starts from the trained baseline: sweep it with --sampler grid"),
-        ({"over": ["heal.warmup_ratio=0.1", "heal.schedule=constant"]}, "needs the schedule constant_with_warmup"),
+        ({"over": ["heal.warmup_ratio=0.1", "heal.schedule=constant"]}, "schedule constant has no warm-up"),
     ],
 )
 def test_what_cannot_be_healed_is_refused_before_any_training(folder, tmp_path, asked, message):

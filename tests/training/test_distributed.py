@@ -205,7 +205,7 @@ def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("train", "--model", "Pythia"), "train.batch_size 9: 2 processes share a batch, give a multiple of 2"),
+        (("train", "--model", "Pythia"), "train.batch_size 9: must be a multiple of 2, the number of processes"),
         (("info",), "this command runs in one process, but 2 were started; compare, phase1, train run in several"),
         (("train", "--model", "nobody"), "recipe tiny: model 'nobody' is unknown"),
     ],

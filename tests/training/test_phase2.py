@@ -353,14 +353,14 @@ def test_the_console_shows_each_epoch_and_the_end(tmp_path, capsys, monkeypatch)
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    held = f"the training split holds {18 * LENGTH} tokens"
+    bounds = rf"must be between \d+ \(one step\) and {18 * LENGTH} \(the training split\)"
     for options, data, message in [
         (replace(OPTIONS, precision="float16"), None, "precision float16: needs a CUDA GPU"),
-        (replace(OPTIONS, warmup_ratio=0.1), None, "warmup_ratio 0.1: needs the schedule constant_with_warmup"),
+        (replace(OPTIONS, warmup_ratio=0.1), None, "warmup_ratio 0.1: schedule constant has no warm-up, use"),
         (replace(OPTIONS, tensorboard=True), None, r"context-pythia\[tensorboard\]"),
         (OPTIONS, make_data(validation=0), "the validation split has no samples"),
-        (replace(PASS, tokens=LENGTH - 1), None, f"tokens {LENGTH - 1}: {held}"),
-        (replace(PASS, tokens=19 * LENGTH), None, f"tokens {19 * LENGTH}: {held}"),
+        (replace(PASS, tokens=LENGTH - 1), None, f"tokens {LENGTH - 1}: {bounds}"),
+        (replace(PASS, tokens=19 * LENGTH), None, f"tokens {19 * LENGTH}: {bounds}"),
     ]:
         with pytest.raises(ValueError, match=message):
             train(tmp_path, options, data=data)
