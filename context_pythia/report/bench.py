@@ -1,6 +1,6 @@
 """What `context-pythia bench` says: tables for the console, and the report of a bench's folder.
 
-Medians, ratios and crossover points are made here, from the single times that metrics.json records.
+This module computes medians, ratios and crossover points from the single times in metrics.json.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Row = dict[str, Any]
 
 
 def show(metrics: Mapping[str, Any]) -> None:
-    """Print the newest of the figures: of training at its end, of decoding the memory, then each cell."""
+    """Print the newest figures: for training at its end; for decoding first the memory, then each cell."""
     text = Texts("en", "bench")
     report = (TrainReport if metrics["kind"] == "train" else DecodeReport)(metrics, {}, text)
     print("\n" + report.console(), flush=True)
 
 
 class BenchReport:
-    """The document of a bench: how it was measured, its figures, and where.
+    """The document of a bench: the method, the figures and the machine.
 
     Attributes:
-        how: key of the text that says how.
+        how: key of the text on the method.
     """
 
     how = "how"
@@ -57,7 +57,7 @@ class DecodeReport(BenchReport):
     """Prefill, decoding and memory."""
 
     def console(self) -> str:
-        """The newest cell, or the memory before the first."""
+        """The newest cell; the memory if there is no cell yet."""
         if not self.metrics["cells"]:
             return "\n".join([self._memory_title(), "", to_console(self._memory())])
         cell = self.metrics["cells"][-1]
@@ -126,7 +126,7 @@ class DecodeReport(BenchReport):
         return Table(self.text.row("model", "prefill", "prefill_ratio", "cache", "reduction", "peak"), table)
 
     def decoding(self, cell: Row) -> Table:
-        """Milliseconds a token at one batch size and length, and how many times as fast as the peers that is."""
+        """Milliseconds a token at one batch size and length, and the speed relative to the peers."""
         table: list[list[str]] = []
         for row in cell["rows"]:
             line = [row["name"]]
@@ -138,7 +138,7 @@ class DecodeReport(BenchReport):
         return Table(self.text.row(*keys), table)
 
     def _peers(self, cell: Row) -> list[Row | None]:
-        """The rows of GPT-NeoX with a dynamic and with a static cache, where there are such."""
+        """The rows of GPT-NeoX with a dynamic and with a static cache; None for a missing one."""
         rows = {row["name"]: row for row in cell["rows"]}
         return [rows.get((self._first_peer(kind) or {}).get("name")) for kind in ("dynamic", "static")]
 
@@ -229,7 +229,7 @@ class TrainReport(BenchReport):
         yield from failures({row["name"]: row["error"] for row in metrics["rows"]}, text)
         plain = self._plain()
         shown = {"recipe": metrics["recipe"]["name"], "tokens": integer(metrics["tokens_per_step"])}
-        # Older records have each model in a process of its own.
+        # In older records each model has its own process.
         key = "train_peak_of_process" if "process_bytes" in plain else "train_peak"
         peak = text(key, empty=_megabytes(plain.get("process_bytes")))
         shown |= {"plain": plain["name"], "rates": self._rates(), "peak": peak}
@@ -271,10 +271,10 @@ class TrainReport(BenchReport):
 
 
 def crossover(own: Points, peer: Points) -> float | None:
-    """The length from which `own` is no slower than `peer`, both (length, seconds); None if it still is at the longest.
+    """The length from which `own` is no slower than `peer`; None if it is still slower at the longest length.
 
-    Between two lengths both times are taken to be powers of the length. Faster from the shortest length on gives that
-    length.
+    Both are (length, seconds). Between two lengths both times are interpolated as powers of the length. If `own` is no
+    slower from the shortest length on, the result is that length.
     """
     others = dict(peer)
     gaps = [(length, math.log(seconds / others[length])) for length, seconds in sorted(own) if length in others]
@@ -288,19 +288,19 @@ def crossover(own: Points, peer: Points) -> float | None:
 
 
 def paired_ratio(own: Sequence[float], peer: Sequence[float]) -> float | None:
-    """Median over the rounds of own seconds to the peer's in the same round; None without a common round."""
+    """Median over the common rounds of own seconds divided by the peer's; None without a common round."""
     ratios = [a / b for a, b in zip(own, peer, strict=False)]
     return median(ratios) if ratios else None
 
 
 def mean_parts(row: Row) -> dict[str, float]:
-    """A step's mean seconds by part, as they were recorded beside the whole `step`; empty if there is no step."""
+    """The mean seconds of each recorded part of a step; empty if there is no step."""
     steps = [step for turn in row["rounds"] for step in turn]
     return {part: fmean(step[part] for step in steps) for part in steps[0] if part != "step"} if steps else {}
 
 
 def _between(points: Points, x: float) -> float:
-    """The value at x on the line that is straight between the points' logarithms."""
+    """The value at x, interpolated linearly between the logarithms of the points."""
     for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
         if x0 <= x <= x1:
             return y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0))
@@ -308,12 +308,12 @@ def _between(points: Points, x: float) -> float:
 
 
 def _by_round(row: Row | None) -> list[float]:
-    """Median seconds a step in each of the row's turns."""
+    """Median seconds per step in each round of the row."""
     return [median(step["step"] for step in turn) for turn in row["rounds"]] if row else []
 
 
 def _times(first: Row | None, second: Row | None, kind: str) -> str:
-    """How many times as long as the second row the first one takes."""
+    """The first row's time divided by the second's."""
     return number(paired_ratio(first[kind], second[kind]) if first and second else None, 2)
 
 

@@ -1,4 +1,4 @@
-"""The papers of a converted model: its card, and a picture of what each layer keeps."""
+"""The card of a converted model, and a picture of what each layer keeps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ RECORD, SPECTRUM = "conversion.json", "spectrum.png"
 
 
 def write_card(folder: Path) -> list[Path]:
-    """README.md of a converted model's folder, as Hugging Face shows it, and the picture, from its conversion.json.
+    """Write README.md for Hugging Face, and the picture, from the conversion.json of a converted model's folder.
 
-    Returns the paths written. Raises FileNotFoundError or UsageError for a record that is missing or damaged.
+    Returns:
+        the paths of the new files.
+
+    Raises:
+        FileNotFoundError: conversion.json is missing.
+        UsageError: conversion.json is damaged.
     """
     record = read_record(folder / RECORD)
     written = [write_bytes(folder / "README.md", "\n".join(_card(record)).encode())]
@@ -27,7 +32,7 @@ def _card(record: dict[str, Any]) -> list[str]:
     cache, settings = record["cache"], record["settings"]
     control = record["context_dim"] is None
     name = f"{Path(record['original']).name}, " + ("healed" if control else f"{reduction(record):.1%} less cache")
-    shipped = settings["ship_code"] and not control  # a control is a plain GPT-NeoX, which every transformers knows
+    shipped = settings["ship_code"] and not control  # a control is a plain GPT-NeoX, which transformers can load
     load = "" if control else "import context_pythia  # registers the model\n"
     if shipped:
         load = "# with context-pythia installed: import context_pythia; without it: trust_remote_code=True below\n"
@@ -101,5 +106,5 @@ def _layers(record: dict[str, Any]) -> list[str]:
 
 
 def reduction(record: dict[str, Any]) -> float:
-    """Share of the original's cache that the model does without, by formula."""
+    """Reduction of the cache against the original model, by formula, as a share."""
     return 1 - record["cache"]["numbers_per_token"] / record["numbers_per_token_original"]

@@ -1,7 +1,7 @@
 """A document as a list of blocks, written as Markdown or as one self-contained HTML page; a table also for the console.
 
-The report is composed once and rendered twice, so that both forms always say the same. Texts are plain: whatever
-stands in them (model names, paths and errors come from users) is escaped by the renderers.
+Both forms come from the same blocks, so they always say the same. Texts are plain, and the renderers escape them,
+because model names, paths and errors come from users.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head. The first `text_columns` columns stand left, the others, numbers, stand right."""
+    """Rows of cells under a head. The first `text_columns` columns align left; the others, numbers, align right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,14 +42,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines shown as they are."""
+    """Lines of code."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that lies beside the document under the name `file`."""
+    """A picture in the file `file` beside the document."""
 
     file: str
     caption: str
@@ -116,7 +116,7 @@ def _markdown_block(block: Block) -> str:
 
 def _markdown_text(text: str) -> str:
     text = re.sub(r"([\\`*\[\]<>|$~&])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word Markdown takes an underscore as it is
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word an underscore has no meaning in Markdown
 
 
 def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
@@ -152,6 +152,6 @@ def _html_table(table: Table) -> str:
 
 
 def _unbroken(figure: str) -> str:
-    """In a narrow column a figure breaks before a bracket or after a stroke alone, and not in `1e-10`."""
+    """Lets a figure in a narrow column break only before a bracket or after a slash, and never inside `1e-10`."""
     whole = escape(figure).replace("-", "&#8209;").replace(" ", "&nbsp;")
     return whole.replace("&nbsp;(", " (").replace("/&nbsp;", "/ ")

@@ -51,7 +51,7 @@ class EvaluationReport:
         ]
 
     def console(self) -> str:
-        """The figures as an aligned table, and below it what they rest on."""
+        """The figures as an aligned table, and notes below it."""
         lines = to_console(self._table()).split("\n")
         notes = (self.text("note", **self._setup()), self._agreement())
         lines += ["", *(textwrap.fill(note, max(80, len(lines[0]))) for note in notes)]
@@ -94,8 +94,11 @@ class EvaluationReport:
         yield from provenance({"data_fingerprint": data["fingerprint"], **self.provenance}, text)
 
     def _headline(self) -> str:
-        """The smaller cache that costs least perplexity, of those that were filled by all tokens: with the few that
-        fill a quantized one, chance decides."""
+        """The best perplexity with a smaller cache.
+
+        It compares only caches that were filled by all tokens. A quantized cache was filled by few, so its perplexity
+        depends on chance.
+        """
         first, name = self.rows[0], self.names[0]
         smaller = [row for row in self.rows if row["perplexity"] and row["cache"]["reduction_measured"] > 0]
         if not smaller:
@@ -114,19 +117,23 @@ class EvaluationReport:
         )
 
     def _whole(self, row: Row) -> Row:
-        """The row of the same model whose perplexity is that of all tokens; the first if a quantized one is alone."""
+        """The same model's row with the perplexity of all tokens; the first row if it has only a quantized one."""
         same = (one for one in self.rows if one["name"] == row["name"] and one["perplexity"] is not None)
         return next(same, self.rows[0])
 
     def _perplexity(self, row: Row) -> float:
-        """Of all tokens. A quantized cache was filled by fewer: its model's without, times the change on these."""
+        """Perplexity on all tokens.
+
+        A quantized cache was filled by fewer tokens. It gets the perplexity of its model without quantization, times
+        the change on these tokens.
+        """
         whole = self._whole(row)
         if row is whole:
             return row["perplexity"]
         return whole["perplexity"] * row["cached"]["perplexity"] / whole["cached"]["perplexity"]
 
     def _positions(self, row: Row) -> Bands:
-        """As `_perplexity`, band by band; empty in the records of an older version."""
+        """`_perplexity` for each band; empty in records of an older version."""
         whole = self._whole(row)
         bands = whole.get("perplexity_by_position") or []
         if row is whole or not bands:
@@ -162,7 +169,7 @@ class EvaluationReport:
         }
 
     def _agreement(self) -> str:
-        """Whether the two passes found the same perplexity of the same tokens, and where not, both."""
+        """Says whether the two passes give the same perplexity on the same tokens, and shows both if they differ."""
         wrong = [
             f"{name} {row['cached']['parallel_perplexity']:.6g} / {row['cached']['perplexity']:.6g}"
             for name, row in zip(self.names, self.rows, strict=True)
@@ -172,7 +179,7 @@ class EvaluationReport:
         return self.text(key, **self._setup(), found=", ".join(wrong))
 
     def _tasks(self) -> Table | None:
-        """The tasks' table, a line a model, task and figure; None if none was run."""
+        """The table of tasks, one line per model, task and figure; None without tasks."""
         lines = [
             [name, task, metric, f"{value:.4f}"]
             for name, row in zip(self.names, self.rows, strict=True)

@@ -1,7 +1,7 @@
 """Draws the pictures of reports: curves over an axis, perplexity against the cache, and bars.
 
-Labels are English in every language, because matplotlib brings no Japanese font. Figures are made by matplotlib's
-object interface, so that no window system and no global figure is touched; matplotlib loads when a picture is drawn.
+Labels are English in every language, because matplotlib has no Japanese font. The module uses matplotlib's object
+interface, which needs no window system and no global figure. It imports matplotlib only when it draws a picture.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
-_FAR = 4.0  # an arrow stands for a model that is so many times as far above the best as the worst that none beats
-_LOG_FROM = 4.0  # ratio of largest to smallest value from which an axis is logarithmic
-_ROWS_AT_MOST = 30  # of a picture with a line a setting
+_FAR = 4.0  # beyond so many times the range of the unbeaten models, an arrow replaces a model's point
+_LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
+_ROWS_AT_MOST = 30  # in a picture with one line per setting
 
 Points = Sequence[tuple[float, float]]
 
@@ -35,10 +35,10 @@ class Panel:
 
     Attributes:
         curves: (x, y) points by the model's name.
-        stars: a point to mark, by the model's name.
-        edges: of bands, whose numbers are the curves' x; none where x is a number of its own.
-        level: where a dotted line goes.
-        scaled: the axes ("x", "y", "xy") that are logarithmic where their values span much; x in powers of 2.
+        stars: a point with a star, by the model's name.
+        edges: the edges of bands if the curves' x are numbers of bands; otherwise empty.
+        level: y of a dotted line.
+        scaled: the axes ("x", "y", "xy") that become logarithmic if their values span much; x in powers of 2.
     """
 
     title: str
@@ -63,14 +63,14 @@ class Point:
     label: str
     low: float | None = None
     high: float | None = None
-    group: str = ""  # only points of the same group compare
+    group: str = ""  # only points of the same group are compared
 
 
 def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figure:
-    """One panel below the other, with a legend of the models that have a curve.
+    """Panels in one column, with a legend of the models that have a curve.
 
     Args:
-        baselines: the names of all models, and whether they are a baseline, which is grey and dashed.
+        baselines: whether each model, by name, is a baseline. Baselines are grey and dashed.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
@@ -111,8 +111,8 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
 def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title: str) -> Figure:
     """Perplexity against measured cache, with a line through the points that no other of their group beats in both.
 
-    A point far above that line, where there are no whiskers, is an arrow at the upper edge with its perplexity, so that
-    the others stay apart.
+    In a picture without whiskers, an arrow at the upper edge with the perplexity replaces a point far above the line.
+    Otherwise it would squeeze the other points together.
     """
     colors, figure = model_colors(baselines), _figure(4.9)
     ax = figure.subplots()
@@ -142,7 +142,7 @@ def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title:
         for name, color in colors.items():
             ax.plot([], [], "D" if baselines[name] else "o", color=color, label=short(name))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    figure.draw_without_rendering()  # settles the axes, on which the labels' room depends
+    figure.draw_without_rendering()  # fixes the axes, on which the space for labels depends
     _label_points(ax, labels)
     return figure
 
@@ -159,7 +159,7 @@ def unbeaten(points: Sequence[Point]) -> list[Point]:
 def draw_settings(
     points: Sequence[Point], seeds: Sequence[Sequence[float]], baselines: Mapping[str, bool], title: str
 ) -> Figure:
-    """The best settings of a sweep, one a line: the mean perplexity, and a small dot for each seed."""
+    """The best settings of a sweep, one per line: the mean perplexity, and a small dot for each seed."""
     shown, colors = points[:_ROWS_AT_MOST], model_colors(baselines)
     baseline = next((point for point in points if baselines[point.model]), None)
     figure = _figure(1.2 + 0.3 * len(shown))
@@ -179,7 +179,7 @@ def draw_settings(
 
 
 def draw_bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) -> Figure:
-    """A bar a model: its values of each kind, one after another."""
+    """One bar per model, stacked from its values of each kind."""
     figure = _figure(1.5 + 0.45 * len(models))
     ax = figure.subplots()
     starts = [0.0] * len(models)
@@ -196,7 +196,7 @@ def draw_bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) 
 
 
 def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """What each direction of a layer's input is worth to a conversion, and how many its latent keeps."""
+    """The worth of each direction of a layer's input for a conversion, and how many directions the latent keeps."""
     from matplotlib.ticker import FuncFormatter
 
     figure = _figure(4.9)
@@ -216,8 +216,8 @@ def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def png(draw: Any, *args: Any) -> bytes:
-    """The figure that `draw` makes of the arguments, as a PNG file of few colors, a third as large as one of all."""
-    from PIL import Image  # matplotlib brings it
+    """The figure that `draw` returns, as a PNG file with few colors, a third as large as one with all colors."""
+    from PIL import Image  # a dependency of matplotlib
 
     drawn, reduced = io.BytesIO(), io.BytesIO()
     with _drawing_style():
@@ -242,7 +242,7 @@ def _drawing_style() -> Iterator[None]:
         "axes.edgecolor": "#8a93a3",
         "axes.grid": True,
         "grid.color": "#e6e9ee",
-        "text.parse_math": False,  # a model's name may hold a dollar sign
+        "text.parse_math": False,  # a model's name may contain a dollar sign
     }
     with matplotlib.rc_context(settings):
         yield
@@ -271,7 +271,7 @@ def short(name: str) -> str:
 
 
 def _scale(ax: Axes, which: str, values: Collection[float], base: int | None = None) -> None:
-    """Makes an axis logarithmic where its values span more than `_LOG_FROM`; its numbers are plain either way."""
+    """Makes an axis logarithmic if its values span more than `_LOG_FROM`; tick labels are plain numbers in any case."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis, base = (ax.xaxis, base or 2) if which == "x" else (ax.yaxis, 10)
@@ -283,7 +283,7 @@ def _scale(ax: Axes, which: str, values: Collection[float], base: int | None = N
 
 
 def _label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> None:
-    """Writes each point's name at the nearest place that is free of points and of other names."""
+    """Writes each point's name at the nearest place without points and other names."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
@@ -302,7 +302,7 @@ def _label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> 
 
 
 def _places() -> Iterator[tuple[float, float, str, str]]:
-    """Offsets in points and the label's alignment there, the nearest first."""
+    """Offsets in points, and the label's alignment at each; the nearest first."""
     for distance in range(9, 90, 7):
         for x, horizontal in ((0, "center"), (distance, "left"), (-distance, "right")):
             for y, vertical in ((0, "center"), (distance, "bottom"), (-distance, "top")):

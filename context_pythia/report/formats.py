@@ -1,4 +1,4 @@
-"""A record's figures as reports write them, in any language; what is missing is a dash."""
+"""Formats the figures of a record for reports in any language. A missing figure is a dash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ DASH = "–"
 
 
 def finite(value: float | None) -> bool:
-    """Whether there is a figure at all, as there is none of a model that failed or diverged."""
+    """Whether there is a figure; a model that failed or diverged has none."""
     return value is not None and math.isfinite(value)
 
 
@@ -30,17 +30,17 @@ def number(value: float | None, digits: int) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    # Rounded first and added to zero, so that a loss of nothing is not "-0.0 %".
+    # Adding 0.0 to the rounded value turns "-0.0 %" into "0.0 %".
     return DASH if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f} %"
 
 
 def sign(value: float) -> str:
-    """That of a change. What is rounded to nothing has it too: that of the change in percent is that in units."""
+    """The sign of a change, even if the change rounds to 0. So a change in percent and in units have the same sign."""
     return "−" if value < 0 else "+"
 
 
 def change(value: float | None, digits: int = 1) -> str:
-    """A share by which something is more or less, signed."""
+    """A relative change in percent, with its sign."""
     return DASH if value is None or not math.isfinite(value) else sign(value) + percent(abs(value), digits)
 
 
@@ -53,5 +53,5 @@ def perplexity(value: float | None, digits: int | None = None) -> str:
 
 
 def kilobytes(value: int | None) -> str:
-    """Of bytes; 1 KB is 1,024 of them."""
+    """Bytes in KB; 1 KB is 1,024 bytes."""
     return DASH if value is None else f"{value / 1024:,.1f} KB"

@@ -1,7 +1,7 @@
 """Writes the report of a folder: Markdown, one self-contained HTML page and its pictures, in English or Japanese.
 
-It reads the folder's JSON and nothing else, so a report can be made again at any time, in another language, or of a run
-that is still unfinished. Folders are those of `compare`, `sweep`, `bench`, `eval` and `convert`.
+It reads only the JSON files of the folder. So it can write a report again at any time, in another language, or before
+the run has finished. The folder is one of `compare`, `sweep`, `bench`, `eval` or `convert`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from context_pythia.report.serving import ServeReport
 from context_pythia.report.sweep import SweepReport
 from context_pythia.report.texts import Texts
 
-# The report and the prefix of its texts, by the kind of record.
+# The class of the report and the prefix of its texts, by the kind of record.
 REPORTS: dict[str, tuple[Any, str]] = {
     "run": (RunReport, "run"),
     "sweep": (SweepReport, "sweep"),
@@ -31,21 +31,27 @@ REPORTS: dict[str, tuple[Any, str]] = {
 
 
 def report(run: Path, lang: str = "en") -> None:
-    """`write_report`, and what it wrote on the console."""
+    """`write_report`, then print the paths on the console."""
     print("\n".join(f"wrote {path}" for path in write_report(run, lang)))
 
 
 def write_report(run: Path, lang: str = "en") -> list[Path]:
-    """Writes report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `run`.
+    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `run`.
 
-    A converted model's folder gets a card instead, README.md, in English. Returns the paths written; a picture for
-    which no model has figures yet is left out. Raises UsageError for an unknown language or a damaged metrics.json or
-    provenance.json, FileNotFoundError where one is missing.
+    The folder of a converted model gets an English card, README.md, instead. There is no picture if no model has
+    figures for it.
+
+    Returns:
+        the paths of the new files.
+
+    Raises:
+        UsageError: the language is unknown, or metrics.json or provenance.json is damaged.
+        FileNotFoundError: metrics.json or provenance.json is missing.
     """
     if (run / RECORD).is_file():
         return write_card(run)
     metrics = read_record(run / "metrics.json")
-    # Records of a run, and of an older evaluation, name no kind.
+    # Records of runs and of older evaluations have no kind.
     kind = metrics.get("kind") or ("evaluation" if "settings" in metrics else "run")
     if kind not in REPORTS:
         raise damaged(run / "metrics.json", f"its kind is {kind!r}")

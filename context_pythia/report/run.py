@@ -1,6 +1,6 @@
 """The report of a run of `compare`: results, cache, positions, learning curves, phase 1.
 
-A figure that is missing, because a model failed, has not run or is of an older version, is a dash.
+A missing figure is a dash: the model failed, has not run, or comes from an older version.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class RunReport:
     """The document and the pictures of a run.
 
     Args:
-        metrics: its models each have a name; whatever else is missing counts as null.
+        metrics: the record. Each model has a name; any other missing field counts as null.
     """
 
     def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
         self.text, self.provenance = text, record
         self.data, self.recipe = metrics["data"], metrics["recipe"]
         self.models: list[Model] = [_filled(model) for model in metrics["models"]]
-        for model in self.models:  # older runs do not record which is the baseline
+        for model in self.models:  # older runs do not record the baseline
             model.setdefault("baseline", model["context_source"] is None and not model["from_baseline"])
         self.done = [model for model in self.models if model["error"] is None and finite(model["best_val_ppl"])]
         entered = {model["name"] for model in self.models}
@@ -130,7 +130,7 @@ class RunReport:
         return self.text("between_sentences").join(sentences)
 
     def _setup(self) -> dict[str, str]:
-        """Length and dtype at which the caches were measured."""
+        """Length and dtype of the cache measurements."""
         cache: dict[str, Any] = next((model["cache"] for model in self.models if model["cache"]), {})
         return {"length": integer(cache.get("length")), "dtype": cache.get("dtype", DASH)}
 
@@ -145,7 +145,7 @@ class RunReport:
         }
 
     def _change(self, model: Model) -> str:
-        """Difference to the baseline's best perplexity, in its digits and in percent."""
+        """Difference to the baseline's best perplexity, absolute and in percent."""
         if self.baseline is None or model is self.baseline or not finite(model["best_val_ppl"]):
             return DASH
         base = self.baseline["best_val_ppl"]
@@ -181,14 +181,17 @@ class RunReport:
         return self.text(key, source=source, dim=dim, layers=layers)
 
     def _best_epoch(self, model: Model) -> str:
-        """In epochs after the baseline's best for what is made of it; after a part of an epoch in three digits."""
+        """The best epoch, in three digits if it is a fraction.
+
+        For a model that starts from the baseline it is the baseline's best epoch plus the epochs since then.
+        """
         epoch, origin = model["best_epoch"], model["from_baseline"]
         if epoch is None:
             return DASH
         return f"{origin['best_epoch']} + {epoch:.3g}" if origin else f"{epoch:.3g}"
 
     def _healed(self) -> Iterator[Block]:
-        """What the models are that are made of the baseline, and what they lose against the control."""
+        """Notes on the models that start from the baseline, and their change against the control."""
         healed = [model for model in self.done if model["from_baseline"]]
         if not healed:
             return
@@ -206,15 +209,15 @@ class RunReport:
             )
 
     def _overhead(self, model: Model) -> str:
-        """The seconds an epoch in the baseline's, in brackets, where they compare; else nothing."""
+        """Seconds per epoch relative to the baseline, in brackets; empty if they are not comparable."""
         base = self.baseline and self.baseline["seconds_per_epoch"]
         seconds = model["seconds_per_epoch"]
-        # A step of healing has a teacher and a batch of its own.
+        # Healing has a teacher and its own batch size.
         comparable = base and finite(seconds) and self._timed_as_baseline(model) and not model["from_baseline"]
         return f"(×{seconds / base:.2f})" if comparable else ""
 
     def _timed_as_baseline(self, model: Model) -> bool:
-        """False where the machine is known and was another; older runs have none."""
+        """False if the run records another machine than the baseline's; older runs record no machine."""
         machine, base = (one and one["machine"] for one in (model, self.baseline))
         return not machine or not base or machine == base
 
@@ -284,7 +287,7 @@ class RunReport:
                 yield Code("\n".join(lines))
 
     def _settings(self) -> dict[str, str]:
-        """What was trained on what and how, by the keys of the texts."""
+        """The settings of data, model and training, by the keys of the texts."""
         recipe = dict(self.recipe)
         if not any(model["phase1"] for model in self.models):
             recipe.pop("phase1", None)
@@ -296,7 +299,7 @@ class RunReport:
 def learning_curves(models: list[Model], series: list[Series], recipe: Mapping[str, Any]) -> list[Panel]:
     """Validation perplexity, its difference to the baseline's, training loss, and phase 1's convergence.
 
-    Over epochs, or over tokens where a run was one pass over so many.
+    The x axis is epochs, or tokens for a run with a single pass.
     """
     tokens = bool(recipe.get("train", {}).get("tokens"))
     where = "million tokens" if tokens else "epoch"
@@ -306,10 +309,10 @@ def learning_curves(models: list[Model], series: list[Series], recipe: Mapping[s
     phase1 = {}
     for model in models:
         name, origin, history = model["name"], model["from_baseline"], model["history"]
-        start = origin["best_epoch"] if origin else 0  # it goes on where the baseline ended
+        start = origin["best_epoch"] if origin else 0  # training continued from the baseline's best epoch
         points = [(entry["tokens"] / 1e6 if tokens else start + entry["epoch"], entry) for entry in history]
         ppl[name] = [(x, entry["val_ppl"]) for x, entry in points if finite(entry["val_ppl"])]
-        # The loss of healing is another one.
+        # Healing has a different loss.
         loss[name] = [(x, entry["train_loss"]) for x, entry in points if finite(entry["train_loss"]) and not origin]
         for x, entry in points:
             if entry["best"]:
@@ -330,7 +333,7 @@ def learning_curves(models: list[Model], series: list[Series], recipe: Mapping[s
 
 
 def _filled(model: Mapping[str, Any]) -> Model:
-    """With all that readers rely on: a model that failed, or of an older version, has not all of it."""
+    """The model with all fields that this module reads. Failed models and older versions lack some."""
     return _EMPTY | {key: value for key, value in model.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What all reports share: models as series, quality by position, settings, and where the figures were made."""
+"""What all reports share: models as series, quality by position, settings and provenance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Series:
 
 
 def frontier(series: Sequence[Series]) -> dict[str, bytes]:
-    """The picture of perplexity against the cache; none where no model has both."""
+    """The picture of perplexity against the cache; empty if no model has both."""
     points = [
         Point(one.name, one.name, one.cache_bytes, one.perplexity, one.name)
         for one in series
@@ -40,7 +40,7 @@ def frontier(series: Sequence[Series]) -> dict[str, bytes]:
 def difference(
     curves: Mapping[str, Points], series: Sequence[Series], of: str, where: str, **axis: Any
 ) -> Iterator[Panel]:
-    """The panel of all curves' difference to the first baseline's, where there is one and another model."""
+    """The panel of the curves' differences to the first baseline, if there is a baseline and another model."""
     base = next((one.name for one in series if one.baseline and curves.get(one.name)), None)
     if base is None or sum(map(bool, curves.values())) < 2:
         return
@@ -52,7 +52,7 @@ def difference(
 
 
 def position_panels(series: Sequence[Series]) -> list[Panel]:
-    """Perplexity by position, a point a band, and the difference to the baseline."""
+    """Perplexity by position, one point per band, and the difference to the baseline."""
     curves = {one.name: list(enumerate(band["perplexity"] for band in one.positions)) for one in series}
     bands = next(one.positions for one in series if one.positions)
     axis: dict[str, Any] = {"edges": [bands[0]["from"], *(band["to"] for band in bands)]}
@@ -86,7 +86,7 @@ def position_table(series: Sequence[Series], text: Texts) -> Table:
 
 
 def positions(series: Sequence[Series], text: Texts, pictures: Mapping[str, bytes]) -> Iterator[Block]:
-    """The section on quality by position; none where no model has the figures."""
+    """The section on quality by position; empty if no model has the figures."""
     measured = [one for one in series if one.positions]
     if not measured:
         return
@@ -100,20 +100,20 @@ def positions(series: Sequence[Series], text: Texts, pictures: Mapping[str, byte
 
 
 def picture(pictures: Mapping[str, bytes], file: str, caption: str) -> Iterator[Block]:
-    """The picture, if it was drawn."""
+    """The picture, if there is one."""
     if file in pictures:
         yield Picture(file, caption)
 
 
 def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts, *keys: str) -> Table:
-    """What the caches hold, by model; `bytes_slack` is their growth reserve."""
+    """The contents of the caches by model; `bytes_slack` is the growth reserve."""
     keys = (*keys, "bytes_measured", "bytes_formula", "bytes_slack")
     rows = [[name, *(integer(cache.get(key)) for key in keys)] for name, cache in caches.items() if cache]
     return Table(text.row("model", *keys), rows)
 
 
 def data_facts(data: Mapping[str, Any], text: Texts) -> dict[str, str]:
-    """The text that was read, by the keys of the texts."""
+    """Facts about the data, by the keys of the texts."""
     length = data.get("sequence_length")
     return {
         "data_source": plain(data.get("source")),
@@ -133,12 +133,12 @@ def failures(named: Mapping[str, str | None], text: Texts) -> Iterator[Block]:
 
 
 def facts(values: Mapping[str, str], text: Texts) -> Table:
-    """Settings or provenance, a line each, named by the text of their key."""
+    """Settings or provenance, one per line; the text of the key is the label."""
     return Table(text.row("setting", "value"), [[text(key), value] for key, value in values.items()], text_columns=2)
 
 
 def recipe_facts(recipe: Mapping[str, Any], text: Texts) -> dict[str, str]:
-    """The values of a recipe that have a text, by their path, as far as the recipe has them."""
+    """The values of a recipe, by path, that have a text and are not None."""
     found = {}
     for section, values in recipe.items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -152,7 +152,7 @@ def recipe_facts(recipe: Mapping[str, Any], text: Texts) -> dict[str, str]:
 def provenance(
     record: Mapping[str, Any], text: Texts, earlier: Sequence[Mapping[str, Any]] | None = None
 ) -> Iterator[Block]:
-    """Where, when and with what the figures were made, and the earlier calls in the same folder."""
+    """The machine, date and versions of the figures, and the earlier calls in the same folder."""
     keys = ("device", "platform", "threads", "commit", "created", "command")
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     values = {key: plain(record.get(key)) for key in keys} | {"versions": versions or DASH}

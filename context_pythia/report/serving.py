@@ -16,7 +16,7 @@ FIRST = "first-tokens.png"
 
 
 class ServeReport(BenchReport):
-    """Room, speed and waiting, a row a model; of several rounds the medians."""
+    """Capacity, speed and waiting time, one row per model; figures are medians over the rounds."""
 
     how = "serve_how"
 
@@ -75,12 +75,12 @@ class ServeReport(BenchReport):
         return [row for row in self.metrics["rows"] if row["rounds"]]
 
     def _times(self, row: Row, figure: Any) -> str:
-        """How many times GPT-NeoX's figure that is."""
+        """The figure relative to GPT-NeoX's."""
         peer = next((one for one in self._served() if one["peer"]), None)
         return DASH if peer is None else f"{figure(row) / figure(peer):.2f}"
 
 
 def _median(row: Row, key: str) -> Any:
-    """The rounds' median of a number, or of a list's numbers one by one."""
+    """The median over the rounds, of a number or of each element of a list."""
     values = [one[key] for one in row["rounds"]]
     return [median(column) for column in zip(*values, strict=True)] if isinstance(values[0], list) else median(values)

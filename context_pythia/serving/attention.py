@@ -1,4 +1,4 @@
-"""A layer of Context-Pythia in vLLM's parallel linear maps, attending to the cache that vLLM pages.
+"""A layer of Context-Pythia for vLLM. It uses vLLM's parallel linear maps and reads vLLM's paged cache.
 
 The mathematics is that of `model/attention.py`. Prefill uses expanded attention, sequence by sequence; decoding uses
 absorbed attention, for all sequences together. Tensor parallelism divides the heads among the ranks, and each rank
@@ -25,13 +25,13 @@ from context_pythia.model.attention import ContextAttention, PositionEmbeddings,
 from context_pythia.model.configuration import ContextPythiaConfig
 from context_pythia.serving.cache import ContextCache, Decoding, Prefill
 
-# Parts into which the kernel splits a sequence, as in vLLM's own call of it.
+# The kernel splits a sequence into so many parts, as in vLLM's own call.
 KERNEL_SPLITS = 4
 
 
 @dataclass
 class Paged:
-    """The contexts of sequences that decode, in their blocks, for a kernel that reads them there."""
+    """The contexts of decoding sequences in their blocks, for a kernel that reads blocks."""
 
     cache: ContextCache
     decoding: Decoding
@@ -39,11 +39,11 @@ class Paged:
 
 @dataclass
 class Positions:
-    """Cosines and sines.
+    """Cosines and sines of RoPE.
 
     Attributes:
-        new: of the new tokens, `[1, N, d]`.
-        places: of the places 0 to T - 1 of a sequence, `[1, T, R]` or `[1, T, d]`; None unless the model caches keys
+        new: for the new tokens, `[1, N, d]`.
+        places: for positions 0 to T - 1 of a sequence, `[1, T, R]` or `[1, T, d]`; None unless the model caches keys
             before RoPE (`reuse_rotary_keys`).
     """
 
@@ -55,7 +55,7 @@ class ServedAttention(ContextAttention):
     """Attention of this rank's heads.
 
     Args:
-        cache: of the context that this layer reads.
+        cache: the cache of the context that this layer reads.
         prefix: the layer's name in the checkpoint.
 
     Raises:
@@ -110,14 +110,14 @@ class ServedAttention(ContextAttention):
         context = self.cache.read(prefill.blocks)[None, None, : prefill.length]
         mask, queries = None, query.shape[2]
         if queries < prefill.length:
-            # With a cached past, the kernel's own causal mask would begin at the wrong token.
+            # With cached tokens before it, the kernel's own causal mask starts at the wrong token.
             mask = query.new_ones(queries, prefill.length, dtype=torch.bool).tril(prefill.length - queries)[None, None]
         return self.expanded(query, context, mask, up_to(places, prefill.length))[0][0]
 
     def _decode(self, query: torch.Tensor, decoding: Decoding, places: PositionEmbeddings | None) -> torch.Tensor:
         """`[B, H, 1, D]` -> `[B, H D]`."""
         if self._kernel_takes(query):
-            paged: Any = Paged(self.cache, decoding)  # absorbed attention only hands it on to `_interface`
+            paged: Any = Paged(self.cache, decoding)  # absorbed attention only passes it to `_interface`
             return self.absorbed(query, paged, None)[0][:, 0]
         context = self.cache.read(decoding.blocks).unsqueeze(1)
         length = context.shape[2]
@@ -135,10 +135,10 @@ class ServedAttention(ContextAttention):
 
 
 def decode_by_kernel(query: torch.Tensor, paged: Paged, scaling: float) -> torch.Tensor:
-    """`scaled_dot_product_attention(query, X, X)` as transformers returns it, X read block by block by Triton.
+    """`scaled_dot_product_attention(query, X, X)` in the layout of transformers. Triton reads X block by block.
 
     Args:
-        query: `[B, 1, H, W]`, the heads as positions of one head.
+        query: `[B, 1, H, W]`; the heads are positions of one head.
 
     Returns:
         `[B, H, 1, W]`.
@@ -211,8 +211,10 @@ def parallel(kind: Any, linear: nn.Linear, vllm_config: VllmConfig, prefix: str)
 
 
 def by_heads(module: nn.Module) -> Any:
-    """`module`, whose parameters load only the rows of this rank's heads. It stays a plain module, because absorbed
-    attention reads its weights."""
+    """`module`; its parameters load only the rows of this rank's heads.
+
+    It stays a plain module, because absorbed attention reads its weights.
+    """
     for parameter in module.parameters():
         parameter.requires_grad_(False)
         set_weight_attrs(parameter, {"weight_loader": load_own_rows})

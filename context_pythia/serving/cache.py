@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec, MLAAttentionSpec
 
-# Sequences decode in groups, padded to the longest; it has at most this many times the tokens of the shortest.
+# Sequences decode in groups, padded to the longest. The longest has at most so many times the tokens of the shortest.
 MOST_PADDING = 2
 
 
@@ -32,7 +32,7 @@ class Prefill:
     Attributes:
         tokens: its new tokens among the N.
         blocks: its blocks, `[ceil(length / S)]`.
-        length: its tokens with the new ones.
+        length: its tokens, including the new ones.
     """
 
     tokens: slice
@@ -46,8 +46,8 @@ class Decoding:
 
     Attributes:
         tokens: the new tokens' indices among the N, `[B]`.
-        blocks: `[B, most blocks]`; the rest of a shorter sequence's row is any block.
-        lengths: tokens of each sequence with the new one, `[B]`.
+        blocks: the blocks of each sequence, `[B, most blocks]`; the row of a shorter sequence ends with any blocks.
+        lengths: tokens of each sequence, including the new one, `[B]`.
     """
 
     tokens: torch.Tensor
@@ -60,7 +60,7 @@ class Batch(AttentionMetadata):
     """What the attention of one step reads and writes.
 
     Attributes:
-        slots: where the N new contexts go, counted in tokens from the first block on, `[N]`.
+        slots: the slots of the N new contexts, `[N]`; slot i is the i-th token of the cache's blocks.
         starts: the first new token of each sequence, `[B]`.
         counts: new tokens of each sequence.
         before: cached tokens of each sequence.
@@ -133,7 +133,7 @@ def similar(lengths: dict[int, int]) -> list[list[int]]:
 
 
 class ContextBackend(AttentionBackend):
-    """Tells vLLM the form of the cache and the builder of batches; attention itself is the model's."""
+    """Tells vLLM the layout of the cache and the builder of batches. The model itself computes attention."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes = ["auto"]
@@ -154,7 +154,7 @@ class ContextBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Tokens of one layer lie one after the other: a slot is a row, and each layer may have its own width.
+        # The tokens of a layer are contiguous: a slot is a row, and each layer may have its own width.
         return (KVCacheLayout.LBHNC,)
 
 
@@ -193,11 +193,11 @@ class ContextCache(nn.Module, AttentionLayerBase):
         return None if batches is None else batches[self.name]
 
     def write(self, contexts: torch.Tensor, slots: torch.Tensor) -> None:
-        """Contexts `[N, W]` of the new tokens to their slots `[N]`."""
+        """Write the contexts `[N, W]` of the new tokens to their slots `[N]`."""
         self.rows[slots] = contexts[: len(slots)]
 
     def read(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The contexts in blocks `[..., n]`: `[..., n * S, W]`."""
+        """Read the contexts `[..., n * S, W]` of the blocks `[..., n]`."""
         contexts = self.kv_cache[:, 0].index_select(0, blocks.flatten())
         return contexts.view(*blocks.shape[:-1], -1, self.width)
 

@@ -1,4 +1,4 @@
-"""Context-Pythia as vLLM runs it: many sequences at once, on one paged cache of contexts.
+"""Context-Pythia for vLLM: many sequences at once, with one paged cache of contexts.
 
 Submodules have the names of the checkpoint's tensors. `shared` needs no state besides the cache: a sequence's
 recurrence resumes from its last cached context. So prefix caching, chunked prefill and preemption just work.
@@ -78,7 +78,7 @@ class ServedModel(nn.Module):
     def _places(self, hidden_states: torch.Tensor, batch: Batch | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         if batch is None or not self.config.reuse_rotary_keys:
             return None
-        # Blocks are read whole, with keys behind a sequence's last token too.
+        # Attention reads whole blocks, which extend beyond a sequence's last token.
         places = torch.arange(batch.longest + self.block_size, device=hidden_states.device)
         cos, sin = self.rotary_emb(hidden_states, places[None])
         keys = 1 if self.config.rotary_pairs is not None else self.config.num_rotary_keys
@@ -89,7 +89,7 @@ def scan(block: ContextBlock, embeddings: torch.Tensor, before: torch.Tensor, ba
     """The recurrence of all sequences at once: step t takes the t-th new token of every sequence that has one.
 
     Args:
-        embeddings: of the new tokens, `[N, E]`.
+        embeddings: embeddings of the new tokens, `[N, E]`.
         before: each sequence's last cached context, `[B, C]`; ignored where nothing is cached yet.
 
     Returns:

@@ -1,8 +1,8 @@
-"""What a sweep searches: the keys and values of `--over`, and the trainings that follow. Imports no torch.
+"""What a sweep searches: the keys and values of `--over`, and the trainings that result. Imports no torch.
 
-A training is one model of the recipe with one setting and one seed. Its name says what differs from the sweep's recipe:
-a value that does not concern a model (the context of the baseline, say) never makes a second training of it, and an
-option that is added to the package changes no name.
+A training is one model of the recipe with one setting and one seed. Its name lists the differences to the sweep's
+recipe. An option that does not affect a model (such as the context width of the baseline) never causes a second
+training of it, and a new option of the package changes no name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from context_pythia.config.recipe_files import overridden
 from context_pythia.errors import UsageError
 
 SAMPLERS = ("grid", "tpe")
-MODEL = "model"  # the section of a path that is a model's option
+MODEL = "model"  # the section of a model's options
 # The options of a model that only some context sources read.
 SOURCES_OF = {
     "context_dim": ("input", "shared", "layer"),
@@ -35,7 +35,7 @@ SOURCES_OF = {
 
 
 def _keys() -> dict[str, tuple[str, Option]]:
-    """Every key of `--over`: an option's path, and its plain name as its flag has it."""
+    """All keys of `--over`: each option's path and its flag's name."""
     found: dict[str, tuple[str, Option]] = {}
     owners: dict[str, type[Options]] = SECTIONS | {MODEL: ModelOptions}
     for section, owner in owners.items():
@@ -52,9 +52,12 @@ FLAGS = {path: key for key, (path, _) in KEYS.items() if "." not in key}  # plai
 
 
 class Dimension(NamedTuple):
-    """A searched option: `values` to choose from or, for the sampler `tpe`, the two ends of a range.
+    """A searched option.
 
-    `log`: numbers between the ends are drawn by their logarithms.
+    Attributes:
+        values: values to choose from, or the two ends of a range.
+        ranged: whether `values` are the ends of a range (only for the sampler `tpe`).
+        log: whether numbers of the range are drawn on a logarithmic scale.
     """
 
     path: str
@@ -64,10 +67,10 @@ class Dimension(NamedTuple):
 
 
 def parse_over(text: str) -> Dimension:
-    """`"train.learning_rate=1e-4,1e-3"` -> the dimension; `"low..high"` and `"log:low..high"` are ranges.
+    """Parse `"train.learning_rate=1e-4,1e-3"`; `"low..high"` and `"log:low..high"` are ranges.
 
     Raises:
-        UsageError: the key is unknown, or the values are none; whether the option admits them is checked with the plan.
+        UsageError: the key is unknown, or the text has no valid values. `SweepPlan` checks the bounds of the option.
     """
     key, _, given = text.partition("=")
     key, given = key.strip().replace("-", "_"), given.strip()
@@ -91,12 +94,17 @@ def parse_over(text: str) -> Dimension:
 
 
 def by_logarithm(option: Option) -> bool:
-    """Rates, thresholds and the like, which are above 0 by their declaration, differ by factors."""
+    """Whether to draw the option on a logarithmic scale: rates, thresholds and others that must be above 0."""
     return option.kind is float and option.bounds.startswith("> 0") and "<" not in option.bounds
 
 
 class Setting(NamedTuple):
-    """A training: `recipe` is the sweep's with one model, one seed and the searched values; `name` is its folder's."""
+    """A training.
+
+    Attributes:
+        name: the name of its folder.
+        recipe: the sweep's recipe with one model, one seed and the searched values.
+    """
 
     name: str
     recipe: Recipe
@@ -106,18 +114,21 @@ class Setting(NamedTuple):
         return self.recipe.models[0]
 
     def value(self, path: str) -> Any:
-        """The value of an option, searched or not; None where it does not concern the model."""
+        """The value of any option; None if the option does not affect the model."""
         return _value_in(self.recipe, path) if _concerns(path, self.model) else None
 
 
 @dataclass
 class SweepPlan:
-    """A sweep as it was asked for. Making one checks every setting, so that a wrong value is found before any training.
+    """The request for a sweep. The constructor checks every setting, which finds a wrong value before any training.
 
     Attributes:
-        recipe: with the models to train, and the values that are not searched.
-        trials: trainings in all, of the sampler `tpe`; models and seeds have equal shares.
-        settings: of a grid, everything to train, each once; of `tpe`, each value and end of a range in turn.
+        recipe: has the models to train and the values that are not searched.
+        trials: total number of trainings for the sampler `tpe`; all models and seeds get the same number.
+        settings: for a grid, all trainings, each once; for `tpe`, settings that try each value and each end of a range.
+
+    Raises:
+        UsageError: the options are invalid, or contradict each other.
     """
 
     recipe: Recipe
@@ -146,16 +157,16 @@ class SweepPlan:
                 raise UsageError(f"{healed} starts from the trained baseline: name the baseline with --models too")
             if self.sampler != "grid":
                 raise UsageError(f"{healed} starts from the trained baseline: sweep it with --sampler grid")
-        # Seed by seed, so that an early look sees all settings; last what starts from a trained baseline.
+        # Seed by seed, so an early report has all settings. Models that start from a trained baseline come last.
         asked = itertools.product(self.seeds, [model.name for model in models], list(self._combinations()))
         found = {one.name: one for one in (self.setting(model, values, seed) for seed, model, values in asked)}
         self.settings = sorted(found.values(), key=lambda one: one.model.from_baseline)
 
     def setting(self, model: str, values: Mapping[str, Any], seed: int) -> Setting:
-        """The training of a model with those of the values, by path, that concern it.
+        """The training of a model with the values (by path) that affect it.
 
         Raises:
-            UsageError: the values do not fit the options, or one another.
+            UsageError: a value is invalid, or the values contradict each other.
         """
         base = dataclasses.replace(self.recipe, models=[one for one in self.recipe.models if one.name == model])
         full = overridden(base, values)
@@ -165,7 +176,7 @@ class SweepPlan:
         return Setting("_".join([recipe.models[0].folder, *words, f"seed={seed}"]), recipe)
 
     def origin(self, setting: Setting) -> Setting | None:
-        """The training of the baseline that the model of `setting` starts from; None for a model that starts anew."""
+        """The training of the baseline from which the model of `setting` starts; None if it starts from scratch."""
         if not setting.model.from_baseline:
             return None
         baseline = next(model.name for model in self.recipe.models if model.is_baseline)
@@ -184,13 +195,13 @@ class SweepPlan:
 
 
 def differences(recipe: Recipe, base: Recipe) -> dict[str, Any]:
-    """The values of the recipe, by path, that are not those of `base`; its model is compared with that of its name."""
+    """The values of the recipe, by path, that differ from `base`. Models are compared by name."""
     alone = dataclasses.replace(base, models=[one for one in base.models if one.name == recipe.models[0].name])
     return {path: value for path in sorted(FLAGS) if (value := _value_in(recipe, path)) != _value_in(alone, path)}
 
 
 def _legible(path: str, value: Any) -> str:
-    """The value as a part of a folder's name; free text, a path say, in short and with a digest."""
+    """The value as a part of a folder's name. Free text, such as a path, is shortened and gets a digest."""
     option = KEYS[path][1]
     if option.kind is not str or option.choices:
         return str(value)
@@ -204,7 +215,7 @@ def _value_in(recipe: Recipe, path: str) -> Any:
 
 
 def _concerns(path: str, model: ModelOptions) -> bool:
-    """Whether the option at `path` can change what is trained of `model`."""
+    """Whether the option at `path` affects the training of `model`."""
     section, _, name = path.partition(".")
     if section == "heal":
         return model.from_baseline

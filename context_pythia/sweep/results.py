@@ -1,6 +1,6 @@
-"""What a sweep has found so far, as plain values: its trials, its settings over seeds, and what matters to perplexity.
+"""The results of a sweep so far as plain values: trials, settings over seeds, and the importance of options.
 
-metrics.json is these values, and the report reads nothing else.
+metrics.json consists of these values, and the report reads nothing else.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from typing import Any
 
 from context_pythia.sweep.options import KEYS, Setting, by_logarithm
 
-TRIALS_AT_LEAST = 4  # with a result, for importances
-BEST_AT_LEAST, BEST_SHARE, BEST_AT_MOST = 5, 0.1, 0.5  # trials that count as good, and their share of all
-# What a trial keeps of a model's entry in its run folder's metrics.
+TRIALS_AT_LEAST = 4  # importances need so many trials with a result
+BEST_AT_LEAST, BEST_SHARE, BEST_AT_MOST = 5, 0.1, 0.5  # the best trials: a number, and shares of all trials
+# The fields that a trial copies from the model's entry in the run folder's metrics.
 KEPT = ("parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch", "error")
 
 
 def trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable[str]) -> dict[str, Any]:
-    """A trial as metrics.json has it; `entry` is its model's in the run folder, None for a trial without an end."""
+    """A trial's row in metrics.json.
+
+    Args:
+        entry: the model's entry in the run folder; None if the trial has not ended.
+        searched: paths of the searched options.
+    """
     row: dict[str, Any] = {
         "state": "unfinished" if entry is None else "failed" if entry["error"] else "complete",
         "folder": setting.name,
@@ -39,11 +44,14 @@ def trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable
 def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model and setting: how many seeds have a result, mean, range and standard deviation of perplexity.
 
-    `std` is that of a sample, of two seeds at least. `reduction` and `change` are against the baseline's setting of the
-    best mean perplexity. `unbeaten`: no other setting has both a better mean perplexity and as small a cache, or the
-    other way round. All three are among settings of the same data: other text, or samples of another length, have other
-    perplexities and bytes. `positions` are the bands of `perplexity_by_position`, each the mean over seeds; none where
-    a trial of an older version has none.
+    - `std` is the sample standard deviation; it needs two seeds.
+    - `reduction` and `change` compare with the baseline's setting of the best mean perplexity.
+    - `unbeaten`: no other setting is at least as good in mean perplexity and in cache bytes, and better in one of them.
+    - `positions` are the bands of `perplexity_by_position`, each the mean over seeds; empty if a trial of an older
+      version has no bands.
+
+    `reduction`, `change` and `unbeaten` compare only settings of the same data, because perplexity and bytes depend on
+    the text and the length of its samples.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
@@ -102,11 +110,14 @@ def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> dict[str, Any]:
-    """How much each searched option decides whether a trial is among the best, in shares that sum up to 1; or why not.
+    """The importance of each searched option for being among the best trials: shares with the sum 1, or a reason.
 
-    PED-ANOVA (arXiv 2304.10255; with options that only some models have, arXiv 2601.20800), which needs no
-    scikit-learn, unlike Optuna's fANOVA. The best are `quantile` of the trials, at least five of them where half of all
-    are as many.
+    The method is PED-ANOVA (arXiv 2304.10255; arXiv 2601.20800 for options that only some models have). Unlike Optuna's
+    fANOVA it needs no scikit-learn. The best are a tenth of the trials, but at least five trials, and at most half of
+    all; `quantile` is their share.
+
+    Returns:
+        `evaluator`, `quantile`, `trials` (their number) and `shares` (by option); only `reason` if there are no shares.
     """
     done = [trial for trial in trials if trial["state"] == "complete"]
     if len(done) < TRIALS_AT_LEAST:
@@ -128,19 +139,19 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
     quantile = min(BEST_AT_MOST, max(BEST_SHARE, BEST_AT_LEAST / len(done)))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of options that few trials have: the report shows how many there are
+        warnings.simplefilter("ignore")  # about options with few trials: the report shows the number of trials
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {"evaluator": "PED-ANOVA", "quantile": quantile, "trials": len(done), "shares": shares}
 
 
 def _distribution(name: str, values: Sequence[Any]) -> Any:
-    """The range of an option's numbers, or its choices."""
+    """Optuna's distribution of an option: the range of its numbers, or its choices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     option = KEYS[name][1] if name in KEYS else None
     if option and all(type(value) in (int, float) for value in values):
         kind = IntDistribution if option.kind is int else FloatDistribution
         return kind(min(values), max(values), log=by_logarithm(option))
-    if option and option.choices:  # all of them, tried or not, as the prior counts them
+    if option and option.choices:  # also those that no trial has, because the prior counts all
         return CategoricalDistribution([None, *option.choices] if option.optional else list(option.choices))
     return CategoricalDistribution(list(values))

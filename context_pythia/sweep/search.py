@@ -1,6 +1,6 @@
-"""Optuna's part of a sweep: TPE proposes settings, and remembers in a study how good they were.
+"""Optuna's part of a sweep: TPE proposes settings, and a study records their results.
 
-What is trained of a proposal, by whom and how far, only its run folders say.
+Only the run folders record the trainings themselves and their progress.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def require_optuna() -> None:
-    """Raise `UsageError` where the extra is not installed; else let Optuna print errors alone."""
+    """Raise `UsageError` if Optuna is not installed. Otherwise make Optuna print only errors."""
     try:
         import optuna
     except ModuleNotFoundError:
@@ -34,13 +34,15 @@ def require_optuna() -> None:
 
 
 class Search:
-    """TPE (Bergstra et al. 2011) over the settings of one model, by any number of workers.
+    """TPE (Bergstra et al. 2011) over the settings of one model, for any number of workers.
 
-    A model has a study of its own, and each model as many settings: so the baseline is tuned with the budget of the
-    others, and its results mislead nobody else's search. Another search in the same folder has another study, too.
+    Each model has its own study and the same number of settings. So the baseline gets the same budget as the others,
+    and the results of one model do not mislead the search of another. A different search in the same folder has its own
+    study, too.
 
     Args:
-        folder: the sweep's, and its lock, which its caller has.
+        folder: the sweep's folder.
+        lock: the folder's lock. The caller must hold it while it constructs the search.
         url: an Optuna storage (default: an SQLite file in `folder`).
 
     Raises:
@@ -54,11 +56,11 @@ class Search:
         self.plan, self.model, self.lock = plan, model, lock
         self.budget = (plan.trials or 0) // len(plan.recipe.models) // len(plan.seeds)
         over = [f"{one.path}={'log:' if one.log else ''}{one.values}" for one in plan.dimensions]
-        # Rendered, since a path may hold characters that mean something in a URL.
+        # SQLAlchemy escapes the characters of a path that have a meaning in a URL.
         url = url or URL.create("sqlite", database=str(folder.resolve() / "study.db")).render_as_string()
         try:
             self.study: Study = optuna.create_study(
-                # A server may have closed a connection while a model trained.
+                # A server may close a connection while a model trains.
                 storage=optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True}),
                 study_name=" ".join([folder.resolve().name, model, *over, f"seeds={[*plan.seeds]}"]),
                 load_if_exists=True,
@@ -67,15 +69,15 @@ class Search:
                 ),
                 directions=["minimize", "minimize"],  # perplexity and cache bytes
             )
-        except Exception as error:  # whatever the database's driver raises
+        except Exception as error:  # each database driver raises its own errors
             reason = first_line(error).replace(url, without_password(url))
             raise UsageError(f"--storage {without_password(url)}: cannot be opened ({reason})") from None
 
     def run(self, train: Callable[[Setting], dict[str, Any]]) -> None:
-        """Train proposals until the budget is spent, and then what other workers have begun and not ended.
+        """Train proposals until the budget is spent, then the unfinished proposals of other workers.
 
         Args:
-            train: returns the entry of a training; it waits for one that another worker is at.
+            train: trains a setting and returns its entry. It waits if another worker trains the setting.
 
         Raises:
             Failure: the storage failed.
@@ -96,17 +98,17 @@ class Search:
             raise Failure(f"the storage failed ({first_line(error.__cause__ or error)}): run again to go on") from error
 
     def _train(self, number: int, values: Mapping[str, Any], train: Callable[[Setting], dict[str, Any]]) -> None:
-        """Train a proposal with every seed, and tell the study the means."""
+        """Train a proposal with every seed, and report the means to the study."""
         from optuna.trial import TrialState
 
         try:
             entries = [train(self.plan.setting(self.model, values, seed)) for seed in self.plan.seeds]
-        except UsageError as error:  # values that are valid one by one, but not together
+        except UsageError as error:  # each value is valid, but their combination is not
             print(f"{self.model}, trial {number}: skipped, {first_line(error)}", flush=True)
             entries = []
         done = [(entry["best_val_ppl"], entry["cache"]["bytes_measured"]) for entry in entries if not entry["error"]]
         means = [statistics.fmean(column) for column in zip(*done, strict=True)]
-        with self.lock:  # several workers may have found it trained
+        with self.lock:  # several workers may report the same proposal
             state = TrialState.COMPLETE if means else TrialState.FAIL
             self.study.tell(number, means or None, state=state, skip_if_finished=True)
 

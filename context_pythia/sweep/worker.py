@@ -1,8 +1,8 @@
-"""`context-pythia sweep`: one worker, of any number, that trains a sweep's settings until all of them have ended.
+"""`context-pythia sweep`: a worker that trains a sweep's settings until all have ended. Any number may run at once.
 
-A training is the comparison of a recipe with one model, in a run folder of its own below `trials/`, and the run folder
-is all that there is of it: who trains it has the folder's lock, which the system takes from a worker that dies; who
-finds it finished reads it, and who finds it half done goes on from its checkpoints.
+A training is the comparison of a recipe with one model, in its own run folder below `trials/`. The run folder is its
+only record. A worker holds the folder's lock while it trains, and the system releases the lock if the worker dies. A
+worker reads a finished training, and resumes an unfinished one from its checkpoints.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from context_pythia.sweep.options import Setting, SweepPlan, differences
 from context_pythia.sweep.results import importances, settings_over_seeds, trial_row
 from context_pythia.sweep.search import Search, require_optuna
 
-Trial = tuple[Setting, dict[str, Any] | None]  # and the entry of its model, once it has ended
+Trial = tuple[Setting, dict[str, Any] | None]  # with the entry of its model; None until it has ended
 TRIALS, PROVENANCE, METRICS, RECIPE = "trials", "provenance.json", "metrics.json", "recipe.yaml"
 
 
 def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool = True) -> dict[str, Any]:
-    """Train what of the plan nobody else trains, wait for the others, and return the figures of all.
+    """Train the settings that no other worker trains, wait for the other workers, and return the metrics of all.
 
     Args:
         out: the sweep's folder, which all workers share.
-        storage: of the sampler `tpe`, an Optuna storage URL (default: an SQLite file in `out`).
+        storage: an Optuna storage URL for the sampler `tpe` (default: an SQLite file in `out`).
 
     Raises:
-        UsageError: something that cannot be trained as asked, found before any training; or a folder of another sweep.
-        Failure: every trial failed, or the storage failed on the way.
-        OSError: a folder that cannot be written. The trial that it met is left to the next worker.
+        UsageError: a setting cannot be trained (checked before any training), or `out` has another sweep.
+        Failure: every trial failed, or the storage failed.
+        OSError: a folder cannot be written. The next worker resumes the interrupted trial.
     """
     require_optuna()
     try:
@@ -49,7 +49,7 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
     except OSError as error:
         raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
     worker = Worker(plan, out, progress, FileLock(out / ".lock"))
-    with worker.lock:  # the first worker packs the text, the others open what it packed
+    with worker.lock:  # the first worker packs the text, the others open its file
         recipe = _recipe(plan, out)
         for setting in plan.settings:
             worker.check(setting)
@@ -70,7 +70,7 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
 
 
 def _recipe(plan: SweepPlan, out: Path) -> Recipe:
-    """The recipe of the folder's trainings, with the plan's models; `UsageError` where it is another."""
+    """The recipe of the folder's trainings with the plan's models; raises `UsageError` if it does not fit the plan."""
     kind = read_record(out / METRICS).get("kind") if (out / METRICS).exists() else "sweep"
     if kind != "sweep" or (out / METRICS).exists() > (out / RECIPE).exists():
         raise UsageError(f"{out} holds a run, or a sweep of an older version: choose another folder with --out")
@@ -82,11 +82,11 @@ def _recipe(plan: SweepPlan, out: Path) -> Recipe:
 
 @dataclass
 class Worker:
-    """What this process does of a sweep.
+    """This process's part of a sweep.
 
     Attributes:
-        lock: of the sweep's folder.
-        trained: whether it has trained anything yet.
+        lock: the lock of the sweep's folder.
+        trained: whether this worker has trained anything yet.
     """
 
     plan: SweepPlan
@@ -96,7 +96,7 @@ class Worker:
     trained: bool = False
 
     def check(self, setting: Setting) -> None:
-        """Raise `UsageError` for what cannot be trained, or has been trained on other text."""
+        """Raise `UsageError` if the setting cannot be trained, or was trained on other text."""
         check_training(setting.recipe)
         data = load_data(setting.recipe.data, self.progress)
         embedding_rows(setting.recipe, data.summary["vocab_size"])
@@ -104,7 +104,7 @@ class Worker:
             Run(self._folder(setting), setting.recipe).use_data(data.summary)
 
     def train_all(self) -> None:
-        """Train the plan's settings: first what nobody else is at, then what is left of those that others began."""
+        """Train the plan's settings: first those that no other worker trains, then the unfinished ones of others."""
         for wait in (False, True):
             for setting in self.plan.settings:
                 try:
@@ -113,15 +113,15 @@ class Worker:
                     print(f"{setting.name}: another worker trains it", flush=True)
 
     def train_checked(self, setting: Setting) -> dict[str, Any]:
-        """`check`, and `train`."""
+        """`check`, then `train`."""
         self.check(setting)
         return self.train(setting)
 
     def train(self, setting: Setting, wait: bool = True) -> dict[str, Any]:
-        """The model's entry in its run folder, a failure included: trained now, or found there.
+        """Train the setting unless its run folder is finished. Returns the model's entry, which may be a failure.
 
         Raises:
-            Timeout: another worker is at it, and this one is not to `wait`.
+            Timeout: another worker trains it, and `wait` is false.
         """
         folder, origin = self._folder(setting), self.plan.origin(setting)
         baseline = origin and self.train(origin, wait)
@@ -152,13 +152,13 @@ class Worker:
         return entry
 
     def record(self) -> dict[str, Any]:
-        """Write the sweep's metrics: what the run folders hold, and what of the plan has not begun."""
+        """Write the sweep's metrics: the results in the run folders, and the settings that have not begun."""
         with self.lock:
             recipe = load_recipe(str(self.out / RECIPE))
             planned = self.plan.settings if self.plan.sampler == "grid" else []
             found: dict[str, Trial] = {setting.name: (setting, None) for setting in planned}
             found |= {path.parent.name: _read(path) for path in sorted(self.out.glob(f"{TRIALS}/*/{METRICS}"))}
-            # Another call may have searched something else in the same folder.
+            # Another call in the same folder may have searched other options.
             differing = {path for setting, _ in found.values() for path in differences(setting.recipe, recipe)}
             searched = list(dict.fromkeys([*(one.path for one in self.plan.dimensions), *sorted(differing)]))
             trials = [trial_row(setting, entry, searched) for setting, entry in found.values()]
@@ -183,7 +183,7 @@ class Worker:
 
 
 def _read(path: Path) -> Trial:
-    """A training by its run folder's metrics, and the entry of its model, if it has ended."""
+    """The training of a run folder's metrics, with the entry of its model if it has ended."""
     metrics = read_metrics(path)
     return Setting(path.parent.name, recipe_from_dict(metrics["recipe"])), next(iter(metrics["models"]), None)
 

@@ -1,10 +1,10 @@
-"""Batches, divided among processes so that a recipe means the same with any number of them.
+"""Batches, divided among processes. A recipe means the same with any number of processes.
 
-A batch is that of a single process: the same samples in the same order, of which each process takes every n-th. A last
-batch may have fewer samples than processes; one that gets none takes part with a sample whose labels count nowhere, for
-each process must step as often as the others.
+All processes together see the batches of a single process: the same samples in the same order, and each of n processes
+takes every n-th sample. The last batch may have fewer samples than there are processes. A process without a sample then
+takes one whose labels are ignored, because all processes must step equally often.
 
-Shapes: B samples of a process's share, S tokens of a sample.
+Shapes: B samples of one process, S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]  # input_ids and labels, [B, S] each
 
 
 def check_shares(options: TrainOptions) -> None:
-    """Raises UsageError where the processes cannot share a batch evenly."""
+    """Raise UsageError if the processes cannot share a batch evenly."""
     if options.batch_size % processes.count():
         raise UsageError(
             f"{options.section}.batch_size {options.batch_size}: must be a multiple of {processes.count()}, the number "
@@ -49,14 +49,14 @@ def batches(dataset: Any, order: list[int], batch_size: int, device: torch.devic
 def step_batches(
     dataset: Any, order: list[int], options: TrainOptions, device: torch.device, skip: int = 0
 ) -> Iterator[list[Batch]]:
-    """The batches of each optimizer step of an epoch, after the first `skip` steps, which were made before.
+    """The batches of each optimizer step of an epoch, without its first `skip` steps.
 
     Args:
-        order: of the epoch's samples.
+        order: indices of the epoch's samples.
     """
     skipped = skip * options.gradient_accumulation * options.batch_size
     loader = batches(dataset, order[skipped:], options.batch_size, device)
-    # A loader draws from torch's generator as it begins; an epoch that goes on has drawn before.
+    # A loader draws from torch's generator when it starts. A resumed epoch drew before its interruption.
     with torch.random.fork_rng(devices=[], enabled=skip > 0):
         remaining = itertools.chain([next(loader)], loader)
     while step := list(itertools.islice(remaining, options.gradient_accumulation)):

@@ -1,6 +1,6 @@
-"""What a training leaves in its folder: a state to go on from, and a model in Hugging Face form.
+"""The files of a training: a state to resume from, and a model in Hugging Face form.
 
-Nothing here unpickles: weights are safetensors, results are JSON, and a state is read by torch with `weights_only`.
+Nothing here unpickles: weights are safetensors, results are JSON, and torch reads a state with `weights_only`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OTHER_FOLDER = "choose another output folder"
 
 
 def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
-    """All that decides a run's weights; two runs may share a folder only if theirs are equal."""
+    """All settings that determine a run's weights. Two runs may share a folder only if these are equal."""
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     for key in ("transformers_version", "use_cache", "dtype", "architectures"):
         config.pop(key, None)
@@ -47,7 +47,11 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path`, whole and on the disk; OSError, in one line, if that fails."""
+    """Write tensors and plain values to `path` atomically, and flush them to the disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
         with whole(path) as partial, partial.open("wb") as file:
             torch.save(state, file)
@@ -58,7 +62,11 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `write_state` wrote; UsageError, in one line, if the file is damaged."""
+    """Read a file of `write_state`.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -66,13 +74,16 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
 
 
 def load_weights(model: PreTrainedModel, folder: Path, root: Path | None = None) -> None:
-    """Fills `model` from a Hugging Face folder and sets it to evaluation.
+    """Load the weights of a Hugging Face folder into `model` and switch it to evaluation mode.
+
+    Args:
+        root: the folder that the error message tells the user to delete (default: `folder`).
 
     Raises:
-        Failure: the folder lacks weights of the model or is not sound; the mend is to delete it, or `root`.
+        Failure: the folder is damaged, or weights of the model are missing.
     """
     try:
-        # By `from_pretrained`, because a file's names need not be the module's: GPT-NeoX saves lm_head as embed_out.
+        # `from_pretrained` translates names: GPT-NeoX saves lm_head as embed_out.
         loaded, mended = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
         if wrong := {key: names for key, names in mended.items() if names}:
             raise Failure(f"{wrong}")
@@ -85,17 +96,20 @@ def load_weights(model: PreTrainedModel, folder: Path, root: Path | None = None)
 
 
 def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "50GB") -> None:
-    """Model and tokenizer in Hugging Face form, each file whole from the moment that it appears; weights last.
+    """Write model and tokenizer in Hugging Face form. Each file appears complete, and weights appear last.
 
     Args:
-        max_shard_size: of a file of weights. A model whose weights are on disk is read shard by shard.
+        max_shard_size: largest file of weights. Weights that are offloaded to disk are read shard by shard.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     partial, tied = folder / ".saving", model.all_tied_weights_keys
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
-            # A tied weight is stored once; of weights that are on disk transformers does not see that they are one.
+            # A tied weight is stored once. transformers does not notice the tie of weights that are offloaded to disk.
             weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
             model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
@@ -110,7 +124,11 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; Failure, in one line, if it is not one."""
+    """Read a JSON file.
+
+    Raises:
+        Failure: the file is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -119,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within it transformers prints errors alone, and no bar for each file that it saves."""
+    """A context in which transformers prints only errors and shows no progress bars."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

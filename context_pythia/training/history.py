@@ -1,4 +1,4 @@
-"""When a training validates and ends, what it has reached, and how the console says so."""
+"""When a training validates and when it ends, its result, and the lines that the console prints."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ Row = dict[str, Any]
 
 @dataclass
 class TrainResult:
-    """What phase 2 reached. `stop_reason` is `"early stop"`, `"all epochs"` or, after one pass, `"all tokens"`; seconds
-    are those of training alone, and of an epoch their median.
+    """The result of phase 2.
 
-    `val_ppl_by_position` is `best_val_ppl` in bands (see `perplexity_by_position`); None from an older version.
-    A row of `history` has epoch, step, tokens (read so far; None from an older version), train_loss (mean over the
-    steps since the last row), val_ppl, val_accuracy, seconds and best. One pass has a row for each tenth of it. A run
-    by steps begins with a row of step 0, without a train_loss, and may end within an epoch. `epoch` need not be whole.
+    Attributes:
+        best_epoch: the epoch of the best validation; may be a fraction.
+        history: one row per evaluation: epoch, step, tokens (read so far; None from an older version), train_loss
+            (mean over the steps since the last row), val_ppl, val_accuracy, seconds and best. A single pass has one
+            row per tenth. A run with `steps` begins with a row of step 0, whose train_loss is None.
+        seconds_per_epoch: median, without validation and checkpoints.
+        stop_reason: `"early stop"`, `"all epochs"` or, after a single pass, `"all tokens"`.
+        val_ppl_by_position: `best_val_ppl` in bands (see `perplexity_by_position`); None from an older version.
     """
 
     best_val_ppl: float
@@ -40,13 +43,14 @@ class TrainResult:
 class Plan:
     """How many optimizer steps a training has, and after which of them it validates.
 
-    Epochs, or one pass over `options.tokens`, or so many `steps`. An epoch's last step may have fewer batches.
+    A training runs for epochs, for a single pass over `options.tokens`, or for a number of `steps`. The last step of an
+    epoch may have fewer batches.
 
     Attributes:
-        samples: of an epoch; of a pass whole steps, so that each weighs the same.
-        epoch_steps, steps: optimizer steps of an epoch, and in all.
-        evaluations: the steps after which the model is validated: each epoch's last, or every tenth of a pass; the
-            last of all; before the first one, if the run is one by steps.
+        samples: samples of an epoch. A single pass is cut to whole steps, so all steps have the same size.
+        epoch_steps, steps: optimizer steps of an epoch, and of the whole training.
+        evaluations: the steps after which the model is validated: the last step of each epoch, or every tenth of a
+            single pass; also the last step of all, and 0 (before the first step) for a run with `steps`.
     """
 
     def __init__(self, options: TrainOptions, samples: int, sequence_length: int, steps: int | None):
@@ -68,11 +72,11 @@ class Plan:
             self.evaluations.add(0)
 
     def order(self, seed: int, epoch: int) -> list[int]:
-        """The samples of an epoch in their order."""
+        """The indices of an epoch's samples, in the order of training."""
         return torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
     def epochs(self, step: int) -> float:
-        """Epochs done after `step`, whole ones as an int."""
+        """Epochs done after `step`; an int at the end of an epoch."""
         whole, rest = divmod(step, self.epoch_steps)
         return whole + rest * self.options.gradient_accumulation / self.batches if rest else whole
 
@@ -82,7 +86,7 @@ class Plan:
         return (whole * self.samples + rest * self.step_samples) * self.sequence_length
 
     def stop_reason(self, history: list[Row], step: int) -> str | None:
-        """Why training ends at `step`, after the last row of `history`; None where it goes on."""
+        """Why training ends after `step` and the last row of `history`; None if it continues."""
         at_end = step >= self.steps
         if self.options.tokens is not None:
             return ALL_TOKENS if at_end else None
@@ -92,7 +96,7 @@ class Plan:
         return ALL_EPOCHS if at_end else None
 
     def describe(self, row: Row) -> str:
-        """An evaluation as the console shows it."""
+        """The console's line for an evaluation."""
         line = f"Epoch {row['epoch']:2}/{self.options.epochs}: "
         if self.by_steps is not None:
             line = f"Step {row['step']}/{self.steps}: "
@@ -123,7 +127,7 @@ def best_row(history: list[Row]) -> Row:
 
 
 def seconds_per_epoch(history: list[Row]) -> float:
-    """The median, so that an epoch in which the machine was stopped or busy with other work does not count."""
+    """The median. It ignores an epoch in which the machine slept or was busy with other work."""
     trained = [row for row in history if row["step"] > 0]
     starts = [0, *(row["epoch"] for row in trained)]
     return median(row["seconds"] / (row["epoch"] - start) for row, start in zip(trained, starts, strict=False))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at a moment that suits: work that is cut in two could not be saved."""
+"""Defers ctrl-C and SIGTERM until a checkpoint can be written."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from context_pythia import processes
 
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within it ctrl-C, or SIGTERM, sets the event, and says so, instead of breaking into half-done work; a second one
-    acts at once.
+    """A context in which the first ctrl-C or SIGTERM sets the event and prints a line. The second one acts at once.
 
-    Only the handlers that a Python process begins with are replaced: a host that ignores or handles a signal itself
-    keeps doing so. One of several processes leaves SIGTERM alone, by which the launcher ends those that wait for a dead
-    one.
+    It replaces only Python's default handlers: a host that ignores or handles a signal itself still does. With several
+    processes SIGTERM keeps its effect, because the launcher uses it to end processes that wait for a dead one.
     """
     asked = threading.Event()
     own: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}

@@ -1,7 +1,7 @@
-"""Phase 2's loop: steps, evaluations and checkpoints, in the order in which they happen.
+"""Phase 2's loop: steps, evaluations and checkpoints, in their order.
 
-A checkpoint is `state.pt`, with all that training goes on from, and `best-STEP/`, the best weights in Hugging Face
-form. Each appears whole, and an older one goes when the next is there.
+A checkpoint has two parts: `state.pt`, from which training resumes, and `best-STEP/`, the best weights in Hugging Face
+form. Each appears complete, and the older one is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
 
 STATE_FILE = "state.pt"
 LOG_STEPS = 10
-# After so many steps an accelerator is waited for to look at the loss, and processes ask one another about ctrl-C.
+# Every LOOK_STEPS steps the loop reads the loss from the accelerator, and processes ask one another about ctrl-C.
 LOOK_STEPS = 16
-# What a checkpoint says of the way so far; the sums are over the steps since the last evaluation.
+# The loop's own fields in a checkpoint. Sums and seconds count from the last evaluation.
 PROGRESS = ("step", "history", "bands", "loss_sum", "loss_steps", "seconds")
 
 
 @dataclass
 class Loop:
-    """One training: `run` takes it from its last checkpoint to its end.
+    """One training: `run` continues from the last checkpoint to the end.
 
     Attributes:
-        checkpoints: the folder of its checkpoints.
+        checkpoints: the folder of the checkpoints.
         name: the model's name on the console.
-        settings: what decides its weights (see `run_settings`).
-        loss: of a model and a batch, the sum over its tokens in nats.
-        writer: of TensorBoard's logs.
+        settings: what determines the weights (see `run_settings`).
+        loss: takes a model and a batch, returns the sum of the loss over the batch's tokens in nats.
+        writer: writes TensorBoard's logs.
         step: optimizer steps done.
         history: the evaluations so far (see `TrainResult`).
-        bands: the best evaluation's perplexities by position.
+        bands: perplexities by position of the best evaluation.
     """
 
     model: PreTrainedModel
@@ -81,12 +81,16 @@ class Loop:
     seconds: float = 0.0
 
     def run(self) -> None:
-        """Train to the end; KeyboardInterrupt, after a checkpoint, where ctrl-C was pressed."""
+        """Train to the end.
+
+        Raises:
+            KeyboardInterrupt: the user pressed ctrl-C; a checkpoint is written first.
+        """
         if self.model.device.type == "cpu":
             keep_freed_memory()
         if self.options.gradient_checkpointing:
             recompute_activations(self.model)
-        # None lets tqdm look whether stderr is a terminal.
+        # With None, tqdm shows bars only if stderr is a terminal.
         self.no_bars = None if self.progress and processes.is_main() else True
         torch.manual_seed(self.seed)
         self.optimization = Optimization(self.model, self.options, self.plan.steps, self.loss)
@@ -124,7 +128,7 @@ class Loop:
         return self.plan.stop_reason(self.history, self.step) is not None
 
     def _look(self, losses: list[Tensor]) -> None:
-        """Log the loss, and stop where it is not a number."""
+        """Log the loss. Raise `Failure` if it is not finite."""
         if self.writer is not None and self.step % LOG_STEPS == 0:
             self.writer.add_scalar("train/loss", float(sum(losses)) * processes.count(), self.step)
         look = self.model.device.type == "cpu" or self.step % LOOK_STEPS == 0
@@ -132,7 +136,7 @@ class Loop:
             raise self._not_finite("training loss", float(self.loss_sum))
 
     def _after_step(self) -> None:
-        """Evaluate, write a checkpoint and stop, each where it is due."""
+        """Evaluate, write a checkpoint and stop, each if it is due."""
         evaluated = self.step in self.plan.evaluations
         if evaluated:
             with self._clock_stopped():
@@ -194,7 +198,7 @@ class Loop:
         processes.wait()
 
     def _load(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+        """Resume from the last checkpoint, if there is one."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if next(self.checkpoints.glob("checkpoint-*"), None):
             raise UsageError(
@@ -208,23 +212,23 @@ class Loop:
         for name in PROGRESS:
             setattr(self, name, state[name])
         if not processes.is_main():
-            self.loss_sum = 0.0  # The first process goes on with that of all.
+            self.loss_sum = 0.0  # the first process has the sum of all processes
         self.optimization.load_state_dict(state)
         if processes.is_main():
             print(f"{self.name}: resumes after step {self.step} of {self.plan.steps}")
 
     @property
     def best_weights(self) -> Path | None:
-        """The folder of the best weights, None before the first evaluation."""
+        """The folder of the best weights; None before the first evaluation."""
         return self.checkpoints / f"best-{best_row(self.history)['step']}" if self.history else None
 
     def _whole_loss_sum(self) -> float:
-        """`loss_sum` of all processes."""
+        """The sum of `loss_sum` over all processes."""
         return float(processes.total(torch.tensor(float(self.loss_sum), dtype=torch.float64)))
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
-        float(self.loss_sum)  # Waits for the device, so that the last step's work counts.
+        float(self.loss_sum)  # waits for the device, so the last step counts
         self.seconds += time.perf_counter() - self.started
         yield
         self.started = time.perf_counter()

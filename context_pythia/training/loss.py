@@ -1,14 +1,14 @@
-"""The language-model head and its loss together, so that the logits of all tokens never stand in memory.
+"""The language-model head and its loss in one function, which never stores the logits of all tokens.
 
 The loss is the cross-entropy with the text, or a mixture of it and the divergence from a teacher.
 
-The logits of 32 x 128 tokens over 50,304 words are 824 MB in fp32, and the plain way holds them, their log-softmax and
-the gradients of both. Here a chunk of tokens goes all the way to its gradients before the next one begins, so nothing
-is computed twice, and the softmax of a few rows at a time stays in the processor's cache. At that size, on one
-thread in bfloat16, it took 0.7 of the plain way's time; `torch.nn.functional.linear_cross_entropy` in chunks (torch
-2.13) took 2.6 times the plain way's, and its loss, summed in bfloat16, was off by 0.5 nats.
+The logits of 32 x 128 tokens over 50,304 words take 824 MB in fp32. The plain way stores them, their log-softmax and
+the gradients of both. This module computes loss and gradients of one chunk of tokens before it begins the next. It
+computes nothing twice, and the softmax of a few rows at a time stays in the processor's cache. At that size, with one
+thread in bfloat16, it took 0.7 times as long as the plain way. `torch.nn.functional.linear_cross_entropy` in chunks
+(torch 2.13) took 2.6 times as long, and its loss, which it sums in bfloat16, was off by 0.5 nats.
 
-Shapes: N tokens, n of a chunk, D hidden size, V rows of the head.
+Shapes: N tokens, n tokens of a chunk, D hidden size, V rows of the head.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_LOGITS = 2**25  # logits of one model held at once: 64 MiB in bfloat16
-ROW_BLOCK_LOGITS = 2**19  # logits whose softmax stays in a CPU's second-level cache: 2 MiB in fp32
+CHUNK_LOGITS = 2**25  # logits of one model in memory at once: 64 MiB in bfloat16
+ROW_BLOCK_LOGITS = 2**19  # the softmax of so many logits fits a CPU's second-level cache: 2 MiB in fp32
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The sum of `cross_entropy(hidden @ weight.T, labels)` over the tokens, in nats, a scalar of fp32 (or fp64).
+    """The sum of `cross_entropy(hidden @ weight.T, labels)` over the tokens in nats, a scalar in fp32 (or fp64).
 
-    As in the plain way, logits and their gradients have the dtype of autocast (or of `hidden`), what lies between is
-    computed in fp32.
+    As in the plain way, logits and their gradients have the dtype of autocast (or of `hidden`). The softmax and the
+    loss are computed in fp32.
 
     Args:
         hidden: last hidden states, `[N, D]`.
-        weight: the head's, `[V, D]`.
+        weight: weight of the head, `[V, D]`.
         labels: next tokens, `[N]`; -100 for none.
     """
     return _LinearLoss.apply(hidden, weight, labels, None, 1.0)
@@ -44,14 +44,14 @@ def linear_distillation(
 ) -> Tensor:
     """The sum of `(1 - ce_weight) KL(teacher || student) + ce_weight CE(text || student)` over the tokens, in nats.
 
-    Gradients are those of the student alone, `softmax(logits) - (1 - ce_weight) softmax(teacher's) - ce_weight
-    onehot(label)` in its logits: exactly 0 where the two agree and the text has no weight. Adam would make steps of
-    full size out of rounding errors.
+    Only the student gets gradients. The gradient of its logits is `softmax(logits) - (1 - ce_weight) softmax(teacher's
+    logits) - ce_weight onehot(label)`. It is exactly 0 where student and teacher agree and `ce_weight` is 0; with
+    rounding errors instead, Adam would take steps of full size.
 
     Args:
         hidden, weight, labels: as in `linear_cross_entropy`; a token without a label counts in neither part.
-        teacher_hidden, teacher_weight: the teacher's, `[N, D']` and `[V, D']`. One in fp32 follows autocast, another
-            keeps its dtype.
+        teacher_hidden, teacher_weight: of the teacher, `[N, D']` and `[V, D']`. A teacher in fp32 follows autocast;
+            any other keeps its dtype.
         ce_weight: from 0 to 1.
     """
     if teacher_weight.dtype == torch.float32:
@@ -62,9 +62,9 @@ def linear_distillation(
 
 @torch.no_grad()
 def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each token its summand of `linear_cross_entropy`, and whether its label has the largest logit: `[N]` twice.
+    """Each token's loss in nats, and whether its label has the largest logit; both `[N]`.
 
-    A token without a label has 0 and False.
+    The losses add up to `linear_cross_entropy`. A token without a label has 0 and False.
     """
     dtype, wide = _dtypes(hidden)
     losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
@@ -79,7 +79,7 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Its forward pass already computes the gradients, from each chunk's logits while they are there."""
+    """The forward pass also computes the gradients, because each chunk's logits are in memory only then."""
 
     @staticmethod
     def forward(
@@ -113,7 +113,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # A scalar tensor of another dtype does not widen these.
+        # A scalar tensor of another dtype does not change the dtype of these.
         return (
             None if hidden_grad is None else hidden_grad * gradient,
             None if weight_grad is None else weight_grad * gradient,
@@ -128,8 +128,10 @@ def _to_gradient(
     teacher_logits: Tensor | None = None,
     ce_weight: float = 1.0,
 ) -> Tensor:
-    """The tokens' losses `[n]`, computed in `wide`; `logits` `[n, V]` become the gradient of their sum, which without
-    a teacher is `softmax(logits) - onehot(label)`."""
+    """The tokens' losses `[n]`, computed in `wide`. Overwrites `logits` `[n, V]` with the gradient of the losses' sum.
+
+    Without a teacher the gradient is `softmax(logits) - onehot(label)`.
+    """
     losses = torch.empty(len(logits), dtype=wide, device=logits.device)
     block = ROW_BLOCK_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS
     for rows in _slices(len(logits), block // logits.shape[1]):
@@ -148,7 +150,7 @@ def _to_gradient(
             p *= (1 - ce_weight) * counted / total
         total = q.exp_().sum(-1, keepdim=True)
         losses[rows] = ((loss + total.log()) * counted).squeeze(-1)
-        # One pass for the division and for the tokens that do not count.
+        # One pass divides and clears the rows of ignored tokens.
         q *= counted / total
         if teacher_logits is not None:
             q -= p
@@ -158,18 +160,18 @@ def _to_gradient(
 
 
 def to_float64(value: Tensor) -> Tensor:
-    """`value` without its graph in the dtype of long sums: float64, or float32 on Apple's GPUs, which lack it."""
+    """`value`, detached, in float64 for long sums; in float32 on Apple's GPUs, which have no float64."""
     return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
 def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Of the logits, and of the sums over them."""
+    """The dtype of the logits, and the dtype of sums over them."""
     device = hidden.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return narrow, torch.promote_types(narrow, torch.float32)
 
 
 def _slices(tokens: int, step: int) -> Iterator[slice]:
-    """Pieces of `step` tokens, of one at least."""
+    """Slices of `step` tokens; a `step` below 1 counts as 1."""
     step = max(1, step)
     return (slice(start, start + step) for start in range(0, tokens, step))

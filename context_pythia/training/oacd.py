@@ -1,4 +1,4 @@
-"""OACD (Origin-Anchored Centroid Dispersion): its loss, its sweep, and one training's state with its iteration.
+"""OACD (Origin-Anchored Centroid Dispersion): the loss, the sweep over the tokens, and the iteration of a training.
 
 Shapes: N tokens of the stream, n tokens of a batch, V distinct tokens of the stream, C context_dim.
 """
@@ -33,9 +33,9 @@ def oacd_loss(contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:
 
 
 class FusedOacdLoss(torch.autograd.Function):
-    """`oacd_loss` with its gradient written out, `2 mean_penalty mean / n - (X - mean) / (n ||X - mean||_F)`.
+    """`oacd_loss` with an explicit gradient, `2 mean_penalty mean / n - (X - mean) / (n ||X - mean||_F)`.
 
-    Autograd's own way passes over the contexts nine times more, and memory is what phase 1 waits for.
+    Autograd makes nine more passes over the contexts, and memory bandwidth limits phase 1.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class FusedOacdLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         mean, centered, norm = ctx.saved_tensors
         scale = gradients[0] / len(centered)
-        # As autograd's: contexts that are all the same have no direction to spread in.
+        # As in autograd: equal contexts have no direction to spread in, so this part is 0.
         spread = torch.where(norm > 0, -scale / norm, 0.0)
         return centered.mul_(spread).add_(2 * ctx.mean_penalty * scale * mean), None
 
@@ -67,10 +67,16 @@ def sweep_tokens(
     initial: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """`ContextBlock.sweep` over n tokens whose embeddings each layer has already projected.
+    """`ContextBlock.sweep` over n tokens with precomputed projections of their embeddings.
 
-    Projected (a tensor a layer), contexts and noise are `[n, C]`, initial `[C]`; gives the new contexts `[n, C]`. The
-    noise is written over.
+    Args:
+        projected: one tensor per layer, `[n, C]`.
+        contexts: the old contexts, `[n, C]`.
+        initial: the context before the first token, `[C]`.
+        noise: `[n, C]`; overwritten.
+
+    Returns:
+        the new contexts, `[n, C]`.
     """
     noise[0] += initial
     noise[1:] += contexts[:-1]
@@ -81,15 +87,15 @@ def sweep_tokens(
 
 
 class TokenProjections:
-    """The embeddings' half of each layer's product for every token of a stream, made once an iteration.
+    """Each layer's projection of the token embeddings, computed once per iteration.
 
-    A token's embedding is fixed and its projection changes only with the weights, so it is computed for the V distinct
-    tokens and looked up for each batch. The gradient is collected in the same form, and goes through the product once,
-    in `backward`: a sum of products is the product of the sum.
+    A token's embedding is fixed, and its projection changes only with the weights. So each iteration projects the V
+    distinct tokens once, and batches look their rows up. The gradients of the rows are summed per distinct token, and
+    `backward` passes each sum through the projection once. This is exact, because the projection is linear.
 
     Args:
-        model: whose embeddings and ContextBlock these are.
-        distinct: the ids `[V]` that the stream holds.
+        model: has the embeddings and the ContextBlock.
+        distinct: the distinct ids of the stream, `[V]`.
     """
 
     def __init__(self, model: ContextPythiaForCausalLM, distinct: torch.Tensor):
@@ -104,7 +110,7 @@ class TokenProjections:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Project with the weights as they are now, and forget the gradients."""
+        """Project with the current weights, and set the gradients to zero."""
         for chunk, embeddings in self._embeddings():
             for layer, table in zip(self.layers, self.tables, strict=True):
                 table[chunk] = layer.project(embeddings)
@@ -112,7 +118,7 @@ class TokenProjections:
             gradient.zero_()
 
     def rows(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        """For each layer the projections `[n, C]` of a batch's ids `[n]`, as leaves whose gradients `collect` takes."""
+        """Each layer's projections `[n, C]` of a batch's ids `[n]`, as leaves; `collect` takes their gradients."""
         place = self.place[input_ids]
         return [nn.functional.embedding(place, table).requires_grad_() for table in self.tables]
 
@@ -122,11 +128,11 @@ class TokenProjections:
             gradient.index_add_(0, self.place[input_ids], row.grad)
 
     def backward(self) -> None:
-        """Add what was collected to the gradients of the layers' weights."""
+        """Add the collected gradients to those of the layers' weights."""
         for chunk, embeddings in self._embeddings():
             for layer, gradient in zip(self.layers, self.gradients, strict=True):
                 product = layer.project(embeddings)
-                product.backward(gradient[chunk].to(product.dtype))  # under autocast it is narrower
+                product.backward(gradient[chunk].to(product.dtype))  # autocast gives a narrower dtype
 
     def _embeddings(self) -> Iterator[tuple[slice, torch.Tensor]]:
         for first in range(0, len(self.distinct), PROJECTED_TOKENS):
@@ -137,7 +143,7 @@ class TokenProjections:
 
 
 class Oacd:
-    """The state of one training, and the iteration that takes it on."""
+    """The state of one training, and its iteration."""
 
     def __init__(self, model: ContextPythiaForCausalLM, stream: PackedDataset, options: Phase1Options, seed: int):
         self.block, self.stream, self.options, self.seed = model.gpt_neox.context_block, stream, options, seed
@@ -154,7 +160,7 @@ class Oacd:
         self.projections = TokenProjections(model, occurs.nonzero().squeeze(1).to(self.device))
 
     def normal(self, rows: int, iteration: int, batch: int, deviation: float) -> torch.Tensor:
-        """Normal numbers `[rows, C]` around 0; iteration 0 is for the first contexts, later ones for the noise."""
+        """Normal numbers `[rows, C]` with mean 0. Iteration 0 gives the first contexts, later iterations the noise."""
         words = np.random.SeedSequence((self.seed % 2**64, iteration, batch)).generate_state(1)
         generator = torch.Generator(self.device).manual_seed(int(words[0]))
         numbers = torch.empty(rows, self.block.context_dim, device=self.device)
@@ -166,17 +172,17 @@ class Oacd:
 
     @property
     def finished(self) -> bool:
-        """The first iteration moves away from random contexts, so its rate says nothing and never ends training."""
+        """Whether training ends. The first iteration starts from random contexts, so its rate never ends training."""
         done = len(self.history)
         return done >= self.options.max_iterations or (
             done > 1 and self.history[-1]["convergence_rate"] >= self.options.convergence_rate
         )
 
     def iterate(self, bar: tqdm) -> None:
-        """Sweep over all contexts, in place, then an Adam step on the mean of the batches' losses.
+        """Sweep over all contexts in place, then take one Adam step on the mean of the batches' losses.
 
         Raises:
-            Failure: the loss or its gradient is not finite; the weights are those from before the iteration.
+            Failure: the loss or its gradient is not finite; the weights do not change.
         """
         began, iteration, options = time.perf_counter(), len(self.history) + 1, self.options
         bar.set_description(f"phase 1, iteration {iteration}/{options.max_iterations}", refresh=False)
@@ -197,7 +203,7 @@ class Oacd:
             (loss / self.batches).backward()
             self.projections.collect(ids, projected)
             with torch.no_grad():
-                # The next batch starts from this batch's last context as it was before the iteration.
+                # The next batch starts from the old value of this batch's last context.
                 previous = rows[-1].clone()
                 converged += (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
                 rows.copy_(new)
@@ -206,7 +212,7 @@ class Oacd:
         with self._precision():
             self.projections.backward()
         norm = nn.utils.clip_grad_norm_(self.block.parameters(), options.max_grad_norm)
-        # Sums stay on the device until here: each reading waits for its work.
+        # Sums stay on the device until here, because reading them waits for the device.
         mean_loss, rate = float(loss_sum) / self.batches, int(converged) / self.stream.num_tokens
         for what, value in (("loss", mean_loss), ("gradient", float(norm))):
             if not math.isfinite(value):
@@ -220,7 +226,7 @@ class Oacd:
         bar.set_postfix_str(f"converged {rate:.1%}", refresh=False)
 
     def _precision(self) -> torch.autocast:
-        """That of the matrix products."""
+        """The precision of the matrix products."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,24 +20,25 @@ from context_pythia.config.recipe import TrainOptions
 from context_pythia.training.batches import Batch
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, to_float64, token_scores
 
-# On a CPU the backward pass of PyTorch's fused attention costs more than all weights of so few tokens: at 128 tokens in
-# bfloat16 a step of Pythia-70M's size took 0.93 of its time without it, one of a quarter of the width 0.8, and 0.8 too
-# at 256. Beyond, what the weights hold in memory counts.
+# For short samples on a CPU, plain attention is faster than the backward pass of PyTorch's fused attention. At 128
+# tokens in bfloat16 a step of Pythia-70M took 0.93 times as long with plain attention, and a model of a quarter of its
+# width 0.8 times, at 256 tokens too. For longer samples the attention weights take too much memory.
 EAGER_ATTENTION_LENGTH = 256
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The last hidden states `[N, D]` of `input_ids` [B, S], and the head's weight; logits of one token alone are made.
+    """The last hidden states `[N, D]` of `input_ids` `[B, S]`, and the head's weight `[V, D]`.
 
-    Through the model's own forward, not its body's: DDP does its work there.
+    It calls the whole model, not its body, because DDP wraps the whole model. The model computes the logits of only one
+    token.
     """
     outputs = model(input_ids=input_ids, output_hidden_states=True, logits_to_keep=1, use_cache=False)
     return outputs.hidden_states[-1].flatten(0, 1), unwrapped(model).get_output_embeddings().weight
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model of transformers, where DDP may be around it."""
+    """The model without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -48,11 +49,11 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Optimization:
-    """A model with its optimizer, in one of several processes or alone.
+    """A model with its optimizer, in one process or one of several.
 
     Args:
-        steps: of the whole training, for the schedule.
-        loss: of a model and a batch, the sum over its tokens, a scalar.
+        steps: optimizer steps of the whole training, for the schedule.
+        loss: takes a model and a batch, returns the sum of the loss over the batch's tokens, a scalar.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Optimization:
             devices = [self.device] if self.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(model, device_ids=devices)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Biases and norms, which are vectors, do not decay.
+        # Vectors (biases and norms) do not decay.
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": options.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
@@ -79,15 +80,15 @@ class Optimization:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
 
     def step(self, batches: list[Batch]) -> list[Tensor]:
-        """One optimizer step on `batches`; gives the losses of `backward`."""
+        """One optimizer step on `batches`. Returns the losses of `backward`."""
         losses = self.backward(batches)
         self.update()
         return losses
 
     def backward(self, batches: list[Batch]) -> list[Tensor]:
-        """Add up the gradients of the mean loss over all tokens of the step, those of other processes included.
+        """Compute the gradients of the mean loss over all tokens of the step, in all processes.
 
-        Gives each batch's part of that mean; the parts of all batches and processes add up to it.
+        Returns each batch's part of that mean. The parts of all batches and processes add up to the mean.
         """
         self.parallel.train()
         tokens = processes.total(torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum())
@@ -96,13 +97,13 @@ class Optimization:
             with self._gradients_alone(number < len(batches)):
                 with self.autocast():
                     loss = self.loss(self.parallel, batch) / tokens
-                # DDP takes the mean over the processes, and this is a sum.
+                # DDP averages over the processes, but the loss is a sum over them.
                 self.scaler.scale(loss * processes.count()).backward()
             losses.append(loss.detach())
         return losses
 
     def update(self) -> None:
-        """Clip the gradients, step, and take the next learning rate, unless float16 overflowed."""
+        """Clip the gradients and step. The learning rate then moves on, unless float16 overflowed."""
         if self.options.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
@@ -115,7 +116,7 @@ class Optimization:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> Tensor:
-        """At each position the sum of losses, right predictions and tokens, `[3, S]` on the CPU, of all processes."""
+        """Sums of losses, correct predictions and tokens at each position, over all processes; `[3, S]` on the CPU."""
         self.parallel.eval()
         totals: Any = 0.0
         for batch in batches:
@@ -132,13 +133,13 @@ class Optimization:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _gradients_alone(self, alone: bool) -> contextlib.AbstractContextManager:
-        """Within it DDP exchanges no gradients: only those of a step's last batch, which hold all."""
+        """A context in which DDP exchanges no gradients if `alone`: it exchanges the sums at a step's last batch."""
         if alone and isinstance(self.parallel, DistributedDataParallel):
             return self.parallel.no_sync()
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """What training goes on from; each process's random states are in it, so all call it."""
+        """The state to resume from. It has the random states of all processes, so all processes must call this."""
         random_states = {"cpu": processes.gathered(torch.get_rng_state())}
         if self.device.type == "cuda":
             random_states["cuda"] = processes.gathered(torch.cuda.get_rng_state())
@@ -151,7 +152,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Random states go on where the number of processes, and the kind of device, are those of the state."""
+        """Load a state. Random states are restored only for the same number of processes and kind of device."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -164,7 +165,7 @@ class Optimization:
 
 @contextlib.contextmanager
 def faster_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Within it `model`, if it has the default attention, has the faster one for training samples of so many tokens."""
+    """A context in which a model with the default attention uses the faster one for samples of `length` tokens."""
     own = model.config._attn_implementation
     if model.device.type == "cpu" and own == "sdpa" and length <= EAGER_ATTENTION_LENGTH:
         model.set_attn_implementation("eager")
@@ -175,6 +176,6 @@ def faster_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 
 def recompute_activations(model: PreTrainedModel, wanted: bool = True) -> None:
-    """Let the backward pass compute the activations anew, or no longer; transformers renamed its methods for it."""
+    """Switch the recomputation of activations in the backward pass on or off; transformers renamed its methods."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_{'enable' if wanted else 'disable'}")()

@@ -1,12 +1,12 @@
 """Phase 1: train the ContextBlock alone, by OACD (Origin-Anchored Centroid Dispersion).
 
-The contexts of the whole training stream are one tensor. An iteration is one parallel fixed-point sweep over it, in
-batches, with a loss that spreads the contexts around their centroid and draws the centroid to the origin; one Adam step
-follows. Training stops when nearly all contexts have come to rest.
+One tensor has the contexts of the whole training stream. An iteration is one parallel fixed-point sweep over it, in
+batches. The loss spreads the contexts around their centroid and draws the centroid to the origin. One Adam step
+follows. Training stops when nearly all contexts hardly change from one iteration to the next.
 
-All randomness comes from (seed, iteration, batch), so an interrupted run goes on from its last whole iteration and ends
-with the same bits (on CPU) as one that was never interrupted. Of several processes the first one trains, and the others
-wait for its result.
+All random numbers depend only on (seed, iteration, batch). So an interrupted run resumes from its last complete
+iteration, and its result on a CPU equals that of an uninterrupted run bit by bit. With several processes the first one
+trains, and the others wait for its result.
 
 Shapes: S tokens of a sample, C context_dim.
 """
@@ -42,20 +42,20 @@ if TYPE_CHECKING:
     from context_pythia.model import ContextPythiaForCausalLM
 
 WEIGHTS_FILE, RESULT_FILE, CHECKPOINT_FILE = "context_block.safetensors", "phase1.json", "checkpoint.pt"
-SCAN_TOKENS = 32_768  # held-out tokens scanned at once
+SCAN_TOKENS = 32_768  # held-out tokens per scan
 BAR = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass
 class Phase1Result:
-    """What phase 1 reached; `asdict` of it is JSON.
+    """The result of phase 1; `asdict` of it is JSON.
 
     Attributes:
         iterations: iterations done.
-        convergence_rate: share of tokens (0 to 1) at rest in the last one.
+        convergence_rate: share of converged tokens (0 to 1) in the last iteration.
         effective_rank: of the held-out contexts, 1 to C (see `effective_rank`).
-        history: one `{"iteration", "loss", "convergence_rate", "seconds"}` an iteration.
-        seconds: time spent in the iterations, interruptions not counted.
+        history: one `{"iteration", "loss", "convergence_rate", "seconds"}` per iteration.
+        seconds: time of the iterations, without interruptions.
     """
 
     iterations: int
@@ -74,22 +74,23 @@ def train_context_block(
     folder: Path,
     progress: bool = True,
 ) -> Phase1Result:
-    """Train `model.gpt_neox.context_block` in place, or load it if `folder` holds the finished result.
+    """Train `model.gpt_neox.context_block` in place, or load it if `folder` has the finished result.
 
-    Ctrl-C ends the iteration, writes a checkpoint and raises KeyboardInterrupt; a second one stops at once.
+    After ctrl-C it finishes the iteration, writes a checkpoint and raises KeyboardInterrupt; a second ctrl-C stops at
+    once.
 
     Args:
-        model: of source `input` or `shared`; the rest of it is only read. Runs on its device.
+        model: has the context source `input` or `shared`. Only its ContextBlock changes. Training runs on its device.
         data: `train` is the stream, `validation` gives the effective rank.
         options: settings of OACD.
         seed: of the first contexts and of the noise.
-        folder: gets `context_block.safetensors` and `phase1.json`; the checkpoint until then.
+        folder: gets `context_block.safetensors` and `phase1.json`, and a checkpoint during training.
         progress: show a progress bar.
 
     Raises:
-        UsageError: the model has no ContextBlock, or `folder` holds a damaged file or the work of another run (other
+        UsageError: the model has no ContextBlock, or `folder` has a damaged file or files of another run (other
             options, seed, text, widths or embeddings).
-        Failure: the loss is not finite; the last good checkpoint stays.
+        Failure: the loss or its gradient is not finite; the last good checkpoint stays.
         OSError: `folder` cannot be written.
     """
     if getattr(model.gpt_neox, "context_block", None) is None:
@@ -100,7 +101,7 @@ def train_context_block(
 
 
 def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1Options, seed: int) -> dict[str, Any]:
-    """All that decides the result; work in the folder is gone on with only if its settings are equal."""
+    """All settings that determine the result. A run resumes only with equal settings."""
     block = model.gpt_neox.context_block
     embeddings = model.get_input_embeddings().weight.detach().cpu().contiguous().view(torch.uint8).numpy()
     return deciding(options) | {
@@ -114,7 +115,7 @@ def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1
 
 
 def _check_same(found: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    # What was made before there was an option was made with its default.
+    # Older files lack newer options; they used the defaults.
     found = deciding(Phase1Options()) | found
     check_same(found, settings, f"{path} was made", "use that setting, another output folder, or delete the file")
 
@@ -166,13 +167,13 @@ def _train(
     )
     write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
     write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
-    for path in folder.glob("*checkpoint*"):  # an older version's, too
+    for path in folder.glob("*checkpoint*"):  # also of older versions
         path.unlink()
     return result
 
 
 def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> list[dict[str, float]]:
-    """Iterate to the end, from the checkpoint if there is one; gives the history."""
+    """Iterate to the end, from the checkpoint if there is one. Returns the history."""
     if oacd.device.type == "cpu":
         keep_freed_memory()
     if checkpoint.exists():
@@ -187,7 +188,7 @@ def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: b
     ):
         while not oacd.finished:
             oacd.iterate(bar)
-            # The last checkpoint covers the scan of the held-out contexts that follows.
+            # The checkpoint of the last iteration protects the work if the scan that follows is interrupted.
             due = oacd.finished or time.monotonic() - saved >= options.checkpoint_seconds
             if due or asked_to_stop.is_set():
                 write_state(checkpoint, oacd.state_dict() | {"settings": settings})
@@ -198,9 +199,12 @@ def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: b
 
 
 def effective_rank(batches: Iterable[torch.Tensor]) -> float:
-    """Exp of the entropy of the normalized singular values of the rows `[..., C]` of all batches, 1 to C.
+    """Effective rank of the matrix of all rows, 1 to C: the exponential of its normalized singular values' entropy.
 
-    Singular values come from the fp64 Gram matrix `[C, C]`, so memory does not grow with the rows.
+    The singular values come from the Gram matrix `[C, C]` in fp64, so memory does not grow with the rows.
+
+    Args:
+        batches: rows, `[..., C]`.
     """
     gram = sum(rows.T @ rows for rows in (batch.flatten(0, -2).cpu().double() for batch in batches))
     assert isinstance(gram, torch.Tensor), "no rows"
@@ -210,7 +214,7 @@ def effective_rank(batches: Iterable[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def held_out_contexts(model: ContextPythiaForCausalLM, dataset: PackedDataset) -> Iterator[torch.Tensor]:
-    """The exact contexts of every sample of `dataset`, each started at zero as in phase 2, in batches `[b, S, C]`."""
+    """The exact contexts of every sample, in batches `[b, S, C]`. Each sample starts from zero, as in phase 2."""
     length, device = dataset.sequence_length, model.get_input_embeddings().weight.device
     rows = max(1, SCAN_TOKENS // length)
     for first in range(0, len(dataset), rows):

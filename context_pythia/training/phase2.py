@@ -1,10 +1,10 @@
 """Phase 2: language-model training, as the report did it.
 
-One validation an epoch over all validation tokens, early stop, best weights kept; an interrupted run goes on to the
-very metrics of an uninterrupted one.
+Each epoch ends with a validation over all validation tokens. Training can stop early, and the best weights are the
+result. An interrupted run resumes and reaches the same metrics as an uninterrupted one.
 
-A folder in training holds `checkpoints/`: the state after the last checkpoint, and the best weights in Hugging Face
-form. A finished one holds the best model and `train.json`.
+During training the folder has `checkpoints/`, with the last state and the best weights in Hugging Face form. A finished
+folder has the best model and `train.json`.
 """
 
 from __future__ import annotations
@@ -58,25 +58,26 @@ def train_language_model(
     loss: Callable[[nn.Module, Batch], Tensor] = text_loss,
     identity: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Trains `model` and leaves its best weights in it and, with the tokenizer, in `folder`.
+    """Train `model`, load its best weights into it, and save them with the tokenizer in `folder`.
 
-    A finished folder is loaded and returned at once; an unfinished one goes on from its last checkpoint. Ctrl-C
-    finishes the step (or the evaluation), writes a checkpoint and raises KeyboardInterrupt; a second one stops at once.
+    If the folder is finished, it is loaded without training. If it is unfinished, training resumes from the last
+    checkpoint. After ctrl-C it finishes the step (or the evaluation), writes a checkpoint and raises KeyboardInterrupt;
+    a second ctrl-C stops at once.
 
     Args:
-        model: a causal language model of transformers, which moves to the GPU if there is one; parameters without
-            `requires_grad` stay as they are.
+        model: a causal language model of transformers. It moves to the GPU if there is one. Parameters without
+            `requires_grad` do not change.
         name: the model's name on the console.
-        progress: show a progress bar on stderr where that is a terminal.
-        steps: optimizer steps in place of `options.epochs`; evaluated before them (the first weights may be the best),
-            at each epoch's end and after the last.
-        loss: of a model and a batch, the sum over its tokens in nats.
-        identity: what decides the weights besides the other arguments, as plain values of JSON.
+        progress: show a progress bar if stderr is a terminal.
+        steps: number of optimizer steps, instead of `options.epochs`. The model is then also evaluated before the
+            first step, because the first weights may be the best.
+        loss: takes a model and a batch, returns the sum of the loss over the batch's tokens in nats.
+        identity: further settings that determine the weights, as plain JSON values.
 
     Raises:
-        UsageError: options that cannot be, or a folder that holds another run or a damaged state.
-        Failure: a loss that is not finite (checkpoint and best weights stay), or damaged weights.
-        OSError: a folder that cannot be written.
+        UsageError: the options are invalid, or `folder` has another run or a damaged state.
+        Failure: the loss is not finite (checkpoint and best weights stay), or weights in `folder` are damaged.
+        OSError: `folder` cannot be written.
     """
     check_options(options)
     for split in ("train", "validation"):
@@ -126,7 +127,7 @@ def train_language_model(
 
 
 def check_options(options: TrainOptions) -> None:
-    """Raises UsageError, in one line, for options that cannot be here, or not together."""
+    """Raise UsageError for options that contradict each other or do not fit this machine."""
     if options.warmup_ratio and options.schedule == "constant":
         section = options.section
         raise UsageError(
@@ -140,7 +141,7 @@ def check_options(options: TrainOptions) -> None:
 
 
 def summary_writer() -> type[SummaryWriter]:
-    """TensorBoard's writer; UsageError where the package is missing."""
+    """TensorBoard's writer; raises UsageError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

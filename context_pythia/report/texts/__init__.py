@@ -1,4 +1,4 @@
-"""What reports say, in each language: a YAML file of the same keys and placeholders for each.
+"""The texts of reports. Each language has a YAML file with the same keys and placeholders.
 
 Log lines, errors and the labels in pictures stay English, as the console prints them.
 """
@@ -15,13 +15,13 @@ LANGUAGES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yam
 
 
 class Texts:
-    """The texts of one language, for one kind of report.
+    """The texts of one language for one kind of report.
 
     Args:
-        kind: `kind_key` stands in place of `key` where there is such a text.
+        kind: the text `kind_key` replaces `key` if there is one.
 
     Raises:
-        UsageError: there is no such language.
+        UsageError: the language is unknown.
     """
 
     def __init__(self, lang: str = "en", kind: str = ""):
