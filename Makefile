@@ -26,7 +26,8 @@ PINNED := $(shell sed -n 's/^transformers==//p' constraints.txt)
 ENDS := 5.16.1 5.24.0
 # What the oldest needs in other versions than ours.
 OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
-ON_EACH := tests/model tests/conversion tests/cli tests/runs/test_convert.py tests/runs/test_generate.py
+ON_EACH := tests/model tests/conversion tests/evaluation tests/bench/test_decode.py tests/cli tests/runs/test_convert.py \
+	tests/runs/test_generate.py
 
 .PHONY: demo test test-hosts test-versions test-serving test-wheel clean
 

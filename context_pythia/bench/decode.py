@@ -22,6 +22,7 @@ from context_pythia.bench.options import CONVERSATION, BenchOptions
 from context_pythia.bench.timing import attempt, interleave, seconds_of
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import (
+    CACHE,
     free_memory,
     generate_tokens,
     measure_any_cache,
@@ -131,14 +132,14 @@ def measure_cell(
     def prefill(subject: Subject) -> float:
         ids, cache = random_ids(subject.model, batch_size, length), subject.empty_cache(length)
         return seconds_of(
-            lambda: subject.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1),
+            lambda: subject.model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1),
             subject.device,
         )
 
     def forward(subject: Subject, cache: Cache) -> None:
         ids = random_ids(subject.model, batch_size, 1)
         for _ in range(new_tokens):
-            subject.decoding_step(input_ids=ids, past_key_values=cache, use_cache=True)
+            subject.decoding_step(input_ids=ids, **{CACHE: cache}, use_cache=True)
 
     def generate(subject: Subject, cache: Cache) -> None:
         generate_tokens(subject.model, length - new_tokens + 1, new_tokens, batch_size, cache, **subject.settings)
@@ -185,7 +186,7 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
     cache, example = subject.empty_cache(length), DynamicCache(config=subject.model.config)
     # One real token gives the shapes, and initializes the parts of a cache other than keys and values.
     for one in (example, cache):
-        subject.model(input_ids=random_ids(subject.model, batch_size, 1), past_key_values=one, use_cache=True)
+        subject.model(input_ids=random_ids(subject.model, batch_size, 1), **{CACHE: one}, use_cache=True)
     for i, layer in enumerate(example.layers):
         if layer.keys is not None and tokens > 1:  # a layer that reads another's context caches nothing
             keys, values = (

@@ -7,6 +7,7 @@ for this process (/proc/self/clear_refs).
 
 import ctypes
 import gc
+import inspect
 import platform
 import re
 import warnings
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GPTNeoXForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 from transformers.utils import ModelOutput
 
@@ -24,6 +25,9 @@ from context_pythia.evaluation.quantized import measure_quantized
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 T = TypeVar("T")
+
+# The argument that takes a cache. transformers 5.24 changed its name.
+CACHE = "cache" if "cache" in inspect.signature(GPTNeoXForCausalLM.forward).parameters else "past_key_values"
 
 
 def measure_generated_cache(
@@ -71,7 +75,7 @@ def generate_tokens(
             # Older hosts warn of weights that are read from disk when needed, because they are on no device.
             warnings.filterwarnings("ignore", r"You are calling .generate\(\) with the `input_ids`")
             return model.eval().generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, past_key_values=cache
+                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, **{CACHE: cache}
             )
     finally:
         model.generation_config.eos_token_id = own

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from context_pythia.errors import Failure
-from context_pythia.evaluation.memory import measure_any_cache
+from context_pythia.evaluation.memory import CACHE, measure_any_cache
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement
@@ -176,7 +176,7 @@ def score_cached(
         wanted = _reference_logits(reference, ids)
         for t in range(length):
             step = slice(t, t + 1)
-            logits = model(input_ids=ids[:, step], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=ids[:, step], use_cache=True, **{CACHE: cache}).logits
             tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step], t)
         if measurement is None:
             measurement, sequences = measure_any_cache(cache), len(ids)

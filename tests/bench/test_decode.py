@@ -10,7 +10,7 @@ from context_pythia.bench import models
 from context_pythia.bench.decode import filled_cache, measure_cell
 from context_pythia.bench.models import Subject
 from context_pythia.bench.options import BenchOptions
-from context_pythia.evaluation.memory import measure_generated_cache, peak_during, weight_bytes
+from context_pythia.evaluation.memory import CACHE, measure_generated_cache, peak_during, weight_bytes
 from context_pythia.model.cache import cache_bytes, measure_cache
 
 BODY = {
@@ -77,7 +77,7 @@ def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(mon
     seen, timed = [], []
     one.model.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(
-            (kwargs["input_ids"].shape[1], int(kwargs["past_key_values"].get_seq_length()))
+            (kwargs["input_ids"].shape[1], int(kwargs[CACHE].get_seq_length()))
         ),
         with_kwargs=True,
     )
