@@ -76,9 +76,7 @@ def test_a_cell_times_the_prefill_of_all_tokens_and_the_decoding_of_the_last(mon
     one = subject("layer")
     seen, timed = [], []
     one.model.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append(
-            (kwargs["input_ids"].shape[1], int(kwargs[CACHE].get_seq_length()))
-        ),
+        lambda _, __, kwargs: seen.append((kwargs["input_ids"].shape[1], int(kwargs[CACHE].get_seq_length()))),
         with_kwargs=True,
     )
 
