@@ -73,7 +73,7 @@ def change(folder, **values):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 2.0}}, "partial_rotary_factor 2.0"),
         ({"context_dim": 0}, "context_dim 0: must be between 1 and 2 * hidden_size = 64"),
         ({"hidden_act": "nix"}, "KeyError: 'nix'"),
-        ({"id2label": "x"}, "AttributeError: "),
+        ({"id2label": "x"}, "Error: "),
         ({"model_type": "nix"}, "has model type `nix`"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import DynamicCache, GPTNeoXConfig
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache
+from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache, QuantizedLayer
 
 from context_pythia.evaluation import quantized
 from context_pythia.evaluation.perplexity import score_cached
@@ -94,6 +94,8 @@ def test_the_recurrence_of_shared_goes_on_from_the_exact_state():
             model(part, past_key_values=held, use_cache=True)
         expected = exact.layers[0].keys[:, 0, -1, model.config.rotary_dim :]
         assert torch.equal(previous_context(model.config, cache), expected)
+    if not hasattr(QuantizedLayer, "_apply_pending_reorder"):
+        return  # older versions of the host do not reorder
     for held in (exact, cache):
         held.reorder_cache(torch.tensor([2, 0, 0]))
     expected = exact.layers[0].keys[:, 0, -1, model.config.rotary_dim :]
