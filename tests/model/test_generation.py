@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from context_pythia.evaluation.memory import cache_of
+
 from .conftest import KINDS, SIZE, build, randomise
 
 GPT_NEOX = "GPT-NeoX"
@@ -40,10 +42,6 @@ def generate(model, ids=None, mode="greedy", tokens=7, **settings):
     if ids is not None:
         settings["attention_mask"] = torch.ones_like(ids)  # a random model writes the padding's token as any other
     return model.generate(ids, max_new_tokens=tokens, **MODES[mode], **settings)
-
-
-def cache_of(outputs):
-    return outputs.past_key_values if "past_key_values" in outputs else outputs.cache  # the name since 5.24
 
 
 @pytest.mark.parametrize("mode", MODES)

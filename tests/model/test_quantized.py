@@ -4,12 +4,13 @@ import pytest
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, cache_utils
 from transformers.cache_utils import QuantizedCache, QuantizedLayer
 
+from context_pythia.evaluation.memory import cache_of
 from context_pythia.evaluation.quantized import measure_quantized
 from context_pythia.model.cache import measure_cache
 from context_pythia.model.quantized import full_attention, hold_contexts
 
 from .conftest import KINDS, SIZE, build, randomise
-from .test_generation import GPT_NEOX, cache_of, generate
+from .test_generation import GPT_NEOX, generate
 
 HQQ = dict(backend="hqq", nbits=8, axis_key=1, axis_value=1, q_group_size=16, residual_length=8)
 
