@@ -115,18 +115,6 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gathered(values: torch.Tensor) -> list[torch.Tensor]:
-    """The `values` of every process, in rank order. All processes must call it, with the same shape."""
-    import torch
-    from torch import distributed
-
-    if count() == 1:
-        return [values]
-    held = [torch.empty_like(values) for _ in range(count())]
-    distributed.all_gather(held, values.contiguous())
-    return held
-
-
 def highest(value: int) -> int:
     """The highest `value` of all processes. All must call it, and each waits for the last."""
     import torch

@@ -7,7 +7,7 @@ factorized again when its weights are written. A resumed run uses the statistics
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ WIDTH_MULTIPLE = 8  # alignment for memory and vector units
 STATISTICS_BYTES = 48  # per layer, times D^2
 MOST_STATISTICS = 8 * 2**30  # bytes at once; if all layers need more, the text is read several times
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
+
+# The layers' widths, their rotary pairs at each frequency, and the function that makes a layer's factors.
+Plan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
 
 
 def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
@@ -74,18 +77,17 @@ def compressed(
         Failure: a damaged checkpoint, or damaged statistics.
     """
     started = calibrated = time.perf_counter()
-    plan: _Exact | _Calibrated
     if packed is None:
-        plan = _Exact(original)
+        widths, pairs, factors_of = _exact(original)
     else:
         statistics = _statistics(original, options, packed.train, partial, progress)
         calibrated = time.perf_counter()
-        plan = _Calibrated(original, width, options, statistics)
+        widths, pairs, factors_of = _calibrated(original, width, options, statistics)
     described: list[dict[str, Any]] = []
 
     def factors() -> Iterator[Factors]:
-        for layer, layer_width in enumerate(plan.widths):
-            result = plan.factors(layer)
+        for layer, layer_width in enumerate(widths):
+            result = factors_of(layer)
             described.append(
                 {
                     "width": layer_width,
@@ -98,53 +100,45 @@ def compressed(
             )
             yield result
 
-    config = context_config(original.config, width, plan.pairs, plan.widths)
+    config = context_config(original.config, width, pairs, widths)
     model = transplant(original, factors(), config, partial, getattr(torch, options.dtype))
     seconds = {"calibration": calibrated - started, "factorization": time.perf_counter() - calibrated}
     return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
 
 
-class _Exact:
+def _exact(original: GPTNeoXForCausalLM) -> Plan:
     """Exact contexts, all rotary keys and a latent for the rest of the model's width: half the cache, no error."""
+    config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
 
-    def __init__(self, original: GPTNeoXForCausalLM):
-        config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
-        self.original = original
-        self.widths = [config.hidden_size] * config.num_hidden_layers
-        self.pairs = [[config.num_attention_heads] * frequencies for _ in self.widths]
-
-    def factors(self, layer: int) -> Factors:
+    def factors(layer: int) -> Factors:
         try:
-            return exact_factors(keys_and_values(self.original, layer))
+            return exact_factors(keys_and_values(original, layer))
         except Failure as error:
             raise Failure(f"layer {layer}: {error}") from error
 
+    layers = config.num_hidden_layers
+    return [config.hidden_size] * layers, [[config.num_attention_heads] * frequencies] * layers, factors
 
-class _Calibrated:
-    """Widths and rotary pairs with the least weighted error, and the layers' factors."""
 
-    def __init__(self, original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]):
-        self.original, self.weighting, self.statistics = original, options.weighting, statistics
-        frontiers, choices, counts = [], [], []
-        for layer in range(len(statistics)):
-            factorizer = self._factorizer(layer)
-            errors, chosen = factorizer.frontier()
-            frontiers.append(errors)
-            counts.append({total: factorizer.pair_counts(total) for total in chosen.unique().tolist()})
-            choices.append(chosen)
+def _calibrated(original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]) -> Plan:
+    """Widths and rotary pairs with the least weighted error."""
+
+    def factorizer_of(layer: int) -> LayerFactorizer:
+        # Built on each call, to keep only one layer's moments in memory.
+        held = LayerStatistics.load(statistics[layer])
+        return held.factorizer(keys_and_values(original, layer), options.weighting)
+
+    frontiers, splits = zip(*(factorizer_of(layer).frontier() for layer in range(len(statistics))), strict=True)
+    widths = [width] * len(statistics)
+    if not options.uniform:
         multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
-        layers = len(statistics)
-        self.widths = [width] * layers if options.uniform else allocate(frontiers, width * layers, multiple)
-        self.pairs = [counts[layer][int(choices[layer][self.widths[layer]])] for layer in range(layers)]
+        widths = allocate(frontiers, sum(widths), multiple)
+    pairs = [split[layer_width] for split, layer_width in zip(splits, widths, strict=True)]
 
-    def _factorizer(self, layer: int) -> LayerFactorizer:
-        """Built on each call, to keep only one layer's moments in memory."""
-        statistics = LayerStatistics.load(self.statistics[layer])
-        return statistics.factorizer(keys_and_values(self.original, layer), self.weighting)
+    def factors(layer: int) -> Factors:
+        return factorizer_of(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
 
-    def factors(self, layer: int) -> Factors:
-        pairs = self.pairs[layer]
-        return self._factorizer(layer).factors(pairs, self.widths[layer] - 2 * sum(pairs))
+    return widths, pairs, factors
 
 
 def _statistics(

@@ -13,6 +13,7 @@ Shapes: D hidden size, H heads, d rotary dims of a head, F = d / 2 frequencies, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,7 @@ from context_pythia.errors import Failure
 RIDGE = 1e-9
 # Below this share, the part of the input that only this pair reads, or the error that it saves, is rounding.
 ROUNDING = 1e-11
+GRID = 16  # numbers of pairs that a frontier tries
 
 
 @dataclass
@@ -182,14 +184,11 @@ class LayerFactorizer:
         lost = sum(self.worth[f, count:].sum() for f, count in enumerate(pairs))
         return (tail + lost) / 2
 
-    def frontier(self, grid: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best split of each width into pairs and latent.
-
-        Args:
-            grid: numbers of pairs to try.
+    def frontier(self) -> tuple[torch.Tensor, list[list[int]]]:
+        """The best split of each width into pairs and latent, of `GRID` numbers of pairs.
 
         Returns:
-            least error at widths 0, 1, … D, `[D + 1]` (infinite if too narrow), and the number of pairs that gives it.
+            least error at widths 0, 1, … D, `[D + 1]` (infinite if too narrow), and its counts of pairs per frequency.
         """
         width, most = self.layer.weight.shape[1], self.worth.numel()
         weight, _ = self.layer.rotary
@@ -204,7 +203,7 @@ class LayerFactorizer:
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # Always try one pair, so every width with room for a pair and a latent has a finite error.
-        for total in sorted({1, *(max(1, most * step // grid) for step in range(1, grid + 1))}):
+        for total in sorted({1, *(max(1, most * step // GRID) for step in range(1, GRID + 1))}):
             counts = self.pair_counts(total)
             if independent:
                 errors = self._errors(counts, torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0))
@@ -214,7 +213,7 @@ class LayerFactorizer:
             errors = errors[: len(widths)]
             better = errors < least[widths] - rounding
             least[widths[better]], choice[widths[better]] = errors[better], total
-        return least, choice
+        return least, [self.pair_counts(total) for total in choice.tolist()]
 
     def factors(self, pairs: list[int], latent_dim: int) -> Factors:
         """The best factors with these pairs and a latent of this width, at most D - R."""
@@ -305,7 +304,7 @@ def rebuilt(
     )
 
 
-def allocate(frontiers: list[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
+def allocate(frontiers: Sequence[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
     """Widths of the layers with sum `total` and the least error, by marginal error along each layer's convex hull.
 
     Args:

@@ -41,6 +41,7 @@ from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.runs.build import best_device, describe_cache, describe_parameters
 from context_pythia.training.allocator import return_freed_memory
 from context_pythia.training.checkpoints import publish
+from context_pythia.training.history import best_row
 
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
@@ -79,7 +80,6 @@ class Conversion:
     progress: bool = True
     partial: Path = field(init=False)
     settings: dict[str, Any] = field(init=False)
-    _text: PackedData | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         steps = self.healing.steps
@@ -156,10 +156,6 @@ class Conversion:
             if healed.exists():
                 mend = f"finish it, or delete {healed} to heal anew"
                 self._check_same(recorded, f"{self.partial} holds an unfinished healing", mend)
-        elif any(not path.name.startswith(f".{SETTINGS}") for path in self.partial.iterdir()):
-            raise UsageError(
-                f"{self.partial} holds files that are not a conversion's: move them, it is for work in progress"
-            )
         write_json(file, recorded | self.settings)
 
     def _check_same(self, recorded: dict[str, Any], holder: str, mend: str) -> None:
@@ -176,18 +172,17 @@ class Conversion:
         Raises:
             UsageError: samples longer than the model's positions, or another text than this conversion began with.
         """
-        if self._text is None:
-            check_length(self.data.sequence_length, longest)
-            self._text = load_data(self.data, self.progress)
-            recorded, fingerprint = read_record(self.partial / SETTINGS), self._text.summary["fingerprint"]
-            check_same(
-                {"data": recorded.get("data_fingerprint", fingerprint)},
-                {"data": fingerprint},
-                f"{self.partial} holds an unfinished conversion",
-                f"the text of {self.data.data} has changed; delete that folder",
-            )
-            write_json(self.partial / SETTINGS, recorded | {"data_fingerprint": fingerprint})
-        return self._text
+        check_length(self.data.sequence_length, longest)
+        packed = load_data(self.data, self.progress)
+        recorded, fingerprint = read_record(self.partial / SETTINGS), packed.summary["fingerprint"]
+        check_same(
+            {"data": recorded.get("data_fingerprint", fingerprint)},
+            {"data": fingerprint},
+            f"{self.partial} holds an unfinished conversion",
+            f"the text of {self.data.data} has changed; delete that folder",
+        )
+        write_json(self.partial / SETTINGS, recorded | {"data_fingerprint": fingerprint})
+        return packed
 
     def convert(self) -> dict[str, Any]:
         """Convert into the folder `converted` of `partial`, and return the record."""
@@ -260,7 +255,17 @@ class Conversion:
             weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
             if not weights and not (healed / path.name).exists():
                 shutil.copy2(path, healed / path.name)
-        return {"healing": asdict(result), "peak_bytes": process_memory("VmHWM")}
+        healing = {
+            "steps": self.healing.steps,
+            "kept_step": best_row(result.history)["step"],
+            "val_ppl_before": result.history[0]["val_ppl"],
+            "val_ppl": result.best_val_ppl,
+            "val_accuracy": result.val_accuracy,
+            "val_ppl_by_position": result.val_ppl_by_position,
+            "seconds": sum(row["seconds"] for row in result.history),
+            "history": result.history,
+        }
+        return {"healing": healing, "peak_bytes": process_memory("VmHWM")}
 
 
 def _files(model: str) -> dict[str, list[int]] | None:
@@ -293,8 +298,7 @@ def _resumable(partial: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        full = isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full or not partial.is_dir():
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
             f"cannot write to {partial}: {first_line(error)}; free some disk space, then run the same command "
@@ -335,8 +339,6 @@ def _summary(record: dict[str, Any], out: Path) -> str:
             f"({cache['numbers_per_token'] / original - 1:+.1%}), measured at {cache['length']} tokens: "
             f"{cache['bytes_measured'] / 1024:,.1f} KB"
         )
-    took = f"{record['seconds']:.0f} s" + (f" and {healing['seconds']:.0f} s of healing" if healing else "")
-    lines.append(took + (f", {record['peak_bytes'] / 2**20:,.0f} MiB at most" if record["peak_bytes"] else ""))
     if healing:
         lines.append(
             f"healing: validation perplexity {healing['val_ppl_before']:.2f} -> {healing['val_ppl']:.2f} "

@@ -25,11 +25,7 @@ from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
-from context_pythia.evaluation.quantized import (
-    quantized_cache,
-    require_quantizer,
-    residual_length,
-)
+from context_pythia.evaluation.quantized import quantized_cache, require_quantizer, residual_length
 from context_pythia.evaluation.recall import choose_words, recall
 from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
@@ -67,8 +63,6 @@ def evaluate(
         Failure: a damaged model, or a task that failed.
     """
     paths = model_names(models)
-    if out is not None:
-        _check_out(out)
     if caches:
         require_quantizer()
     manager = require_tasks(tasks, tasks_path) if tasks else None
@@ -94,7 +88,7 @@ def evaluate(
     for note in metrics["notes"]:
         print(f"note: {note}", flush=True)
     if out is not None:
-        _check_same_evaluation(out, list(paths), metrics)
+        _check_out(out, list(paths), metrics)
         out.mkdir(parents=True, exist_ok=True)
     device, reference = best_device(), None
     for name, path in paths.items():
@@ -109,14 +103,14 @@ def evaluate(
             raise Failure(f"{name}: {first_line(error)}") from error
         metrics["models"] += rows
         compare_with_first(metrics["models"])
-        _record(metrics, out)
         if recall_samples:
             rows[0]["recall"] = recall(
                 model, packed.tokenizer, data.sequence_length, samples=recall_samples, batch_size=batch_size
             )
         if manager is not None:
             rows[0]["tasks"] = run_tasks(model, packed.tokenizer, tasks, manager, batch_size, limit)
-        _record(metrics, out)
+        if out is not None:
+            write_json(out / "metrics.json", metrics)
         if progress:
             print("\n".join(_summary(row) for row in rows), file=sys.stderr, flush=True)
         reference = reference or model
@@ -127,11 +121,6 @@ def evaluate(
         facts["hub_commits"] = {path: commit for path in models if (commit := hub_commit(path))}
         write_json(out / "provenance.json", provenance(device) | facts)
     return metrics
-
-
-def _record(metrics: dict[str, Any], out: Path | None) -> None:
-    if out is not None:
-        write_json(out / "metrics.json", metrics)
 
 
 def evaluate_model(
@@ -156,30 +145,17 @@ def evaluate_model(
     """
     whole = score(model, dataset, batch_size, reference, progress)
     through = score_cached(model, dataset, cached_tokens, batch_size=batch_size, progress=progress)
-    parallel = whole.perplexity_of_first(len(through.losses))
-    row = _row(model, name) | {
-        "perplexity": whole.perplexity,
-        "accuracy": whole.accuracy,
-        "tokens": whole.tokens,
-        "perplexity_by_position": whole.by_position,
-        **_nearness(whole),
-        **_through_cache(model, through),
-    }
-    row["cached"] |= {"parallel_perplexity": parallel, "agrees": equal_to_digits(through.perplexity, parallel)}
-    rows, length = [row], dataset.sequence_length
+    rows = [_row(model, name, None, whole, through)]
     for kind in caches:
-        row = _row(model, name) | {"quantised": kind}
-        rows.append(row)
-        make = partial(quantized_cache, model.config, kind, length)
+        make = partial(quantized_cache, model.config, kind, dataset.sequence_length)
         try:
             through = score_cached(model, dataset, cached_tokens, make, batch_size, reference or model, progress)
         except (RuntimeError, MemoryError) as error:
             if not is_failure(error):
                 raise
-            row["error"] = first_line(error)
-            continue
-        row |= _nearness(through) | _through_cache(model, through)
-        row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(length)}
+            rows.append(_row(model, name, kind, error=first_line(error)))
+        else:
+            rows.append(_row(model, name, kind, through=through))
     return rows
 
 
@@ -196,84 +172,79 @@ def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
                 part["change"] = part["perplexity"] / base["perplexity"] - 1
 
 
-def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """A row without figures: unknown values are null."""
-    return {
+def _row(
+    model: PreTrainedModel,
+    name: str,
+    kind: str | None,
+    whole: Score | None = None,
+    through: CachedScore | None = None,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """A row from the scores of the two passes; unknown values are null.
+
+    Args:
+        kind: of the quantized cache; None for the model's own.
+    """
+    compared = whole or through
+    row = {
         "name": name,
-        "quantised": None,
+        "quantised": kind,
         "context_source": getattr(model.config, "context_source", None),
         "context_dim": getattr(model.config, "context_dim", None),
         "parameters": model.num_parameters(),
-        "perplexity": None,
-        "accuracy": None,
-        "tokens": None,
-        "perplexity_by_position": None,
-        "kl": None,
-        "agreement": None,
-        "logit_difference": None,
+        "perplexity": whole and whole.perplexity,
+        "accuracy": whole and whole.accuracy,
+        "tokens": whole and whole.tokens,
+        "perplexity_by_position": whole and whole.by_position,
+        "kl": compared and compared.kl,
+        "agreement": compared and compared.agreement,
+        "logit_difference": compared and compared.difference,
         "change": None,
         "cached": None,
         "cache": None,
         "tasks": None,
         "recall": None,
-        "error": None,
+        "error": error,
     }
-
-
-def _nearness(score: Score) -> dict[str, float | None]:
-    """The comparison of a score with the reference."""
-    return {"kl": score.kl, "agreement": score.agreement, "logit_difference": score.difference}
-
-
-def _through_cache(model: PreTrainedModel, score: CachedScore) -> dict[str, Any]:
-    """The figures of the token-by-token pass, and the cache of one of its sequences."""
-    measured, sequences = score.measurement, score.sequences
-    return {
-        "cached": {
-            "perplexity": score.perplexity,
+    if through is not None:
+        measured, sequences = through.measurement, through.sequences
+        parallel = whole and whole.perplexity_of_first(len(through.losses))
+        row["cached"] = {
+            "perplexity": through.perplexity,
             "change": None,
-            "accuracy": score.accuracy,
-            "tokens": score.tokens,
-            "perplexity_by_position": score.by_position,
-            "parallel_perplexity": None,
-            "agrees": None,
-        },
-        "cache": {
+            "accuracy": through.accuracy,
+            "tokens": through.tokens,
+            "perplexity_by_position": through.by_position,
+            "parallel_perplexity": parallel,
+            "agrees": parallel and equal_to_digits(through.perplexity, parallel),
+        }
+        row["cache"] = {
             "length": measured.length,
             "sequences": sequences,
             "dtype": str(model.dtype).removeprefix("torch."),
             "bytes_measured": measured.filled / sequences,
-            "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
+            "bytes_formula": None if kind else cache_bytes(model.config, measured.length, dtype=model.dtype),
             "bytes_slack": measured.slack / sequences,
-            "residual_length": None,
+            "residual_length": residual_length(measured.length) if kind else None,
             "reduction_measured": None,
-        },
-    }
+        }
+    return row
 
 
-def _check_out(out: Path) -> None:
-    """Raises UsageError if `out` cannot be the folder of an evaluation."""
+def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
+    """Raises UsageError if `out` cannot be the folder of this evaluation, or holds another one, finished or not."""
     kinds = {"recipe.yaml": "training run", "config.json": "model"}
     what = next((f"holds a {kind}" for file, kind in kinds.items() if (out / file).exists()), None)
     if out.exists() and not out.is_dir():
         what = "is a file"
     if what:
         raise UsageError(f"--out {out}: {what}; choose another folder")
-
-
-def _check_same_evaluation(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
-    """Raises UsageError if `out` holds another evaluation, finished or not."""
-    if not (out / "metrics.json").exists():
-        return
-    recorded = read_record(out / "metrics.json")
-    done = list(dict.fromkeys(row.get("name") for row in recorded.get("models", [])))
-    wanted = {key: metrics[key] for key in ("kind", "data", "settings")} | {"models": names[: len(done)]}
-    check_same(
-        {key: recorded.get(key) for key in wanted} | {"models": done},
-        wanted,
-        f"--out {out}: holds an evaluation",
-        "choose another folder",
-    )
+    if (out / "metrics.json").exists():
+        recorded = read_record(out / "metrics.json")
+        done = list(dict.fromkeys(row.get("name") for row in recorded.get("models", [])))
+        wanted = {key: metrics[key] for key in ("kind", "data", "settings")} | {"models": names[: len(done)]}
+        found = {key: recorded.get(key) for key in wanted} | {"models": done}
+        check_same(found, wanted, f"--out {out}: holds an evaluation", "choose another folder")
 
 
 def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:

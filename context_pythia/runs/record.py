@@ -10,7 +10,7 @@ models/NAME        the model in Hugging Face form
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,6 @@ class Run:
             ) from error
         self.recipe = recipe
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
-        self._entries: dict[str, dict[str, Any]] = {}  # of this process
         self._take_in_recorded()
         # All processes of a launch must skip the same models, so models that others finish later do not count.
         self._finished = {entry["name"] for entry in self.metrics["models"] if entry["error"] is None}
@@ -111,11 +110,6 @@ class Run:
                 return model, entries[model.name]
         raise Failure(f"{self.folder} has no trained baseline: train it first; if it failed, its report says why")
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Record a model's entry; it replaces an earlier one."""
-        self._entries[entry["name"]] = entry
-        self.write()
-
     def use_data(self, summary: dict[str, Any]) -> None:
         """Set the run's data `summary`; UsageError if the folder's entries come from other text."""
         recorded = self.metrics["data"].get("fingerprint")
@@ -128,8 +122,12 @@ class Run:
             )
         self.metrics["data"] = summary
 
-    def write(self) -> None:
-        """Write the recipe and the metrics, in process 0 only.
+    def add(self, entry: dict[str, Any]) -> None:
+        """Record a model's entry; it replaces an earlier one."""
+        self.write([entry])
+
+    def write(self, entries: Sequence[dict[str, Any]] = ()) -> None:
+        """Write the recipe and the metrics, with these new entries, in process 0 only.
 
         Opening a run only creates its folder, so a refused command locks nothing.
         """
@@ -137,34 +135,21 @@ class Run:
             return
         with FileLock(self.folder / ".lock"):
             self._take_in_recorded()
+            known = {entry["name"]: entry for entry in [*self.metrics["models"], *entries]}
+            models = [known[model.name] for model in self.recipe.models if model.name in known]
+            self.metrics |= {"models": models, "recipe": recipe_to_dict(self.recipe)}
+            _set_reductions(models)
             save_recipe(self.recipe, self.folder / "recipe.yaml")
             write_json(self.folder / "metrics.json", self.metrics)
 
     def _take_in_recorded(self) -> None:
-        """Merge this process's recipe and entries with those in the folder now.
-
-        Reductions follow from the baseline's measured bytes, whichever call recorded it.
-        """
-        recorded: dict[str, Any] = {"models": [], "data": {}}
+        """Read the entries in the folder, where other calls may have added some, and merge the recipes."""
         if (self.folder / "metrics.json").exists():
             recorded = read_metrics(self.folder / "metrics.json")
+            self.metrics |= {"models": recorded["models"], "data": self.metrics["data"] or recorded["data"]}
         if (self.folder / "recipe.yaml").exists():
-            healed = any(entry["from_baseline"] for entry in recorded["models"])
+            healed = any(entry["from_baseline"] for entry in self.metrics["models"])
             self.recipe = merged(load_recipe(str(self.folder / "recipe.yaml")), self.recipe, self.folder, healed)
-        entries = {entry["name"]: entry for entry in recorded["models"]} | self._entries
-        order = [model.name for model in self.recipe.models]
-        self.metrics = {
-            "models": [entries[name] for name in order if name in entries],
-            "data": self.metrics["data"] or recorded["data"],
-            "recipe": recipe_to_dict(self.recipe),
-        }
-        done = [entry for entry in self.metrics["models"] if entry["cache"]]
-        baseline = next((entry["cache"] for entry in done if is_baseline(entry)), None)
-        for entry in done:
-            reduction = None
-            if baseline is not None and not is_baseline(entry):
-                reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
-            entry["cache"]["reduction_measured"] = reduction
 
     def write_provenance(self, models: list[str], device: torch.device) -> None:
         """Record the provenance of `models`, and keep that of earlier calls.
@@ -176,6 +161,17 @@ class Run:
         of_run = {"seed": self.recipe.seed, "data_fingerprint": self.metrics["data"].get("fingerprint")}
         with FileLock(self.folder / ".lock"):
             write_call(self.folder / "provenance.json", provenance(device) | {"models": models}, of_run)
+
+
+def _set_reductions(entries: list[dict[str, Any]]) -> None:
+    """Set each cache's reduction against the baseline's measured bytes, whichever call recorded the baseline."""
+    done = [entry for entry in entries if entry["cache"]]
+    baseline = next((entry["cache"] for entry in done if is_baseline(entry)), None)
+    for entry in done:
+        reduction = None
+        if baseline is not None and not is_baseline(entry):
+            reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
+        entry["cache"]["reduction_measured"] = reduction
 
 
 def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
@@ -197,15 +193,10 @@ def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Reci
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json of any version, with every key of a model's entry; UsageError if it is damaged."""
+    """metrics.json of any version, with every key of a model's entry; UsageError if it is damaged or no run's."""
     metrics = read_record(path)
-    for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
-        if not isinstance(metrics.get(key), kind):
-            raise damaged(path, f"it has no {key!r}")
-    for number, model in enumerate(metrics["models"], start=1):
-        for key in ("name", "context_source", "cache", "error"):
-            if not isinstance(model, dict) or key not in model:
-                raise damaged(path, f"model {number} has no {key!r}")
+    if missing := {"models", "data", "recipe"} - metrics.keys():
+        raise damaged(path, f"it has no {min(missing)!r}")
     every = dict.fromkeys(model_entry(ModelOptions()))
     metrics["models"] = [every | {"baseline": is_baseline(model)} | model for model in metrics["models"]]
     return metrics

@@ -19,19 +19,9 @@ from torch.utils.data import DataLoader
 
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
-from context_pythia.errors import UsageError
 from context_pythia.training.loss import IGNORED
 
 Batch = dict[str, Tensor]  # input_ids and labels, [B, S] each
-
-
-def check_shares(options: TrainOptions) -> None:
-    """Raise UsageError if the processes cannot share a batch evenly."""
-    if options.batch_size % processes.count():
-        raise UsageError(
-            f"{options.section}.batch_size {options.batch_size}: must be a multiple of {processes.count()}, the number "
-            "of processes"
-        )
 
 
 def batches(dataset: Any, order: list[int], batch_size: int, device: torch.device) -> Iterator[Batch]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -27,7 +26,6 @@ from context_pythia.files import whole
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
-OTHER_FOLDER = "choose another output folder"
 
 
 def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
@@ -47,16 +45,14 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path` atomically, and flush them to the disk.
+    """Write tensors and plain values to `path` atomically.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
-        with whole(path) as partial, partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with whole(path) as partial:
+            torch.save(state, partial)
     except (OSError, RuntimeError) as error:
         raise OSError(f"cannot write {path}: {first_line(error)}; free some disk space and rerun") from error
 
@@ -73,11 +69,8 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to begin again") from error
 
 
-def load_weights(model: PreTrainedModel, folder: Path, root: Path | None = None) -> None:
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Load the weights of a Hugging Face folder into `model` and switch it to evaluation mode.
-
-    Args:
-        root: the folder that the error message tells the user to delete (default: `folder`).
 
     Raises:
         Failure: the folder is damaged, or weights of the model are missing.
@@ -89,7 +82,7 @@ def load_weights(model: PreTrainedModel, folder: Path, root: Path | None = None)
             raise Failure(f"{wrong}")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Failure(
-            f"the weights in {folder} are damaged ({first_line(error)}): delete {root or folder} to train again"
+            f"the weights in {folder} are damaged ({first_line(error)}): delete that folder to train again"
         ) from error
     model.load_state_dict(loaded.state_dict())
     model.eval()
@@ -121,18 +114,6 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
     for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         path.replace(folder / path.name)
     partial.rmdir()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file.
-
-    Raises:
-        Failure: the file is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Failure(f"{path} is damaged ({error}): delete {path.parent} to train again") from error
 
 
 @contextlib.contextmanager

@@ -95,6 +95,19 @@ class Plan:
             return EARLY_STOP
         return ALL_EPOCHS if at_end else None
 
+    def result(self, history: list[Row], step: int, bands: list[Row]) -> TrainResult:
+        """The result of a training that has ended."""
+        best = best_row(history)
+        return TrainResult(
+            best_val_ppl=best["val_ppl"],
+            best_epoch=best["epoch"],
+            val_accuracy=best["val_accuracy"],
+            history=history,
+            seconds_per_epoch=seconds_per_epoch(history),
+            stop_reason=self.stop_reason(history, step) or ALL_EPOCHS,
+            val_ppl_by_position=bands,
+        )
+
     def describe(self, row: Row) -> str:
         """The console's line for an evaluation."""
         line = f"Epoch {row['epoch']:2}/{self.options.epochs}: "
@@ -108,18 +121,10 @@ class Plan:
         return line + " *" * row["best"]
 
     def describe_end(self, result: TrainResult) -> str:
-        first, last = result.history[0], result.history[-1]
-        if self.by_steps is not None:
-            line = f"All {last['step']} steps done: val_ppl={first['val_ppl']:.2f} before, {last['val_ppl']:.2f} now"
-            step = best_row(result.history)["step"]
-            kept = f"; validation got no better, so the weights of step {step} are kept"
-            return line if last["best"] else line + kept
-        if self.options.tokens is not None:
-            return f"All {last['tokens']:,} tokens read: val_ppl={last['val_ppl']:.2f}, best {result.best_val_ppl:.2f}"
-        best = f"best val_ppl={result.best_val_ppl:.2f} in epoch {result.best_epoch}"
-        if result.stop_reason == EARLY_STOP:
-            return f"Early stop after epoch {len(result.history)} (patience {self.options.patience}): {best}"
-        return f"All {len(result.history)} epochs done: {best}"
+        """The console's last line."""
+        end = "Early stop" if result.stop_reason == EARLY_STOP else "Done"
+        best, last = best_row(result.history)["step"], result.history[-1]["step"]
+        return f"{end} after step {last}: best val_ppl={result.best_val_ppl:.2f} after step {best}"
 
 
 def best_row(history: list[Row]) -> Row:

@@ -159,11 +159,6 @@ def _to_gradient(
     return losses
 
 
-def to_float64(value: Tensor) -> Tensor:
-    """`value`, detached, in float64 for long sums; in float32 on Apple's GPUs, which have no float64."""
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
-
-
 def _dtypes(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the logits, and the dtype of sums over them."""
     device = hidden.device.type

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from context_pythia.config.recipe import Phase1Options
 from context_pythia.errors import Failure
-from context_pythia.training.loss import to_float64
 
 if TYPE_CHECKING:
     from context_pythia.data.packing import PackedDataset
@@ -54,10 +53,6 @@ class FusedOacdLoss(torch.autograd.Function):
         # As in autograd: equal contexts have no direction to spread in, so this part is 0.
         spread = torch.where(norm > 0, -scale / norm, 0.0)
         return centered.mul_(spread).add_(2 * ctx.mean_penalty * scale * mean), None
-
-
-def fused_oacd_loss(contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:
-    return FusedOacdLoss.apply(contexts, mean_penalty)
 
 
 def sweep_tokens(
@@ -199,7 +194,7 @@ class Oacd:
             projected = self.projections.rows(ids)
             with self._precision():
                 new = sweep_tokens(self.block.layers, projected, old, previous.to(dtype), noise)
-            loss = fused_oacd_loss(new, options.mean_penalty)
+            loss = FusedOacdLoss.apply(new, options.mean_penalty)
             (loss / self.batches).backward()
             self.projections.collect(ids, projected)
             with torch.no_grad():
@@ -207,7 +202,7 @@ class Oacd:
                 previous = rows[-1].clone()
                 converged += (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
                 rows.copy_(new)
-                loss_sum = loss_sum + to_float64(loss)
+                loss_sum = loss.double() + loss_sum
             bar.update()
         with self._precision():
             self.projections.backward()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, get_scheduler
 from context_pythia import processes
 from context_pythia.config.recipe import TrainOptions
 from context_pythia.training.batches import Batch
-from context_pythia.training.loss import IGNORED, linear_cross_entropy, to_float64, token_scores
+from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
 
 # For short samples on a CPU, plain attention is faster than the backward pass of PyTorch's fused attention. At 128
 # tokens in bfloat16 a step of Pythia-70M took 0.93 times as long with plain attention, and a model of a quarter of its
@@ -125,7 +125,7 @@ class Optimization:
                 hidden, head = hidden_states(self.parallel, batch["input_ids"])
                 losses, correct = token_scores(hidden, head, labels.flatten())
             scores = (losses.view_as(labels), correct.view_as(labels), labels.ne(IGNORED))
-            totals = torch.stack([to_float64(values).sum(0) for values in scores]) + totals
+            totals = torch.stack([values.double().sum(0) for values in scores]) + totals
         return processes.total(totals).cpu()
 
     def autocast(self) -> torch.autocast:
@@ -139,10 +139,10 @@ class Optimization:
         return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from. It has the random states of all processes, so all processes must call this."""
-        random_states = {"cpu": processes.gathered(torch.get_rng_state())}
+        """The state to resume from. Processes start from one seed, so one random state serves all."""
+        random_states = {"cpu": [torch.get_rng_state()]}
         if self.device.type == "cuda":
-            random_states["cuda"] = processes.gathered(torch.cuda.get_rng_state())
+            random_states["cuda"] = [torch.cuda.get_rng_state()]
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -152,15 +152,13 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state. Random states are restored only for the same number of processes and kind of device."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
-        for kind, states in state["random_states"].items():
-            if len(states) == processes.count() and kind in ("cpu", self.device.type):
-                generator = torch if kind == "cpu" else torch.cuda
-                generator.set_rng_state(states[processes.index()].cpu())
+        torch.set_rng_state(state["random_states"]["cpu"][0])
+        if self.device.type == "cuda" and "cuda" in state["random_states"]:
+            torch.cuda.set_rng_state(state["random_states"]["cuda"][0])
 
 
 @contextlib.contextmanager

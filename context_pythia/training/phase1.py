@@ -13,7 +13,6 @@ Shapes: S tokens of a sample, C context_dim.
 
 from __future__ import annotations
 
-import json
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from tqdm.auto import tqdm
 
 from context_pythia import processes
@@ -31,7 +31,7 @@ from context_pythia.config.options import deciding
 from context_pythia.config.recipe import Phase1Options
 from context_pythia.config.same import check_same
 from context_pythia.errors import UsageError, first_line
-from context_pythia.files import write_bytes, write_json
+from context_pythia.files import read_record, write_bytes, write_json
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.checkpoints import read_state, write_state
 from context_pythia.training.interrupts import deferred_interrupt
@@ -88,16 +88,35 @@ def train_context_block(
         progress: show a progress bar.
 
     Raises:
-        UsageError: the model has no ContextBlock, or `folder` has a damaged file or files of another run (other
-            options, seed, text, widths or embeddings).
+        UsageError: `folder` has a damaged file, or files of another run (other options, seed, text, widths or
+            embeddings).
         Failure: the loss or its gradient is not finite; the last good checkpoint stays.
         OSError: `folder` cannot be written.
     """
-    if getattr(model.gpt_neox, "context_block", None) is None:
-        raise UsageError("phase 1 trains a ContextBlock and this model has none: choose context source input or shared")
-    settings = _settings(model, data, options, seed)
+    settings, block = _settings(model, data, options, seed), model.gpt_neox.context_block
     with processes.main_first():
-        return _load_result(model, folder, settings) or _train(model, data, options, seed, folder, settings, progress)
+        if (folder / RESULT_FILE).exists():
+            return _load_result(block, folder, settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained, checkpoint = next(block.parameters()).requires_grad, folder / CHECKPOINT_FILE
+        block.requires_grad_(True)
+        try:
+            oacd = Oacd(model, data.train, options, seed)
+            _iterate(oacd, checkpoint, settings, progress)
+        finally:
+            block.zero_grad()
+            block.requires_grad_(trained)
+        result = Phase1Result(
+            iterations=len(oacd.history),
+            convergence_rate=oacd.history[-1]["convergence_rate"],
+            effective_rank=effective_rank(held_out_contexts(model, data.validation)),
+            history=oacd.history,
+            seconds=sum(row["seconds"] for row in oacd.history),
+        )
+        write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
+        write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
+        checkpoint.unlink()
+    return result
 
 
 def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1Options, seed: int) -> dict[str, Any]:
@@ -120,60 +139,20 @@ def _check_same(found: dict[str, Any], settings: dict[str, Any], path: Path) -> 
     check_same(found, settings, f"{path} was made", "use that setting, another output folder, or delete the file")
 
 
-def _load_result(model: ContextPythiaForCausalLM, folder: Path, settings: dict[str, Any]) -> Phase1Result | None:
-    path = folder / RESULT_FILE
-    if not path.exists():
-        return None
+def _load_result(block: nn.Module, folder: Path, settings: dict[str, Any]) -> Phase1Result:
+    record, path = read_record(folder / RESULT_FILE), folder / WEIGHTS_FILE
+    _check_same(record.pop("identity"), settings, folder / RESULT_FILE)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found, result = record.pop("identity"), Phase1Result(**record)
-        _check_same(found, settings, path)
-        path = folder / WEIGHTS_FILE
-        model.gpt_neox.context_block.load_state_dict(safetensors.torch.load_file(path))
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError) as error:
-        if isinstance(error, UsageError):
-            raise
+        block.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError) as error:
         raise UsageError(
             f"{path} is missing or damaged ({first_line(error)}): delete {folder} and run phase 1 again"
         ) from error
-    return result
+    return Phase1Result(**record)
 
 
-def _train(
-    model: ContextPythiaForCausalLM,
-    data: PackedData,
-    options: Phase1Options,
-    seed: int,
-    folder: Path,
-    settings: dict[str, Any],
-    progress: bool,
-) -> Phase1Result:
-    folder.mkdir(parents=True, exist_ok=True)
-    block = model.gpt_neox.context_block
-    frozen = [parameter for parameter in block.parameters() if not parameter.requires_grad]
-    block.requires_grad_(True)
-    try:
-        history = _iterate(Oacd(model, data.train, options, seed), folder / CHECKPOINT_FILE, settings, progress)
-    finally:
-        block.zero_grad()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    result = Phase1Result(
-        iterations=len(history),
-        convergence_rate=history[-1]["convergence_rate"],
-        effective_rank=effective_rank(held_out_contexts(model, data.validation)),
-        history=history,
-        seconds=sum(row["seconds"] for row in history),
-    )
-    write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
-    write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
-    for path in folder.glob("*checkpoint*"):  # also of older versions
-        path.unlink()
-    return result
-
-
-def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> list[dict[str, float]]:
-    """Iterate to the end, from the checkpoint if there is one. Returns the history."""
+def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> None:
+    """Iterate to the end, from the checkpoint if there is one."""
     if oacd.device.type == "cpu":
         keep_freed_memory()
     if checkpoint.exists():
@@ -195,7 +174,6 @@ def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: b
                 saved = time.monotonic()
             if asked_to_stop.is_set():
                 raise KeyboardInterrupt
-    return oacd.history
 
 
 def effective_rank(batches: Iterable[torch.Tensor]) -> float:

@@ -65,9 +65,13 @@ def copy(original, tmp_path):
 def convert(corpus, tmp_path_factory):
     cache = tmp_path_factory.mktemp("packed")
 
-    def call(model, out, *options, data=True):
+    def call(model, out, *options, data=True, card=False):
+        """The exit code. The model's card and its picture are made only if a test reads them."""
         text = ("--data", corpus, "--samples", 60, "--sequence-length", 16, "--cache-dir", cache) if data else ()
-        return cli.main([str(word) for word in ("convert", model, "--out", out, "--quiet", *text, *options)])
+        with pytest.MonkeyPatch.context() as patch:
+            if not card:
+                patch.setattr("context_pythia.report.card.write_card", lambda out: None)
+            return cli.main([str(word) for word in ("convert", model, "--out", out, "--quiet", *text, *options)])
 
     return call
 

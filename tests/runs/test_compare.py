@@ -11,14 +11,13 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM
-from context_pythia.cli.reported import compare
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.errors import Failure
+from context_pythia.report.report import write_report
 from context_pythia.runs import train
 from context_pythia.runs.build import build_model
-from context_pythia.runs.provenance import provenance
 from context_pythia.runs.record import Run
-from context_pythia.runs.train import run_phase1
+from context_pythia.runs.train import compare, run_phase1
 from tests.conftest import tiny_recipe
 
 
@@ -103,9 +102,7 @@ def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, m
     recipe = tiny_recipe(finished_run.parent)
     run = tmp_path / "run"
     alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
-    for number, (step, name) in enumerate(
-        [(run_phase1, "shared"), (train.compare, "Pythia"), (train.compare, "shared")]
-    ):
+    for number, (step, name) in enumerate([(run_phase1, "shared"), (compare, "Pythia"), (compare, "shared")]):
         monkeypatch.setattr(sys, "argv", ["context-pythia", f"call {number}"])
         step(alone[name], run, progress=False)
         assert len(metrics(run)["models"]) == number
@@ -189,6 +186,7 @@ def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_pat
     failed, baseline = metrics(tmp_path / "run")["models"]
     assert failed["error"] == "the loss became nan at step 3" and failed["best_val_ppl"] is None
     assert baseline["error"] is None
+    write_report(tmp_path / "run")
     assert "the loss became nan at step 3" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -235,18 +233,12 @@ def test_a_run_folder_that_cannot_be_made_is_a_failure(tmp_path):
     assert not isinstance(caught.value, FileNotFoundError | NotADirectoryError)
 
 
-@pytest.mark.parametrize("content", ["{", '{"models": [{"name": "Pythia"}], "data": {}, "recipe": {}}'])
+@pytest.mark.parametrize("content", ["{", '{"kind": "evaluation", "models": [], "data": {}}'])
 def test_damaged_metrics_are_named(tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match="metrics.json is damaged"):
         compare(tiny_recipe(tmp_path), tmp_path / "run", progress=False)
-
-
-@pytest.mark.parametrize("program", ["/env/bin/context-pythia", "/env/site-packages/context_pythia/__main__.py"])
-def test_provenance_names_the_command_as_it_is_installed(program, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [program, "compare", "quick"])
-    assert provenance(torch.device("cpu"))["command"] == "context-pythia compare quick"
 
 
 def test_a_pass_over_models_of_equal_size(tmp_path, own_cache):

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM, processes
-from context_pythia.cli.reported import compare
 from context_pythia.errors import Failure
+from context_pythia.report.report import write_report
 from context_pythia.report.run import RunReport, learning_curves
 from context_pythia.report.texts import Texts
 from context_pythia.runs import train as module
 from context_pythia.runs.record import Run
+from context_pythia.runs.train import compare
 from tests.conftest import tiny_recipe
 
 HEAL = {"steps": 9, "batch_size": 9, "ce_weight": 0.5, "parameters": "all", "learning_rate": 1e-3}
@@ -48,7 +49,9 @@ def run(folder):
     # The baseline comes from an earlier call, whose folder has healed nothing yet.
     recipe = healing_recipe(folder)
     compare(alone(healing_recipe(folder, {**HEAL, "steps": 5}), "Pythia"), folder / "run", progress=False)
-    compare(recipe, folder / "run", lang="ja", progress=False)
+    compare(recipe, folder / "run", progress=False)
+    for language in ("en", "ja"):
+        write_report(folder / "run", language)
     return folder / "run"
 
 
@@ -155,11 +158,10 @@ def test_a_baseline_that_failed_is_not_converted(folder, tmp_path, monkeypatch):
     assert "has no trained baseline" in entries(tmp_path)["Converted"]["error"]
 
 
-@pytest.mark.parametrize("names", [("Converted",), ("Control",)])
-def test_a_run_without_a_baseline_is_refused_before_the_text_is_read(folder, tmp_path, monkeypatch, names):
+def test_a_run_without_a_baseline_is_refused_before_the_text_is_read(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_data", None)
-    with pytest.raises(ValueError, match=f"{names[0]} is converted from the trained baseline, but .*: list a"):
-        compare(alone(healing_recipe(folder), *names), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="Converted is converted from the trained baseline, but .*: list a"):
+        compare(alone(healing_recipe(folder), "Converted"), tmp_path, progress=False)
 
 
 def test_several_processes_are_refused(folder, tmp_path, monkeypatch):

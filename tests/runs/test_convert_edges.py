@@ -120,7 +120,7 @@ def test_rotary_keys_that_nearly_depend_on_each_other_are_warned_of(convert, cop
         fused = weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
         fused[1, 1, 0] = fused[0, 1, 0] * (1 + 1e-6)  # the first rotary dim of two heads' keys
         fused[1, 1, 0, 0] += 1e-6
-    assert convert(copy, tmp_path / "out", *HALF, data=False) == 0
+    assert convert(copy, tmp_path / "out", *HALF, data=False, card=True) == 0
     line = capsys.readouterr().err.strip()
     assert line.startswith("warning: the rotary keys of layer 1 are nearly linearly dependent (condition number")
     condition = record_of(tmp_path / "out")["layers"][1]["condition"]

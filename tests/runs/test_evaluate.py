@@ -111,48 +111,30 @@ def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, row
     assert "Perplexity by position in the sample: Model 0–16 ----" in console and shown[3] in console
 
 
-def rewritten(evaluated, folder, change):
-    """The report of the evaluation's figures after a change."""
-    shutil.copytree(evaluated, folder)
-    metrics = json.loads((folder / "metrics.json").read_text())
-    change(metrics["models"])
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "positions.png").unlink()
-    write_report(folder)
-    return (folder / "report.md").read_text(), " ".join(console_table(metrics).split())
-
-
-def test_a_quantized_cache_by_position_is_its_models_times_the_change(evaluated, rows, tmp_path):
-    def add_quantized(models):
-        quantized = json.loads(json.dumps(models[1])) | {"quantised": "int4", "perplexity_by_position": None}
-        quantized |= {"perplexity": None, "kl": 0.1}
-        quantized["cached"]["perplexity"] *= 1.25
-        quantized["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
-        models.append(quantized)
-
-    report, _ = rewritten(evaluated, tmp_path / "eval", add_quantized)
+def test_the_report_of_quantized_caches_tasks_and_passes_that_differ(evaluated, rows, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    models = metrics["models"]
+    quantized = json.loads(json.dumps(models[1])) | {"quantised": "int4", "perplexity_by_position": None}
+    quantized |= {"perplexity": None, "kl": 0.1}
+    quantized["cached"]["perplexity"] *= 1.25
+    quantized["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
+    models.append(quantized)
+    models[0]["tasks"] = {"own_words": {"acc": 0.4375, "acc_stderr": 0.1}}
+    models[3]["cached"] |= {"agrees": False, "perplexity": 78.5, "parallel_perplexity": 77.0}
+    (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    write_report(tmp_path / "eval")
+    report, table = (tmp_path / "eval" / "report.md").read_text(), " ".join(console_table(metrics).split())
+    # A quantized cache by position is its model's times the change.
     first, value = rows[0]["perplexity"], 1.25 * rows[1]["perplexity"]
     assert f"| input + int4 | {formats.perplexity(value)} ({formats.change(value / first - 1)}) |" in report
-
-
-def test_an_evaluation_of_an_older_version_has_no_section_by_position(evaluated, tmp_path):
-    def age(models):
-        for row in models:
-            del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
-
-    report, table = rewritten(evaluated, tmp_path / "eval", age)
-    assert "by position" not in report + table and not (tmp_path / "eval" / "positions.png").exists()
-
-
-def test_tasks_and_passes_that_differ_stand_in_report_and_table(evaluated, tmp_path):
-    def change(models):
-        models[0]["tasks"] = {"own_words": {"acc": 0.4375, "acc_stderr": 0.1}}
-        models[3]["cached"] |= {"agrees": False, "perplexity": 78.5, "parallel_perplexity": 77.0}
-
-    report, table = rewritten(evaluated, tmp_path / "eval", change)
     assert "| pythia | own_words | acc | 0.4375 |" in report and "pythia own_words acc 0.4375" in table
     line = "token by token give different perplexities on the same 80 tokens: layer-12-x2 77 / 78.5."
     assert line in report and line in table
+    # An older version recorded no perplexities by position.
+    for row in models:
+        del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
+    assert "by position" in table and "by position" not in console_table(metrics)
 
 
 def test_recall_by_distance_is_recorded(tmp_path):
@@ -261,13 +243,13 @@ def test_a_damaged_or_absent_model_is_one_line_before_anything_is_scored(paths, 
 def test_a_training_run_is_not_written_over(paths, data, finished_run):
     held = (finished_run / "metrics.json").read_bytes()
     with pytest.raises(ValueError, match="holds a training run"):
-        evaluate(paths[:1], data, out=finished_run, progress=False)
+        module.evaluate(paths[:1], data, out=finished_run, progress=False)
     assert (finished_run / "metrics.json").read_bytes() == held
 
 
 def test_neither_models_nor_files_nor_other_evaluations_are_written_over(paths, data, tmp_path):
     def again(models, out, **options):
-        return evaluate(models, data, cached_tokens=1, out=out, progress=False, **options)
+        return module.evaluate(models, data, cached_tokens=1, out=out, progress=False, **options)
 
     again(paths[:2], tmp_path / "eval")
     for models, options in [(paths[:1] + paths[2:3], {}), (paths[:2], {"batch_size": 3})]:

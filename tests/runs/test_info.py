@@ -4,28 +4,29 @@ import pytest
 
 from context_pythia.cli.reported import info
 from context_pythia.config.recipe_files import load_recipe
+from context_pythia.report.info import info_table
+from context_pythia.runs.info import info as describe
 
 
 def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
-    info(load_recipe("report"), None, length=128, dtype="float32", as_json=True)
+    info(load_recipe("report"), None, length=8, dtype="float32", as_json=True)
     models = json.loads(capsys.readouterr().out)["models"]
     assert [model["cached_numbers_per_token"] for model in models] == [6144, 6144, 272, 1536, 512]
     assert models[0]["parameters"] == 70_426_624
     assert (models[1]["parameters"], models[1]["trainable_parameters"]) == (70_756_608, 70_559_232)
-    assert models[0]["cache"]["bytes_measured"] == 3_145_728
+    assert models[0]["cache"]["bytes_measured"] == 196_608
     for model in models:
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
 
 
-def test_what_a_conversion_decides_is_left_open(capsys):
+def test_what_a_conversion_decides_is_left_open():
     recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "heal.parameters": "attention"})
-    info(recipe, None, length=8, dtype="float32", as_json=True)
-    control, converted = json.loads(capsys.readouterr().out)["models"][1:3]
+    models = describe(recipe, None, length=8, dtype="float32")
+    control, converted = models[1:3]
     assert control["trainable_parameters"] == 3 * 512 * 513  # queries, keys and values
     assert (converted["parameters"], converted["trainable_parameters"]) == (None, None)
     assert converted["cache"]["bytes_measured"] == 4 * 8 * 256
-    info(recipe, None, length=8, dtype="float32", as_json=False)
-    assert capsys.readouterr().out.endswith("\n–: the conversion of the trained baseline decides it\n")
+    assert info_table(models).endswith("\n–: the conversion of the trained baseline decides it")
 
 
 def test_saved_model_is_described_as_a_table(finished_run, capsys):

@@ -26,11 +26,16 @@ from context_pythia.runs.provenance import provenance, without_password
         ("EleutherAI/pythia-70m@step3000", "EleutherAI/pythia-70m@step3000"),
     ],
 )
-def test_no_password_is_recorded(text, recorded, monkeypatch):
+def test_passwords_are_left_out(text, recorded):
     assert without_password(text) == recorded
-    monkeypatch.setattr(sys, "argv", ["context-pythia", "sweep", "--storage", text])
-    assert recorded in provenance(torch.device("cpu"))["command"]
-    assert "secret" not in str(provenance(torch.device("cpu"))) and "pass@" not in str(provenance(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("program", ["/env/bin/context-pythia", "/env/site-packages/context_pythia/__main__.py"])
+def test_the_command_is_recorded_as_it_is_installed_without_passwords(program, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "sweep", "--storage", "postgresql://user:pass@host/db"])
+    found = provenance(torch.device("cpu"))
+    assert found["command"] == "context-pythia sweep --storage 'postgresql://user:***@host/db'"
+    assert "pass@" not in str(found)
 
 
 def test_the_commit_is_that_of_our_own_repository_alone(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import UsageError
-from context_pythia.training import loop
+from context_pythia.training import phase2
 from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.optimization import Optimization
 from context_pythia.training.phase2 import train_language_model
@@ -74,12 +74,9 @@ def errors_said(errors):
     return [text for error in errors for text in error.splitlines() if text.startswith("context-pythia: error")]
 
 
-def make_language_model(source):
-    if source is None:
-        model = test_phase2.make_model()
-    else:
-        model = test_phase1.make_model(source=source)
-        model.resize_token_embeddings(test_phase2.VOCABULARY)
+def make_language_model():
+    model = test_phase1.make_model(source="shared")
+    model.resize_token_embeddings(test_phase2.VOCABULARY)
     test_phase2.without_dropout(model)  # Each process draws its own.
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -92,9 +89,9 @@ def make_samples():
     return test_phase2.make_data(train=17, validation=7)
 
 
-def train_phase2(folder, source, interrupt_at):
-    loop.LOOK_STEPS = 7  # the training has few
-    model = make_language_model(source)
+def train_phase2(folder, interrupt_at=None):
+    phase2.LOOK_STEPS = 7  # the training has few
+    model = make_language_model()
     if interrupt_at and processes.index() == 1:
         update = Optimization.update
 
@@ -119,7 +116,7 @@ def train_phase2_quietly(*arguments):
     return 0 if isinstance(ended, tuple) else ended
 
 
-def assert_same_training(folder, source, expected, expected_model):
+def assert_same_training(folder, expected, expected_model):
     result = json.loads((folder / "train.json").read_text())
     for row, other in zip(result["history"], expected.history, strict=True):
         assert {key: row[key] for key in ("epoch", "step", "best", "val_accuracy")} == {
@@ -127,9 +124,9 @@ def assert_same_training(folder, source, expected, expected_model):
         }
         assert row["val_ppl"] == pytest.approx(other["val_ppl"], rel=1e-5)
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
-    model = make_language_model(source)
+    model = make_language_model()
     load_weights(model, folder)
-    first = make_language_model(source)
+    first = make_language_model()
     assert all((model.get_parameter(name) - first.get_parameter(name)).abs().max() > 1e-3 for name in TRAINED)
     for name, weight in expected_model.named_parameters():
         # Softmax takes no notice of the keys' bias: its gradient is rounding alone, which Adam scales up to a step.
@@ -138,24 +135,17 @@ def assert_same_training(folder, source, expected, expected_model):
         torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=1e-5)
 
 
-def test_two_processes_train_like_one_with_the_same_batch(tmp_path):
-    expected = train_phase2(tmp_path / "one", "shared", None)
-    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", "shared", None)
-    assert codes == [0, 0]
-    assert_same_training(tmp_path / "run", "shared", *expected)
-
-
-def test_ctrl_c_at_one_process_stops_both_and_any_number_goes_on(tmp_path):
-    expected = train_phase2(tmp_path / "one", None, None)
-    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, 7)
+def test_two_processes_train_like_one_and_after_ctrl_c_at_one_of_them_any_number_goes_on(tmp_path):
+    expected = train_phase2(tmp_path / "one")
+    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", 7)
     assert codes == [130, 130]
     assert test_phase2.checkpoint(tmp_path / "run")["step"] == 7
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run", None, None)
+    codes, _ = run_pair(tmp_path, train_phase2_quietly, tmp_path / "run")
     assert codes == [0, 0]
-    assert_same_training(tmp_path / "run", None, *expected)
-    train_phase2(tmp_path / "copy", None, None)
-    assert_same_training(tmp_path / "copy", None, *expected)
+    assert_same_training(tmp_path / "run", *expected)
+    train_phase2(tmp_path / "copy")
+    assert_same_training(tmp_path / "copy", *expected)
 
 
 def command(tmp_path, *flags):
@@ -165,32 +155,21 @@ def command(tmp_path, *flags):
     return [*flags[:1], str(recipe), *flags[1:], "--out", str(tmp_path / "run")]
 
 
-def test_the_command_prints_and_records_once(tmp_path, own_cache):
-    codes, errors = run_pair(tmp_path, main, command(tmp_path, "train", "--model", "shared", "--batch-size", "6"))
-    assert codes == [0, 0], errors
-    lines = [line for line in (tmp_path / "out0").read_text().splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "All", "shared:"]
-    assert (tmp_path / "out1").read_text() == ""
-    (entry,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
-    assert entry["error"] is None and entry["phase1"]["iterations"] > 1
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
-
-
-def test_torchrun_compares_in_two_processes_like_one(tmp_path, own_cache):
-    arguments = command(tmp_path, "compare", "--models", "Pythia,shared", "--batch-size", "6", "--quiet")
+def test_torchrun_trains_in_two_processes_like_one_and_prints_once(tmp_path, own_cache):
+    arguments = command(tmp_path, "train", "--model", "shared", "--batch-size", "6")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "context_pythia"]
     ended = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("report.md") == 1
+    lines = [line for line in ended.stdout.splitlines() if line]
+    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "Done", "shared:"]
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
     assert main([*arguments[:-1], str(tmp_path / "one")]) == 0
-    pairs = [json.loads((tmp_path / name / "metrics.json").read_text())["models"] for name in ("run", "one")]
-    for entry, expected in zip(*pairs, strict=True):
-        assert (entry["machine"]["processes"], expected["machine"]["processes"]) == (2, 1)
-        assert entry["best_val_ppl"] == pytest.approx(expected["best_val_ppl"], rel=1e-5)
-    histories = [
-        [(row["loss"], row["convergence_rate"]) for row in entries[1]["phase1"]["history"]] for entries in pairs
-    ]
+    pair = [json.loads((tmp_path / name / "metrics.json").read_text())["models"] for name in ("run", "one")]
+    (entry,), (expected,) = pair
+    assert (entry["machine"]["processes"], expected["machine"]["processes"]) == (2, 1)
+    assert entry["best_val_ppl"] == pytest.approx(expected["best_val_ppl"], rel=1e-5)
+    histories = [[(row["loss"], row["convergence_rate"]) for row in one["phase1"]["history"]] for (one,) in pair]
     assert histories[0] == histories[1] and len(histories[0]) > 1  # the first process iterates alone
 
 
@@ -207,7 +186,6 @@ def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
     [
         (("train", "--model", "Pythia"), "train.batch_size 9: must be a multiple of 2, the number of processes"),
         (("info",), "this command runs in one process, but 2 were started; compare, phase1, train run in several"),
-        (("train", "--model", "nobody"), "recipe tiny: model 'nobody' is unknown"),
     ],
 )
 def test_a_mistake_is_one_line_of_one_process(tmp_path, own_cache, flags, line):
@@ -243,4 +221,4 @@ def test_a_single_process_waits_for_nobody():
     with processes.joined(), processes.main_first():
         processes.wait()
     values = torch.tensor([3.0])
-    assert processes.total(values).item() == 3 and processes.highest(2) == 2 and processes.gathered(values) == [values]
+    assert processes.total(values).item() == 3 and processes.highest(2) == 2

@@ -15,7 +15,6 @@ from context_pythia.training import phase2
 from context_pythia.training.optimization import Optimization
 from tests.training.test_phase2 import (
     OPTIONS,
-    PASS,
     assert_same_end,
     checkpoint,
     cut_at,
@@ -38,17 +37,15 @@ def test_a_checkpoint_is_the_state_and_the_best_weights(tmp_path, monkeypatch):
     kept = stub_perplexities(monkeypatch, [8.0, 9.0, 9.1, 9.2])
     options = replace(OPTIONS, epochs=4, patience=4, checkpoint_steps=1)
     cut_at(monkeypatch, 7, tmp_path, options, data=make_data(train=8, validation=2))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best-2", "state.pt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["state.pt"]
     assert checkpoint(tmp_path)["step"] == 7
-    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints" / "best-2")
+    best = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(best.get_parameter(name), weight) for name, weight in kept[0].items())
 
 
-@pytest.mark.parametrize(
-    ("step", "changes"), [(0, {}), (3, {"checkpoint_steps": 2}), (5, {}), (7, {"checkpoint_steps": 2})]
-)
+@pytest.mark.parametrize(("step", "changes"), [(5, {}), (7, {"checkpoint_steps": 2})])
 def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted, step, changes):
-    """5 steps an epoch: before the first checkpoint, amid the first epoch, at its end, amid the second."""
+    """5 steps an epoch: at the end of the first, amid the second."""
     cut_at(monkeypatch, step, tmp_path / "here", replace(OPTIONS, **changes))
     (tmp_path / "here").rename(tmp_path / "there")
     model = make_model()
@@ -70,36 +67,42 @@ def test_ctrl_c_and_sigterm_checkpoint_the_current_step(tmp_path, monkeypatch, u
     assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
 
 
-def test_a_run_interrupted_after_its_end_only_publishes(tmp_path, monkeypatch, uninterrupted):
+def test_a_kill_between_the_best_weights_and_the_state_repeats_the_steps(tmp_path, monkeypatch, uninterrupted):
+    write_state = phase2.write_state
+    calls = []
+
+    def killed_at_the_second(path, state):
+        calls.append(path)
+        return write_state(path, state) if len(calls) == 1 else interrupt(None)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phase2, "write_state", killed_at_the_second)
+        train(tmp_path)
+    assert checkpoint(tmp_path)["step"] == 5
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+
+
+def test_a_run_interrupted_after_its_end_is_loaded(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        patch.setattr(phase2, "publish", lambda *arguments: interrupt(None))
+        patch.setattr(phase2, "load_weights", lambda *arguments: interrupt(None))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Optimization, "step", lambda *arguments: pytest.fail("trained again"))
         model = make_model()
         assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+    assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "line"), [("state.pt", "state.pt is damaged"), ("best-5/model.safetensors", "weights in .*best-5 are dam")]
-)
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, monkeypatch, file, line):
-    options = replace(OPTIONS, epochs=1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(phase2, "publish", lambda *arguments: interrupt(None))
-        train(tmp_path, options)
-    path = tmp_path / "checkpoints" / file
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, monkeypatch):
+    options = replace(OPTIONS, epochs=1, checkpoint_steps=1)
+    cut_at(monkeypatch, 2, tmp_path, options)
+    path = tmp_path / "checkpoints" / "state.pt"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises((ValueError, RuntimeError), match=f"{line}.* delete ") as caught:
+    with pytest.raises(ValueError, match="state.pt is damaged.* delete ") as caught:
         train(tmp_path, options)
     assert "\n" not in str(caught.value)
-
-
-def test_checkpoints_of_an_older_version_are_refused(tmp_path):
-    (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(ValueError, match="checkpoints of an older version, .* or delete them to train from the start"):
-        train(tmp_path)
 
 
 def poison(optimization):
@@ -132,15 +135,15 @@ def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path, monkeypatc
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatch):
-    def full_disk(state, file):
-        file.write(b"half")
+    def full_disk(state, path):
+        path.write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file\nlong trace")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="cannot write .*state.pt: PytorchStreamWriter failed") as caught:
         train(tmp_path)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best-5"]
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
@@ -182,15 +185,14 @@ def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, finished):
             train(tmp_path, replace(options, **changed), **settings)
 
 
-@pytest.mark.parametrize("source", ["shared", "layer"])
-def test_context_models_train_go_on_and_load(tmp_path, monkeypatch, source):
+def test_context_models_train_go_on_and_load(tmp_path, monkeypatch):
     def make():
         torch.manual_seed(0)
         settings = make_model().config.to_dict()
-        config = ContextPythiaConfig(**{**settings, "context_source": source, "context_dim": 16})
-        model = ContextPythiaForCausalLM(config)
-        if source != "layer":
-            model.gpt_neox.context_block.requires_grad_(False)
+        model = ContextPythiaForCausalLM(
+            ContextPythiaConfig(**{**settings, "context_source": "shared", "context_dim": 16})
+        )
+        model.gpt_neox.context_block.requires_grad_(False)
         return model
 
     whole, parts = make(), make()
@@ -199,11 +201,3 @@ def test_context_models_train_go_on_and_load(tmp_path, monkeypatch, source):
     assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
     cut_at(monkeypatch, 7, tmp_path / "parts", replace(options, checkpoint_steps=2), model=make())
     assert_same_end(train(tmp_path / "parts", options, model=parts), parts, result, whole)
-
-
-def test_a_pass_that_was_cut_ends_like_an_uncut_one(tmp_path, monkeypatch):
-    whole, cut = make_model(), make_model()
-    options = replace(PASS, schedule="cosine")
-    expected = train(tmp_path / "whole", options, model=whole)
-    cut_at(monkeypatch, 11, tmp_path / "cut", options)
-    assert_same_end(expected, whole, train(tmp_path / "cut", options, model=cut), cut)
