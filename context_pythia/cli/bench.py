@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from context_pythia.bench.options import SIZES, BenchOptions, ServeOptions, parse_sources
-from context_pythia.cli.command import OF_A_RECIPE, Command, Report
+from context_pythia.cli.command import Command, Report
 from context_pythia.config.options import option
+from context_pythia.config.recipe import OF_A_RECIPE
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
 from context_pythia.errors import UsageError
 

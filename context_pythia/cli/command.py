@@ -11,13 +11,11 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from context_pythia.config.options import Options, option, options_of
-from context_pythia.config.recipe import SECTIONS, ModelOptions, Recipe
+from context_pythia.config.options import Options, option
+from context_pythia.config.recipe import OF_A_RECIPE, Recipe
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
 
 LANGUAGES = ("en", "ja")
-# The sections of a recipe, by the paths of their values.
-OF_A_RECIPE: dict[str, type[Options]] = {"": Recipe} | SECTIONS | {"model": ModelOptions}
 
 
 @dataclass(kw_only=True)
@@ -30,8 +28,6 @@ class Command(Options):
         arguments: names of the positional arguments.
         sections: the option dataclasses that `--set section.name=value` sets, by section.
         flagged: sections whose options with `flag=True` also get a flag.
-        unflagged: paths of such options that get no flag here.
-        defaults: text for the help where a default differs from the declared one, by path.
         values: values from section flags and `--set`, by path.
         resumable: whether the same command, run again, resumes.
         joint: whether several processes (`torchrun`) can share the work.
@@ -42,8 +38,6 @@ class Command(Options):
     arguments: ClassVar[tuple[str, ...]] = ()
     sections: ClassVar[Mapping[str, type[Options]]] = {}
     flagged: ClassVar[tuple[str, ...]] = ()
-    unflagged: ClassVar[tuple[str, ...]] = ()
-    defaults: ClassVar[dict[str, str]] = {}
     resumable: ClassVar[bool] = False
     joint: ClassVar[bool] = False
 
@@ -57,17 +51,10 @@ class Command(Options):
         """The option's name on the command line."""
         return name.upper() if name in self.arguments else f"--{name}".replace("_", "-")
 
-    def own(self) -> dict[str, Any]:
-        """The values of the command's own options, by name."""
-        return {declared.name: getattr(self, declared.name) for declared in options_of(type(self))}
-
     def values_of(self, section: str) -> dict[str, Any]:
         """The values given for one section, by name."""
-        return {
-            path.removeprefix(f"{section}."): value
-            for path, value in self.values.items()
-            if path.startswith(f"{section}.")
-        }
+        start = f"{section}."
+        return {path.removeprefix(start): value for path, value in self.values.items() if path.startswith(start)}
 
 
 @dataclass(kw_only=True)

@@ -22,8 +22,6 @@ class Convert(Command):
     arguments = ("model",)
     sections = {"convert": ConvertOptions, "data": DataOptions, "heal": HealOptions}
     flagged = ("convert", "data", "heal")
-    unflagged = ("data.vocab_size",)
-    defaults = {"data.tokenizer": "the model's"}
     resumable = True
 
     model: str = required("a GPT-NeoX model's folder or Hub name")

@@ -24,8 +24,6 @@ class Evaluate(Report, Command):
     arguments = ("models",)
     sections = {"data": DataOptions}
     flagged = ("data",)
-    unflagged = ("data.vocab_size",)
-    defaults = {"data.tokenizer": "the first model's"}
 
     models: list[str] = required("models' folders or Hub names; the others are compared to the first", metavar="MODEL")
     dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)

@@ -32,4 +32,4 @@ class Generate(Command):
     def run(self) -> None:
         from context_pythia.runs.generate import generate
 
-        generate(**self.own())
+        generate(**{name: value for name, value in vars(self).items() if name != "values"})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from context_pythia.cli.command import OF_A_RECIPE, Command
+from context_pythia.cli.command import Command
 from context_pythia.config.options import option
-from context_pythia.config.recipe import PRECISIONS
+from context_pythia.config.recipe import OF_A_RECIPE, PRECISIONS
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
 from context_pythia.errors import UsageError
 

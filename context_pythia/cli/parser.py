@@ -10,7 +10,8 @@ import context_pythia
 from context_pythia import processes
 from context_pythia.cli.command import Command
 from context_pythia.config.options import Option, only_known, options_of, suggestion
-from context_pythia.config.recipe import OF_ONE_MODEL, PREFIXED
+from context_pythia.config.recipe import OF_ONE_MODEL
+from context_pythia.config.recipe_files import options_by_path, path_of, plain_name
 from context_pythia.errors import UsageError
 
 PROGRAM = "context-pythia"
@@ -19,6 +20,11 @@ SETTING = "setting "  # begins the argparse destination of a section's flag
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors as one line."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raises UsageError for an unknown command; options check their values themselves."""
+        if action.choices is not None:
+            only_known([value], action.choices, "command")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n" if processes.says_why() else None)
@@ -83,22 +89,18 @@ class SetAction(argparse._AppendAction):
 
 def _settable(command: type[Command]) -> dict[str, Option]:
     """The options that `--set` knows, by path."""
-    return {
-        f"{section}.{declared.name}".lstrip("."): declared
-        for section, owner in command.sections.items()
-        for declared in options_of(owner)
-        if f"{section}.{declared.name}" not in (".name", *OF_ONE_MODEL)
-    }
+    known = options_by_path(command.sections)
+    return {path: declared for path, declared in known.items() if path not in ("name", *OF_ONE_MODEL)}
 
 
 def _set_values(command: type[Command], texts: Sequence[str], program: str) -> dict[str, Any]:
     known = _settable(command)
     values = {}
     for text in texts:
-        path, equals, value = text.partition("=")
+        key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text!r}: give section.key=value, such as {_setting_example(command)}")
-        only_known([path], known, "--set", f"{program} --set help")
+        path = path_of(key, known, "--set", f"{program} --set help")
         values[path] = known[path].parse(value)
     return values
 
@@ -109,14 +111,10 @@ def _setting_example(command: type[Command]) -> str:
 
 def _advice(unknown: str, command: type[Command], flags: Sequence[str]) -> str:
     """A hint for an unknown flag: the `--set` option of that name, or the closest flag."""
-    name = unknown.split("=")[0]
-    for path in _settable(command):
-        section, _, key = path.rpartition(".")
-        if name.lstrip("-").removeprefix("no-").replace("-", "_") == (
-            f"{section}_{key}" if section in PREFIXED else key
-        ):
-            return f" (did you mean --set {path}=...?)"
-    return suggestion(name, flags)
+    flag = unknown.split("=")[0]
+    name = flag.lstrip("-").removeprefix("no-").replace("-", "_")
+    path = next((path for path in _settable(command) if plain_name(path) == name), None)
+    return f" (did you mean --set {path}=...?)" if path else suggestion(flag, flags)
 
 
 def _usage(command: type[Command]) -> str:
@@ -149,13 +147,11 @@ def _add_options(parser: argparse.ArgumentParser, command: type[Command]) -> Non
         owner = command.sections[section]
         title = (owner.__doc__ or "").split(". ")[0].splitlines()[0].rstrip(".")
         group = parser.add_argument_group(f"{section}: {title}" if section else "the run, over what the recipe says")
-        for declared in options_of(owner):
-            path = f"{section}.{declared.name}".lstrip(".")
-            if declared.flag and path not in command.unflagged:
-                flag = _flag(f"{section}-{declared.name}" if section in PREFIXED else declared.name)
+        for path, declared in options_by_path({section: owner}).items():
+            if declared.flag:
                 # The recipe decides the defaults.
-                text = declared.help if of_recipe else _help(declared, command.defaults.get(path))
-                _add_flag(group, declared, flag, SETTING + path, text)
+                text = declared.help if of_recipe else _help(declared)
+                _add_flag(group, declared, _flag(plain_name(path)), SETTING + path, text)
     if command.sections:
         parser.add_argument(
             "--set",
@@ -188,11 +184,10 @@ def _metavar(declared: Option) -> str:
     return {int: "N", float: "X"}.get(declared.kind, declared.name.upper())
 
 
-def _help(declared: Option, default: str | None = None) -> str:
-    """The option's help with its default, or with the text `default` in its place."""
-    if default is None:
-        value = declared.default
-        if declared.required or value is None or value is False or value == () or "(default" in declared.help:
-            return declared.help
-        default = "yes" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _help(declared: Option) -> str:
+    """The option's help with its default."""
+    value = declared.default
+    if declared.required or value is None or value is False or value == () or "(default" in declared.help:
+        return declared.help
+    default = "yes" if value is True else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f"{declared.help} (default: {default})"

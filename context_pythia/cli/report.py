@@ -19,6 +19,6 @@ class WriteReport(Command):
     lang: str = option("en", "language of the report", LANGUAGES)
 
     def run(self) -> None:
-        from context_pythia.report.report import report
+        from context_pythia.report.report import write_report
 
-        report(self.folder, self.lang)
+        print("\n".join(f"wrote {path}" for path in write_report(self.folder, self.lang)))

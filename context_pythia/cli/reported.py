@@ -34,7 +34,7 @@ def sweep(plan: Any, out: Path, lang: str = "en", **options: Any) -> dict[str, A
 def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`bench.run.bench` with its tables, then the report, even after an interruption."""
     from context_pythia.bench import run
-    from context_pythia.report.bench import show
+    from context_pythia.report.report import show
 
     with _reported(out, lang, after=BaseException):
         return run.bench(*args, **options | {"out": out, "show": show})
@@ -43,11 +43,7 @@ def bench(*args: Any, out: Path | None = None, lang: str = "en", **options: Any)
 def serve(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`bench.serve.serve` with its tables, then the report, even after an interruption."""
     from context_pythia.bench import serve as served
-    from context_pythia.report.serving import ServeReport
-    from context_pythia.report.texts import Texts
-
-    def show(metrics: dict[str, Any]) -> None:
-        print("\n" + ServeReport(metrics, {}, Texts("en", "bench")).console(), flush=True)
+    from context_pythia.report.report import show
 
     with _reported(out, lang, after=BaseException):
         return served.serve(*args, **options | {"out": out, "show": show})
@@ -55,12 +51,12 @@ def serve(*args: Any, out: Path | None = None, lang: str = "en", **options: Any)
 
 def evaluate(*args: Any, out: Path | None = None, lang: str = "en", **options: Any) -> dict[str, Any]:
     """`runs.evaluate.evaluate`, the table, and the report."""
-    from context_pythia.report.evaluation import console_table
+    from context_pythia.report.report import show
     from context_pythia.runs import evaluate
 
     with _reported(out, lang):
         metrics = evaluate.evaluate(*args, **options | {"out": out})
-        print(console_table(metrics))
+        show(metrics)
     return metrics
 
 
@@ -102,8 +98,8 @@ def _write(out: Path | None, lang: str) -> None:
         return
     from context_pythia.report.report import write_report
 
-    written = [path for language in dict.fromkeys(("en", lang)) for path in write_report(out, language)]
-    print("\n" + "\n".join(f"wrote {path}" for path in dict.fromkeys(written)))
+    written = write_report(out, *dict.fromkeys(("en", lang)))
+    print("\n" + "\n".join(f"wrote {path}" for path in written))
 
 
 _RECORDS = ("metrics", "provenance")

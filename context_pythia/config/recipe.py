@@ -34,9 +34,12 @@ class DataOptions(Options):
     data_split: str = option("train", "split of a Hub data set")
     text_field: str = option("text", "field that holds the text in JSONL, Parquet and Hub data")
     tokenizer: str = option(
-        "train", "train (byte-level BPE on the training split), a tokenizer.json, a folder or a Hub name", flag=True
+        "train",
+        "train (byte-level BPE on the training split), a tokenizer.json, a folder or a Hub name "
+        "(default: train; for saved models, theirs)",
+        flag=True,
     )
-    vocab_size: int = option(8192, "size of the vocabulary when the tokenizer is trained", bounds=">= 257", flag=True)
+    vocab_size: int = option(8192, "size of the vocabulary when the tokenizer is trained", bounds=">= 257")
     samples: int = option(10_000, "samples in all, training and validation together", bounds=">= 2", flag=True)
     sequence_length: int = option(
         128, "tokens a sample, the target of the last one not counted", bounds=">= 1", flag=True
@@ -349,6 +352,8 @@ SECTIONS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "heal": HealOptions,
 }
+# The sections of a recipe, by the first part of a dotted path.
+OF_A_RECIPE: dict[str, type[Options]] = {"": Recipe} | SECTIONS | {"model": ModelOptions}
 # Options that differ between the models of a recipe, so no single value can be set for all.
 OF_ONE_MODEL = ("model.name", "model.from_baseline")
 PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from context_pythia.config.options import Options, deciding, only_known, options_of, suggestion
-from context_pythia.config.recipe import SECTIONS, ModelOptions, Recipe
+from context_pythia.config.options import Option, Options, deciding, only_known, options_of, suggestion
+from context_pythia.config.recipe import OF_A_RECIPE, PREFIXED, SECTIONS, ModelOptions, Recipe
 from context_pythia.errors import UsageError
 from context_pythia.files import write_bytes
 
 RECIPES = importlib.resources.files("context_pythia.config") / "recipes"
+
+
+def options_by_path(sections: Mapping[str, type[Options]]) -> dict[str, Option]:
+    """The options of sections by dotted path, such as `train.learning_rate`; those of the section "" by name."""
+    return {
+        f"{section}.{declared.name}".lstrip("."): declared
+        for section, owner in sections.items()
+        for declared in options_of(owner)
+    }
+
+
+def plain_name(path: str) -> str:
+    """The option's name without its section, as its flag has it: `learning_rate`, `phase1_noise`."""
+    section, _, name = path.rpartition(".")
+    return f"{section}_{name}" if section in PREFIXED else name
+
+
+def path_of(key: str, paths: Iterable[str], what: str, listed_by: str) -> str:
+    """The path that the user's key means: `train.learning_rate`, or `learning_rate` if one section alone has it.
+
+    Raises:
+        UsageError: no option has this name; the message names close ones, and the command that lists all.
+    """
+    paths = list(paths)
+    plain = [plain_name(path) for path in paths]
+    names = {name: path for name, path in zip(plain, paths, strict=True) if plain.count(name) == 1}
+    names |= {path: path for path in paths}
+    key = key.strip().replace("-", "_")
+    only_known([key], names, what, listed_by)
+    return names[key]
 
 
 def _option_names(owner: type[Options]) -> list[str]:
@@ -137,10 +167,8 @@ def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 
 def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's nested values after overrides. Only the result is checked: one override may need another."""
-    owners: dict[str, type[Options]] = {"": Recipe, "model": ModelOptions} | SECTIONS
-    changes: dict[str, dict[str, Any]] = {section: {} for section in owners}
-    known = [f"{s}.{name}".lstrip(".") for s, owner in owners.items() for name in _option_names(owner)]
-    only_known(overrides, known, "option", "context-pythia compare --set help")
+    changes: dict[str, dict[str, Any]] = {section: {} for section in OF_A_RECIPE}
+    only_known(overrides, options_by_path(OF_A_RECIPE), "option", "context-pythia compare --set help")
     for path, value in overrides.items():
         section, _, name = path.rpartition(".")
         changes[section][name] = value

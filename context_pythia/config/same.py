@@ -14,7 +14,7 @@ from typing import Any
 from context_pythia.errors import UsageError
 
 
-def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def mismatches(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The recorded and the wanted value of each setting that differs, by name (`section.name` if nested).
 
     A missing setting counts as None. Values are compared as JSON, which has neither tuples nor paths.
@@ -30,7 +30,7 @@ def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any], holder: s
         holder: start of the message, the recorded work and its place: "runs/quick holds a run".
         mend: end of the message, what to do instead: "choose another folder with --out".
     """
-    if different := differences(recorded, wanted):
+    if different := mismatches(recorded, wanted):
         name, (old, new) = next(iter(different.items()))
         raise UsageError(f"{holder} with {name} {old}, not {new}: {mend}")
 

@@ -42,8 +42,8 @@ def documents(options: DataOptions) -> Iterator[str]:
 
     Blank documents are skipped, and halves of surrogate pairs become U+FFFD.
 
-    Raises FileNotFoundError for a path that does not exist, UsageError for text that cannot be read (the file and the
-    line are named), ConnectionError when a Hub data set cannot be reached.
+    Raises FileNotFoundError for a path or Hub name that is not found, UsageError for text that cannot be read (the file
+    and the line are named), ConnectionError when the Hub fails while a data set is read.
     """
     if options.data == "builtin":
         texts = _builtin_documents()
@@ -109,8 +109,7 @@ def hub_revision(name: str) -> tuple[str, str | None]:
 def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
     """Asks the Hub once for the `kind` ("dataset" or "model") `name`; the loaders would retry for a minute.
 
-    Raises FileNotFoundError if the name or revision does not exist or may not be read, ConnectionError if the Hub
-    cannot be reached.
+    Raises FileNotFoundError if the name or revision does not exist or may not be read, or if the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -124,7 +123,7 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
             "accept its terms there and log in with `hf auth login`)"
         ) from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
-        raise ConnectionError(
+        raise FileNotFoundError(
             f"there is no file or folder {name!r} here, and the Hugging Face Hub cannot be asked for a {kind} of that "
             f"name ({first_line(error)}): correct the path, or connect to the network"
         ) from error

@@ -88,7 +88,7 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
     """Packs the corpus of `options`, or opens the result of an earlier call with the same text and settings.
 
     Raises UsageError or FileNotFoundError for unusable options, text or tokenizers, and for a corpus shorter than
-    `samples`; ConnectionError for a Hub name without a network.
+    `samples`; ConnectionError when the Hub fails while a data set is read.
     """
     if options.data == associations.NAME:
         return _associations(options)

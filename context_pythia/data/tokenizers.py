@@ -20,8 +20,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of this name: a `tokenizer.json`, a folder in Hugging Face form, or a Hub name (`NAME@REVISION`
     for another revision than the main branch).
 
-    Raises FileNotFoundError or UsageError if it does not exist or has no end-of-text token, ConnectionError for a Hub
-    name that is neither cached nor reachable.
+    Raises FileNotFoundError or UsageError if it is not found or has no end-of-text token.
     """
     path = Path(name).expanduser()
     if path.is_file():

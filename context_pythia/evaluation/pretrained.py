@@ -35,8 +35,8 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
             the checkpoint, in `dtype`, whenever the module runs.
 
     Raises:
-        FileNotFoundError: there is no such folder or model.
-        ConnectionError: the Hub cannot be reached.
+        FileNotFoundError: there is no such folder or model, or the Hub cannot be asked for it.
+        ConnectionError: the Hub fails while the model is loaded.
         UsageError: the checkpoint needs something that is not installed, such as a quantizer.
         Failure: the checkpoint is damaged: it is unreadable, tensors are missing, unknown or of the wrong shape, or the
             configuration is impossible.

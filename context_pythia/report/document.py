@@ -1,6 +1,6 @@
-"""A document as a list of blocks, written as Markdown or as one self-contained HTML page; a table also for the console.
+"""A document as a list of blocks, written as Markdown, as one self-contained HTML page, or for the console.
 
-Both forms come from the same blocks, so they always say the same. Texts are plain, and the renderers escape them,
+All forms come from the same blocks, so they always say the same. Texts are plain, and the renderers escape them,
 because model names, paths and errors come from users.
 """
 
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 from context_pythia.files import write_bytes
+from context_pythia.report.figures import png
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -42,30 +49,40 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines of code."""
+    """Lines of code or of a log."""
 
     text: str
+    language: str = "text"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the file `file` beside the document."""
+    """A picture in the file `file` beside the document. It holds no words of a language, so all languages share it."""
 
     file: str
     caption: str
+    draw: Callable[[], Figure]
 
 
 Block = Heading | Paragraph | Table | Code | Picture
 
 
-def write_document(folder: Path, blocks: Iterable[Block], lang: str, pictures: Mapping[str, bytes]) -> list[Path]:
-    """Write the pictures, report.md and report.html (report.ja.md, ... unless `lang` is "en"); returns their paths."""
-    blocks = list(blocks)
-    suffix = "" if lang == "en" else f".{lang}"
-    files = dict(pictures)
-    files[f"report{suffix}.md"] = to_markdown(blocks).encode()
-    files[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
-    return [write_bytes(folder / name, content) for name, content in files.items()]
+def write_documents(folder: Path, documents: Mapping[str, Sequence[Block]]) -> list[Path]:
+    """Write the blocks of each language as report.md and report.html (Japanese: report.ja.md, ...), and the pictures.
+
+    Returns:
+        the paths of the new files.
+    """
+    pictures: dict[str, bytes] = {}
+    texts: dict[str, bytes] = {}
+    for lang, blocks in documents.items():
+        for block in blocks:
+            if isinstance(block, Picture) and block.file not in pictures:
+                pictures[block.file] = png(block.draw)
+        suffix = "" if lang == "en" else f".{lang}"
+        texts[f"report{suffix}.md"] = to_markdown(blocks).encode()
+        texts[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
+    return [write_bytes(folder / name, content) for name, content in (pictures | texts).items()]
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -75,21 +92,30 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 def to_html(blocks: Sequence[Block], lang: str, pictures: Mapping[str, bytes]) -> str:
     """One HTML page that loads nothing: the style is inline, and `pictures` (file -> PNG) become data URIs."""
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    pages.filters["unbroken"] = _unbroken
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
-    body = "\n".join(_html_block(block, pictures) for block in blocks)
-    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return page.substitute(lang=escape(lang), title=escape(title), body=body)
+    data = {file: base64.b64encode(content).decode() for file, content in pictures.items()}
+    return pages.get_template("page.html").render(lang=lang, title=title, blocks=blocks, pictures=data)
 
 
-def to_console(table: Table) -> str:
-    """Aligned columns, a line below the head."""
-    lines = [list(table.head), *(list(row) for row in table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+def to_console(blocks: Iterable[Block]) -> str:
+    """Aligned tables and filled paragraphs, without the pictures."""
+    return "\n\n".join(_console_block(block) for block in blocks if not isinstance(block, Picture))
+
+
+def _console_block(block: Heading | Paragraph | Table | Code) -> str:
+    if isinstance(block, Paragraph):
+        return textwrap.fill(block.text, 110)
+    if not isinstance(block, Table):
+        return block.text
+    lines = [block.head, *block.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(block.head))]
     drawn = []
     for line in lines:
         cells = [
-            c.ljust(w) if i < table.text_columns else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i < block.text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         ]
         drawn.append("  ".join(cells).rstrip())
     return "\n".join([drawn[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *drawn[1:]])
@@ -106,10 +132,10 @@ def _markdown_block(block: Block) -> str:
             rule = [":--" if column < text_columns else "--:" for column in range(len(head))]
             lines = [map(_markdown_text, head), rule, *(map(_markdown_text, row) for row in rows)]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        case Code(text):
+        case Code(text, language):
             longest = max((len(run) for run in re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
-            return f"{fence}text\n{text}\n{fence}"
+            return f"{fence}{language}\n{text}\n{fence}"
         case Picture(file, caption):
             return f"![{_markdown_text(caption)}]({file})"
 
@@ -119,39 +145,7 @@ def _markdown_text(text: str) -> str:
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word an underscore has no meaning in Markdown
 
 
-def _html_block(block: Block, pictures: Mapping[str, bytes]) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{escape(text)}</h{level}>"
-        case Paragraph(text, role):
-            return f'<p class="{role}">{escape(text)}</p>'
-        case Table():
-            return _html_table(block)
-        case Code(text):
-            return f"<pre><code>{escape(text)}</code></pre>"
-        case Picture(file, caption):
-            data = base64.b64encode(pictures[file]).decode("ascii")
-            return (
-                f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{escape(caption)}</figcaption></figure>"
-            )
-
-
-def _html_table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        marks = ["" if column < table.text_columns else ' class="number"' for column in range(len(cells))]
-        shown = (_unbroken(c) if m and tag == "td" else escape(c) for c, m in zip(cells, marks, strict=True))
-        return "<tr>" + "".join(f"<{tag}{m}>{c}</{tag}>" for c, m in zip(shown, marks, strict=True)) + "</tr>"
-
-    kind = "facts" if table.text_columns >= len(table.head) else "figures"
-    rows = "\n".join(line(row, "td") for row in table.rows)
-    return (
-        f'<div class="scroll"><table class="{kind}">\n<thead>{line(table.head, "th")}</thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
-    )
-
-
-def _unbroken(figure: str) -> str:
+def _unbroken(figure: str) -> Markup:
     """Lets a figure in a narrow column break only before a bracket or after a slash, and never inside `1e-10`."""
-    whole = escape(figure).replace("-", "&#8209;").replace(" ", "&nbsp;")
-    return whole.replace("&nbsp;(", " (").replace("/&nbsp;", "/ ")
+    whole = escape(figure).replace("-", "\u2011").replace(" ", "\xa0")
+    return whole.replace("\xa0(", " (").replace("/\xa0", "/ ")

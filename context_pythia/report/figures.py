@@ -1,4 +1,4 @@
-"""Draws the pictures of reports: curves over an axis, perplexity against the cache, and bars.
+"""Draws the pictures of reports: curves over an axis, perplexity against the cache, and the settings of a sweep.
 
 Labels are English in every language, because matplotlib has no Japanese font. The module uses matplotlib's object
 interface, which needs no window system and no global figure. It imports matplotlib only when it draws a picture.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ _LINE = "#b5bcc8"
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _FAR = 4.0  # beyond so many times the range of the unbeaten models, an arrow replaces a model's point
 _LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
+_MARKERS_AT_MOST = 30  # on a curve
 _ROWS_AT_MOST = 30  # in a picture with one line per setting
 
 Points = Sequence[tuple[float, float]]
@@ -36,8 +37,6 @@ class Panel:
     Attributes:
         curves: (x, y) points by the model's name.
         stars: a point with a star, by the model's name.
-        edges: the edges of bands if the curves' x are numbers of bands; otherwise empty.
-        level: y of a dotted line.
         scaled: the axes ("x", "y", "xy") that become logarithmic if their values span much; x in powers of 2.
     """
 
@@ -46,9 +45,6 @@ class Panel:
     curves: Mapping[str, Points]
     y: str = ""
     stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    edges: Sequence[float] = ()
-    level: float | None = None
-    share: bool = False
     scaled: str = ""
 
 
@@ -67,13 +63,13 @@ class Point:
 
 
 def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figure:
-    """Panels in one column, with a legend of the models that have a curve.
+    """Panels in one column, with a legend of the models that have a curve. Long curves have no markers.
 
     Args:
         baselines: whether each model, by name, is a baseline. Baselines are grey and dashed.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     colors = model_colors(baselines)
     styles: dict[str, dict[str, Any]] = {
@@ -88,23 +84,15 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
     for ax, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         drawn = [(name, points) for name, points in panel.curves.items() if points]
         for name, points in drawn:
-            ax.plot(*zip(*points, strict=True), **styles[name])
+            marker = {"marker": ""} if len(points) > _MARKERS_AT_MOST else {}
+            ax.plot(*zip(*points, strict=True), **styles[name] | marker)
         for name, point in panel.stars.items():
             ax.plot(*point, marker="*", markersize=15, color=colors[name], markeredgecolor="white", zorder=4)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
-        if panel.edges:
-            ax.xaxis.set_major_locator(FixedLocator([i - 0.5 for i in range(len(panel.edges))]))
-            ax.xaxis.set_major_formatter(FixedFormatter([f"{edge:,}" for edge in panel.edges]))
-            ax.set_xlim(-0.5, len(panel.edges) - 1.5)
-        elif "x" not in panel.scaled:
+        if "x" not in panel.scaled:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for axis in panel.scaled:
             _scale(ax, axis, [point["xy".index(axis)] for _, points in drawn for point in points])
-        if panel.share:
-            ax.set_ylim(0, 1.03)
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        if panel.level is not None:
-            ax.axhline(panel.level, color=_GREYS[0], linestyle=":", linewidth=1.2)
     return figure
 
 
@@ -134,7 +122,7 @@ def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title:
             ax.vlines(x, point.low, point.high, color=colors[point.model], linewidth=1.2)
         ax.plot(x, y, marker=marker, markersize=8, color=colors[point.model], zorder=3)
         labels.append((label, colors[point.model], x, y))
-    _scale(ax, "x", [x for *_, x, _ in labels], base=2)
+    _scale(ax, "x", [x for *_, x, _ in labels])
     _scale(ax, "y", [y for *_, y in labels])
     ax.margins(0.18)
     ax.set(title=title, xlabel="measured KV cache (KB)", ylabel="best validation perplexity")
@@ -178,50 +166,13 @@ def draw_settings(
     return figure
 
 
-def draw_bars(models: Mapping[str, Mapping[str, float]], unit: str, title: str) -> Figure:
-    """One bar per model, stacked from its values of each kind."""
-    figure = _figure(1.5 + 0.45 * len(models))
-    ax = figure.subplots()
-    starts = [0.0] * len(models)
-    for kind, color in zip(next(iter(models.values())), (*_COLORS[:5], _LINE), strict=False):
-        widths = [kinds[kind] for kinds in models.values()]
-        ax.barh(list(map(short, models)), widths, left=starts, color=color, label=kind.replace("_", " "))
-        starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    ax.invert_yaxis()
-    ax.set_axisbelow(True)
-    ax.grid(axis="y", visible=False)
-    ax.set(title=title, xlabel=unit)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def draw_spectra(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """The worth of each direction of a layer's input for a conversion, and how many directions the latent keeps."""
-    from matplotlib.ticker import FuncFormatter
-
-    figure = _figure(4.9)
-    axes = figure.subplots()
-    for number, layer in enumerate(layers):
-        spectrum, color = layer["spectrum"], _COLORS[number % len(_COLORS)]
-        axes.plot(range(1, len(spectrum) + 1), spectrum, color=color, linewidth=1.2, label=f"layer {number}")
-        if 0 < layer["latent"] <= len(spectrum):
-            axes.plot(layer["latent"], spectrum[layer["latent"] - 1], "o", color=color)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
-    axes.set_ylim(bottom=1e-9 * max(value for layer in layers for value in layer["spectrum"]))
-    axes.set_xlabel("direction of the input, rotary keys aside (dot: last kept)")
-    axes.set_ylabel("error where it is left out")
-    axes.legend(fontsize=8, ncols=2)
-    return figure
-
-
-def png(draw: Any, *args: Any) -> bytes:
+def png(draw: Callable[[], Figure]) -> bytes:
     """The figure that `draw` returns, as a PNG file with few colors, a third as large as one with all colors."""
     from PIL import Image  # a dependency of matplotlib
 
     drawn, reduced = io.BytesIO(), io.BytesIO()
     with _drawing_style():
-        draw(*args).savefig(drawn, format="png")
+        draw().savefig(drawn, format="png")
     Image.open(drawn).convert("RGB").quantize(96).save(reduced, format="png", optimize=True)
     return reduced.getvalue()
 
@@ -270,14 +221,15 @@ def short(name: str) -> str:
     return name if len(name) <= 32 else name[:31] + "…"
 
 
-def _scale(ax: Axes, which: str, values: Collection[float], base: int | None = None) -> None:
+def _scale(ax: Axes, which: str, values: Collection[float]) -> None:
     """Makes an axis logarithmic if its values span more than `_LOG_FROM`; tick labels are plain numbers in any case."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axis, base = (ax.xaxis, base or 2) if which == "x" else (ax.yaxis, 10)
-    if values and min(values) > 0 and max(values) / min(values) > _LOG_FROM:
+    axis, base = (ax.xaxis, 2) if which == "x" else (ax.yaxis, 10)
+    span = max(values) / min(values) if values and min(values) > 0 else 1
+    if span > _LOG_FROM:
         ax.set(**{f"{which}scale": "log"})
-        axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if base == 10 else (1,)))
+        axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if base == 10 and span < 1000 else (1,)))
         axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 

@@ -34,24 +34,17 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f} %"
 
 
-def sign(value: float) -> str:
-    """The sign of a change, even if the change rounds to 0. So a change in percent and in units have the same sign."""
-    return "−" if value < 0 else "+"
-
-
 def change(value: float | None, digits: int = 1) -> str:
-    """A relative change in percent, with its sign."""
-    return DASH if value is None or not math.isfinite(value) else sign(value) + percent(abs(value), digits)
-
-
-def perplexity_digits(value: float) -> int:
-    return 2 if value < 100 else 1
+    """A relative change in percent, with its sign even if it rounds to 0."""
+    return DASH if value is None or not finite(value) else ("−" if value < 0 else "+") + percent(abs(value), digits)
 
 
 def perplexity(value: float | None, digits: int | None = None) -> str:
-    return DASH if value is None else f"{value:,.{perplexity_digits(value) if digits is None else digits}f}"
+    if value is None:
+        return DASH
+    return f"{value:,.{(2 if value < 100 else 1) if digits is None else digits}f}"
 
 
-def kilobytes(value: int | None) -> str:
+def kilobytes(value: float | None) -> str:
     """Bytes in KB; 1 KB is 1,024 bytes."""
     return DASH if value is None else f"{value / 1024:,.1f} KB"

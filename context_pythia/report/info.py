@@ -24,4 +24,4 @@ def info_table(models: Sequence[dict[str, Any]]) -> str:
     title = f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)"
     open_ones = any(model["parameters"] is None for model in models)
     note = ["", f"{DASH}: the conversion of the trained baseline decides it"] if open_ones else []
-    return "\n".join([title, "", to_console(Table(head, rows)), *note])
+    return "\n".join([title, "", to_console([Table(head, rows)]), *note])

@@ -6,13 +6,14 @@ the run has finished. The folder is one of `compare`, `sweep`, `bench`, `eval` o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from context_pythia.files import damaged, read_record
 from context_pythia.report.bench import DecodeReport, TrainReport
 from context_pythia.report.card import RECORD, write_card
-from context_pythia.report.document import write_document
+from context_pythia.report.document import Block, Table, to_console, write_documents
 from context_pythia.report.evaluation import EvaluationReport
 from context_pythia.report.run import RunReport
 from context_pythia.report.serving import ServeReport
@@ -30,13 +31,8 @@ REPORTS: dict[str, tuple[Any, str]] = {
 }
 
 
-def report(run: Path, lang: str = "en") -> None:
-    """`write_report`, then print the paths on the console."""
-    print("\n".join(f"wrote {path}" for path in write_report(run, lang)))
-
-
-def write_report(run: Path, lang: str = "en") -> list[Path]:
-    """Write report.md, report.html (report.ja.md, ... in other languages than English) and the pictures into `run`.
+def write_report(run: Path, *langs: str) -> list[Path]:
+    """Write report.md, report.html (report.ja.md, ... in Japanese) and the pictures into `run`; English by default.
 
     The folder of a converted model gets an English card, README.md, instead. There is no picture if no model has
     figures for it.
@@ -45,7 +41,7 @@ def write_report(run: Path, lang: str = "en") -> list[Path]:
         the paths of the new files.
 
     Raises:
-        UsageError: the language is unknown, or metrics.json or provenance.json is damaged.
+        UsageError: a language is unknown, or metrics.json or provenance.json is damaged.
         FileNotFoundError: metrics.json or provenance.json is missing.
     """
     if (run / RECORD).is_file():
@@ -53,21 +49,21 @@ def write_report(run: Path, lang: str = "en") -> list[Path]:
     metrics = read_record(run / "metrics.json")
     # Records of runs and of older evaluations have no kind.
     kind = metrics.get("kind") or ("evaluation" if "settings" in metrics else "run")
-    if kind not in REPORTS:
-        raise damaged(run / "metrics.json", f"its kind is {kind!r}")
-    if kind == "run":
-        _check(metrics, run / "metrics.json")
+    if kind not in REPORTS or (kind == "run" and not {"models", "data", "recipe"} <= metrics.keys()):
+        raise damaged(run / "metrics.json", "no command of context-pythia has written it")
     compose, prefix = REPORTS[kind]
-    composed = compose(metrics, read_record(run / "provenance.json"), Texts(lang, prefix))
-    pictures = composed.pictures()
-    written = write_document(run, composed.blocks(pictures), lang, pictures)
+    record = read_record(run / "provenance.json")
+    documents = {lang: _filled(compose(metrics, record, Texts(lang, prefix)).blocks()) for lang in langs or ("en",)}
+    written = write_documents(run, documents)
     return written + [path for record in sorted(run.glob(f"models/*/{RECORD}")) for path in write_card(record.parent)]
 
 
-def _check(metrics: dict[str, Any], path: Path) -> None:
-    for key, kind in {"models": list, "data": dict, "recipe": dict}.items():
-        if not isinstance(metrics.get(key), kind):
-            raise damaged(path, f"it has no {key!r}")
-    for number, model in enumerate(metrics["models"], start=1):
-        if not isinstance(model, dict) or "name" not in model:
-            raise damaged(path, f"model {number} has no 'name'")
+def show(metrics: Mapping[str, Any]) -> None:
+    """Print the newest figures of a bench, or all of an evaluation."""
+    compose, prefix = REPORTS[metrics["kind"]]
+    print("\n" + to_console(_filled(compose(metrics, {}, Texts("en", prefix)).newest())), flush=True)
+
+
+def _filled(blocks: Iterable[Block]) -> list[Block]:
+    """The blocks without tables that have no rows yet."""
+    return [block for block in blocks if not isinstance(block, Table) or block.rows]

@@ -4,41 +4,90 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import Panel, Point, Points, draw_frontier, draw_panels, png, short
-from context_pythia.report.formats import DASH, change, integer, pair, percent, perplexity, plain
+from context_pythia.report.figures import Panel, Point, Points, draw_frontier, draw_panels, short
+from context_pythia.report.formats import DASH, change, integer, kilobytes, pair, percent, perplexity, plain
 from context_pythia.report.texts import Texts
 
-FRONTIER, POSITIONS = "frontier.png", "positions.png"
 Bands = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A model's figures for tables and pictures; `positions` are the bands of `perplexity_by_position`."""
+    """A model's figures for tables and pictures.
+
+    Attributes:
+        perplexity, cache_bytes: 0 if there is no figure.
+        positions: the bands of `perplexity_by_position`.
+    """
 
     name: str
     baseline: bool
-    perplexity: float | None = None
-    cache_bytes: float | None = None
+    perplexity: float
+    cache_bytes: float
     positions: Bands = ()
 
 
-def frontier(series: Sequence[Series]) -> dict[str, bytes]:
-    """The picture of perplexity against the cache; empty if no model has both."""
+def table(rows: Sequence[Mapping[str, str]], text: Texts, text_columns: int = 1) -> Table:
+    """Rows of cells by column; the text of a column's key is its head."""
+    keys = next(iter(rows), {})
+    return Table([text(key) for key in keys], [[row[key] for key in keys] for row in rows], text_columns)
+
+
+def headline(series: Sequence[Series], text: Texts) -> Paragraph:
+    """The best perplexity with a smaller cache than the first baseline's, and the smallest cache."""
+    done = [one for one in series if one.perplexity and one.cache_bytes]
+    if not done:
+        return Paragraph(text("nothing"), "lead")
+    base = next((one for one in done if one.baseline), None)
+    best = min(done, key=lambda one: one.perplexity)
+    if base is None:
+        shown = {"ppl": perplexity(best.perplexity), "kb": kilobytes(best.cache_bytes)}
+        return Paragraph(text("no_baseline", name=best.name, **shown), "lead")
+
+    def compared(one: Series) -> dict[str, str]:
+        return {
+            "name": one.name,
+            "ppl": perplexity(one.perplexity),
+            "change": change(one.perplexity / base.perplexity - 1),
+            "kb": kilobytes(one.cache_bytes),
+            "reduction": percent(1 - one.cache_bytes / base.cache_bytes),
+        }
+
+    shown = {f"base_{key}": value for key, value in compared(base).items()}
+    smaller = [one for one in done if one.cache_bytes < base.cache_bytes]
+    if not smaller:
+        return Paragraph(text("none_smaller", **shown), "lead")
+    best = min(smaller, key=lambda one: one.perplexity)
+    smallest = min(smaller, key=lambda one: one.cache_bytes)
+    sentences = [text("best", **shown, **compared(best))]
+    if smallest is not best:
+        sentences.append(text("smallest", **compared(smallest)))
+    return Paragraph(text("between_sentences").join(sentences), "lead")
+
+
+def frontier(series: Sequence[Series], caption: str) -> Iterator[Picture]:
+    """The picture of perplexity against the cache, if a model has both."""
     points = [
         Point(one.name, one.name, one.cache_bytes, one.perplexity, one.name)
         for one in series
         if one.perplexity and one.cache_bytes
     ]
     title = "Perplexity against cache (lower left is better)"
-    return {FRONTIER: png(draw_frontier, points, _baselines(series), title)} if points else {}
+    if points:
+        yield Picture("frontier.png", caption, partial(draw_frontier, points, baselines(series), title))
+
+
+def baselines(series: Sequence[Series]) -> dict[str, bool]:
+    """Whether each model, by name, is a baseline."""
+    return {one.name: one.baseline for one in series}
 
 
 def difference(
-    curves: Mapping[str, Points], series: Sequence[Series], of: str, where: str, **axis: Any
+    curves: Mapping[str, Points], series: Sequence[Series], of: str, where: str, scaled: str = ""
 ) -> Iterator[Panel]:
     """The panel of the curves' differences to the first baseline, if there is a baseline and another model."""
     base = next((one.name for one in series if one.baseline and curves.get(one.name)), None)
@@ -48,68 +97,50 @@ def difference(
     apart = {
         name: [(x, 100 * (y / values[x] - 1)) for x, y in points if x in values] for name, points in curves.items()
     }
-    yield Panel(f"Difference to {short(base)}{of} (%)", where, apart, **axis)
+    yield Panel(f"Difference to {short(base)}{of} (%)", where, apart, scaled=scaled)
 
 
 def position_panels(series: Sequence[Series]) -> list[Panel]:
-    """Perplexity by position, one point per band, and the difference to the baseline."""
-    curves = {one.name: list(enumerate(band["perplexity"] for band in one.positions)) for one in series}
-    bands = next(one.positions for one in series if one.positions)
-    axis: dict[str, Any] = {"edges": [bands[0]["from"], *(band["to"] for band in bands)]}
-    where = "position (tokens)"
-    first = Panel("Perplexity by position in the sample", where, curves, scaled="y", **axis)
-    return [first, *difference(curves, series, "", where, **axis)]
+    """Perplexity by position, one point at the end of each band, and the difference to the baseline."""
+    curves = {one.name: [(band["to"], band["perplexity"]) for band in one.positions] for one in series}
+    where = "end of the band of positions (tokens)"
+    first = Panel("Perplexity by position in the sample", where, curves, scaled="xy")
+    return [first, *difference(curves, series, "", where, scaled="x")]
 
 
-def position_picture(series: Sequence[Series]) -> dict[str, bytes]:
-    if not any(one.positions for one in series):
-        return {}
-    return {POSITIONS: png(draw_panels, position_panels(series), _baselines(series))}
-
-
-def position_table(series: Sequence[Series], text: Texts) -> Table:
-    """Models by bands: the perplexity, and its change against the first baseline that has the figures."""
-    measured = [one for one in series if one.positions]
-    base = next((one for one in measured if one.baseline), None)
-    rows = []
-    for one in measured:
-        cells = []
-        for i, band in enumerate(one.positions):
-            apart = (
-                "" if base in (None, one) else f" ({change(band['perplexity'] / base.positions[i]['perplexity'] - 1)})"
-            )
-            cells.append(perplexity(band["perplexity"]) + apart)
-        rows.append([one.name, *cells])
-    bands = measured[0].positions
-    rows.append([text("positions_tokens"), *(f"{band['tokens']:,}" for band in bands)])
-    return Table([text("model"), *(f"{band['from']:,}–{band['to']:,}" for band in bands)], rows)
-
-
-def positions(series: Sequence[Series], text: Texts, pictures: Mapping[str, bytes]) -> Iterator[Block]:
+def positions(series: Sequence[Series], text: Texts, file: str = "positions.png") -> Iterator[Block]:
     """The section on quality by position; empty if no model has the figures."""
     measured = [one for one in series if one.positions]
     if not measured:
         return
-    yield Heading(text("positions"))
-    yield position_table(series, text)
-    yield Paragraph(text("positions_note"))
+    bands = measured[0].positions
     base = next((one for one in measured if one.baseline), None)
+    rows = []
+    for one in measured:
+        cells = [perplexity(band["perplexity"]) for band in one.positions]
+        if base not in (None, one):
+            apart = (
+                change(band["perplexity"] / other["perplexity"] - 1)
+                for band, other in zip(one.positions, base.positions, strict=True)
+            )
+            cells = [f"{cell} ({difference})" for cell, difference in zip(cells, apart, strict=True)]
+        rows.append([one.name, *cells])
+    rows.append([text("positions_tokens"), *(integer(band["tokens"]) for band in bands)])
+    yield Heading(text("positions"))
+    yield Table([text("model"), *(f"{band['from']:,}–{band['to']:,}" for band in bands)], rows)
+    yield Paragraph(text("positions_note"))
     if base and len(measured) > 1:
         yield Paragraph(text("positions_change", baseline=base.name))
-    yield from picture(pictures, POSITIONS, text("positions_caption"))
+    draw = partial(draw_panels, position_panels(series), baselines(series))
+    yield Picture(file, text("positions_caption"), draw)
 
 
-def picture(pictures: Mapping[str, bytes], file: str, caption: str) -> Iterator[Block]:
-    """The picture, if there is one."""
-    if file in pictures:
-        yield Picture(file, caption)
-
-
-def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts, *keys: str) -> Table:
-    """The contents of the caches by model; `bytes_slack` is the growth reserve."""
-    keys = (*keys, "bytes_measured", "bytes_formula", "bytes_slack")
-    rows = [[name, *(integer(cache.get(key)) for key in keys)] for name, cache in caches.items() if cache]
-    return Table(text.row("model", *keys), rows)
+def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts) -> Table:
+    """The contents of the caches by model; `bytes_slack` is the growth reserve. Evaluations record no numbers."""
+    known = ("numbers_per_token", "bytes_measured", "bytes_formula", "bytes_slack")
+    keys = [key for key in known if any(key in cache for cache in caches.values())]
+    rows = [{"model": name} | {key: integer(cache.get(key)) for key in keys} for name, cache in caches.items()]
+    return table(rows, text)
 
 
 def data_facts(data: Mapping[str, Any], text: Texts) -> dict[str, str]:
@@ -134,7 +165,8 @@ def failures(named: Mapping[str, str | None], text: Texts) -> Iterator[Block]:
 
 def facts(values: Mapping[str, str], text: Texts) -> Table:
     """Settings or provenance, one per line; the text of the key is the label."""
-    return Table(text.row("setting", "value"), [[text(key), value] for key, value in values.items()], text_columns=2)
+    rows = [{"setting": text(key), "value": value} for key, value in values.items()]
+    return table(rows, text, text_columns=2)
 
 
 def recipe_facts(recipe: Mapping[str, Any], text: Texts) -> dict[str, str]:
@@ -149,20 +181,18 @@ def recipe_facts(recipe: Mapping[str, Any], text: Texts) -> dict[str, str]:
     return found
 
 
-def provenance(
-    record: Mapping[str, Any], text: Texts, earlier: Sequence[Mapping[str, Any]] | None = None
-) -> Iterator[Block]:
-    """The machine, date and versions of the figures, and the earlier calls in the same folder."""
+def provenance(record: Mapping[str, Any], text: Texts) -> Iterator[Block]:
+    """The machine, date and versions of the figures, and the other commands in the same folder."""
     keys = ("device", "platform", "threads", "commit", "created", "command")
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
     values = {key: plain(record.get(key)) for key in keys} | {"versions": versions or DASH}
     values |= {"fingerprint": record["data_fingerprint"]} if record.get("data_fingerprint") else {}
     yield Heading(text("provenance"))
     yield facts(values, text)
-    if earlier := record.get("earlier", []) if earlier is None else earlier:
+    # Several processes of a sweep have the same command: its first call stands for all.
+    first = {call.get("command"): call for call in reversed(record.get("earlier", []))}
+    first.pop(record.get("command"), None)
+    if first:
         yield Paragraph(text("earlier"))
-        yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in earlier))
-
-
-def _baselines(series: Sequence[Series]) -> dict[str, bool]:
-    return {one.name: one.baseline for one in series}
+        calls = reversed(first.values())
+        yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in calls))

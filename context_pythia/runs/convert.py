@@ -26,7 +26,7 @@ import context_pythia.model
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import DataOptions, HealOptions
-from context_pythia.config.same import check_same, differences
+from context_pythia.config.same import check_same, mismatches
 from context_pythia.conversion.compress import checked_width, compressed
 from context_pythia.conversion.heal import heal
 from context_pythia.conversion.original import check_weights, load_original
@@ -87,7 +87,7 @@ class Conversion:
             raise UsageError("convert: --control heals the original itself, so give --heal-steps")
         if self.control and (self.options.context_dim, self.options.kv_reduction) != (None, 0.5):
             raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
-        if not steps and (given := differences(asdict(HealOptions()), asdict(self.healing))):
+        if not steps and (given := mismatches(asdict(HealOptions()), asdict(self.healing))):
             name, (_, value) = next(iter(given.items()))
             raise UsageError(f"heal.{name} {value}: needs --heal-steps N")
         if self.data.tokenizer == "train":

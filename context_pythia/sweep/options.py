@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from context_pythia.config.options import Option, Options, options_of, suggestion
-from context_pythia.config.recipe import OF_ONE_MODEL, PREFIXED, SECTIONS, ModelOptions, Recipe
-from context_pythia.config.recipe_files import overridden
+from context_pythia.config.options import Option
+from context_pythia.config.recipe import OF_ONE_MODEL, SECTIONS, ModelOptions, Recipe
+from context_pythia.config.recipe_files import options_by_path, overridden, path_of, plain_name
 from context_pythia.errors import UsageError
 
 SAMPLERS = ("grid", "tpe")
@@ -34,21 +34,12 @@ SOURCES_OF = {
 }
 
 
-def _keys() -> dict[str, tuple[str, Option]]:
-    """All keys of `--over`: each option's path and its flag's name."""
-    found: dict[str, tuple[str, Option]] = {}
-    owners: dict[str, type[Options]] = SECTIONS | {MODEL: ModelOptions}
-    for section, owner in owners.items():
-        prefix = f"{section}_" if section in PREFIXED else ""
-        for declared in options_of(owner):
-            path = f"{section}.{declared.name}"
-            if path not in OF_ONE_MODEL and not declared.free:
-                found[path] = found[prefix + declared.name] = (path, declared)
-    return found
-
-
-KEYS = _keys()
-FLAGS = {path: key for key, (path, _) in KEYS.items() if "." not in key}  # plain names by path
+# The options that `--over` takes, by path.
+KEYS = {
+    path: declared
+    for path, declared in options_by_path(SECTIONS | {MODEL: ModelOptions}).items()
+    if path not in OF_ONE_MODEL and not declared.free
+}
 
 
 class Dimension(NamedTuple):
@@ -73,14 +64,13 @@ def parse_over(text: str) -> Dimension:
         UsageError: the key is unknown, or the text has no valid values. `SweepPlan` checks the bounds of the option.
     """
     key, _, given = text.partition("=")
-    key, given = key.strip().replace("-", "_"), given.strip()
+    given = given.strip()
     if not given:
         raise UsageError(f"--over {text!r}: give key=value,value or, with --sampler tpe, key=low..high")
-    if key == "seed":
+    if key.strip() == "seed":
         raise UsageError("--over seed: seeds are given by --seeds 0,1,2")
-    if key not in KEYS:
-        raise UsageError(f"--over key {key!r} is unknown{suggestion(key, KEYS)}; valid: {', '.join(sorted(FLAGS))}")
-    path, option = KEYS[key]
+    path = path_of(key, KEYS, "--over", "context-pythia sweep --set help")
+    option = KEYS[path]
     ends = re.fullmatch(r"(log:)?([^,:]+?)\.\.([^,]+)", given)
     if not ends:
         return Dimension(path, tuple(dict.fromkeys(option.parse(word.strip()) for word in given.split(","))))
@@ -172,7 +162,7 @@ class SweepPlan:
         full = overridden(base, values)
         concerning = {path: value for path, value in values.items() if _concerns(path, full.models[0])}
         recipe = overridden(base, concerning | {"seed": seed})
-        words = [f"{FLAGS[path]}={_legible(path, value)}" for path, value in differences(recipe, base).items()]
+        words = [f"{plain_name(path)}={_legible(path, value)}" for path, value in differences(recipe, base).items()]
         return Setting("_".join([recipe.models[0].folder, *words, f"seed={seed}"]), recipe)
 
     def origin(self, setting: Setting) -> Setting | None:
@@ -197,12 +187,12 @@ class SweepPlan:
 def differences(recipe: Recipe, base: Recipe) -> dict[str, Any]:
     """The values of the recipe, by path, that differ from `base`. Models are compared by name."""
     alone = dataclasses.replace(base, models=[one for one in base.models if one.name == recipe.models[0].name])
-    return {path: value for path in sorted(FLAGS) if (value := _value_in(recipe, path)) != _value_in(alone, path)}
+    return {path: value for path in sorted(KEYS) if (value := _value_in(recipe, path)) != _value_in(alone, path)}
 
 
 def _legible(path: str, value: Any) -> str:
     """The value as a part of a folder's name. Free text, such as a path, is shortened and gets a digest."""
-    option = KEYS[path][1]
+    option = KEYS[path]
     if option.kind is not str or option.choices:
         return str(value)
     digest = hashlib.sha256(str(value).encode()).hexdigest()[:6]

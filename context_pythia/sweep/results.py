@@ -148,7 +148,7 @@ def _distribution(name: str, values: Sequence[Any]) -> Any:
     """Optuna's distribution of an option: the range of its numbers, or its choices."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    option = KEYS[name][1] if name in KEYS else None
+    option = KEYS.get(name)
     if option and all(type(value) in (int, float) for value in values):
         kind = IntDistribution if option.kind is int else FloatDistribution
         return kind(min(values), max(values), log=by_logarithm(option))

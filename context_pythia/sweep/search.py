@@ -116,5 +116,5 @@ class Search:
 def _suggest(trial: Trial, dimension: Dimension) -> Any:
     if not dimension.ranged:
         return trial.suggest_categorical(dimension.path, dimension.values)
-    ask = trial.suggest_int if KEYS[dimension.path][1].kind is int else trial.suggest_float
+    ask = trial.suggest_int if KEYS[dimension.path].kind is int else trial.suggest_float
     return ask(dimension.path, *dimension.values, log=dimension.log)

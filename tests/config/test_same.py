@@ -2,14 +2,14 @@ from pathlib import Path
 
 import pytest
 
-from context_pythia.config.same import check_same, differences
+from context_pythia.config.same import check_same, mismatches
 from context_pythia.errors import UsageError
 
 
 def test_settings_differ_by_value_and_not_by_how_json_writes_them():
     recorded = {"seed": 0, "data": {"data": "a.txt", "sizes": [1, 2]}, "gone": 3, "train": {}}
     wanted = {"seed": 0, "data": {"data": Path("a.txt"), "sizes": (1, 2)}, "train": {"epochs": 2}, "new": None}
-    assert differences(recorded, wanted) == {"train.epochs": (None, 2), "gone": (3, None)}
+    assert mismatches(recorded, wanted) == {"train.epochs": (None, 2), "gone": (3, None)}
 
 
 def test_the_first_difference_is_one_line():

@@ -113,7 +113,7 @@ def test_a_hub_name_goes_to_the_hub_with_split_and_configuration(tmp_path, monke
 def test_without_a_network_a_hub_name_gives_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConnectionError, match="no file or folder 'owner/name' here, .*correct the path, or connect to the network"
+        FileNotFoundError, match="no file or folder 'owner/name' here, .*correct the path, or connect to the network"
     ) as e:
         read("owner/name")
     assert "\n" not in str(e.value)

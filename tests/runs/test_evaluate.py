@@ -19,9 +19,9 @@ from context_pythia.errors import UsageError
 from context_pythia.evaluation import perplexity
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.evaluation.recall import recall
-from context_pythia.report import formats
-from context_pythia.report.evaluation import console_table
-from context_pythia.report.report import write_report
+from context_pythia.report.evaluation import EvaluationReport
+from context_pythia.report.report import show, write_report
+from context_pythia.report.texts import Texts
 from context_pythia.runs import evaluate as module
 from context_pythia.runs.evaluate import compare_with_first, evaluate_model
 from tests.evaluation.conftest import build, tokenizer_of_words
@@ -94,7 +94,7 @@ def test_the_report_shows_the_figures_in_both_languages(evaluated, rows):
     assert "data:image/png;base64," in (evaluated / "report.html").read_text()
 
 
-def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, rows, finished_run):
+def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, rows, finished_run, capsys):
     trained = json.loads((finished_run / "metrics.json").read_text())["models"]
     for row, held in zip(rows, trained, strict=True):
         (found,), (expected,) = row["perplexity_by_position"], held["val_ppl_by_position"]
@@ -107,34 +107,43 @@ def test_perplexities_by_position_are_those_of_training_and_shown(evaluated, row
     assert re.search(rf"\| {NAMES[3]} \| {shown[3]} \([+−]\d+\.\d %\) \|", table)
     assert "](positions.png)" in text and (evaluated / "positions.png").read_bytes().startswith(b"\x89PNG")
     assert "位置ごとの品質" in (evaluated / "report.ja.md").read_text()
-    console = " ".join(console_table({"models": rows, "notes": []}).split())
-    assert "Perplexity by position in the sample: Model 0–16 ----" in console and shown[3] in console
+    show(json.loads((evaluated / "metrics.json").read_text()))
+    console = " ".join(capsys.readouterr().out.split())
+    assert "Quality by position Model 0–16 ----" in console and shown[3] in console
 
 
-def test_the_report_of_quantized_caches_tasks_and_passes_that_differ(evaluated, rows, tmp_path):
+def test_the_report_of_quantized_caches_recall_tasks_and_passes_that_differ(evaluated, rows, tmp_path, capsys):
     shutil.copytree(evaluated, tmp_path / "eval")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     models = metrics["models"]
     quantized = json.loads(json.dumps(models[1])) | {"quantised": "int4", "perplexity_by_position": None}
-    quantized |= {"perplexity": None, "kl": 0.1}
+    quantized |= {"perplexity": None, "change": None, "accuracy": None, "kl": 0.1}
     quantized["cached"]["perplexity"] *= 1.25
-    quantized["cached"]["perplexity_by_position"][0]["perplexity"] *= 1.25
     models.append(quantized)
+    models[0]["recall"] = [{"task": "key", "distance": 32, "accuracy": 0.75, "chance": 0.125, "samples": 4}]
     models[0]["tasks"] = {"own_words": {"acc": 0.4375, "acc_stderr": 0.1}}
     models[3]["cached"] |= {"agrees": False, "perplexity": 78.5, "parallel_perplexity": 77.0}
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
     write_report(tmp_path / "eval")
-    report, table = (tmp_path / "eval" / "report.md").read_text(), " ".join(console_table(metrics).split())
-    # A quantized cache by position is its model's times the change.
-    first, value = rows[0]["perplexity"], 1.25 * rows[1]["perplexity"]
-    assert f"| input + int4 | {formats.perplexity(value)} ({formats.change(value / first - 1)}) |" in report
+    capsys.readouterr()
+    show(metrics)
+    report, table = (tmp_path / "eval" / "report.md").read_text(), " ".join(capsys.readouterr().out.split())
+    # Beside a quantized cache all models are compared by the pass that filled it.
+    cached = [row["cached"]["perplexity"] for row in models]
+    assert f"| input + int4 | – | – | – | {cached[-1]:.5g} |" in report
+    assert "![Perplexity on the first 80 tokens, token by token, against the measured cache" in report
+    series = EvaluationReport(metrics, {}, Texts("en", "eval")).series
+    assert [one.perplexity for one in series] == cached
+    assert [bool(one.positions) for one in series] == [True] * 4 + [False]
     assert "| pythia | own_words | acc | 0.4375 |" in report and "pythia own_words acc 0.4375" in table
+    assert "| key, 32 | 75.0 % | 12.5 % |" in report
     line = "token by token give different perplexities on the same 80 tokens: layer-12-x2 77 / 78.5."
     assert line in report and line in table
     # An older version recorded no perplexities by position.
     for row in models:
         del row["perplexity_by_position"], row["cached"]["perplexity_by_position"]
-    assert "by position" in table and "by position" not in console_table(metrics)
+    show(metrics)
+    assert "by position" in table and "by position" not in capsys.readouterr().out
 
 
 def test_recall_by_distance_is_recorded(tmp_path):
@@ -197,7 +206,7 @@ def test_a_quantized_cache_that_fails_is_a_row_with_its_error(paths, data, capsy
     monkeypatch.setattr(module, "quantized_cache", fail)
     metrics = evaluate([paths[0]], data, cached_tokens=70, caches=["int8"], progress=False)
     assert metrics["models"][1]["error"] == "out of memory" and metrics["models"][1]["cached"] is None
-    assert "pythia + int8: out of memory" in capsys.readouterr().out
+    assert "pythia + int8 failed: out of memory" in capsys.readouterr().out
 
 
 def test_a_model_in_hand_gives_the_same_rows(paths, data, rows):

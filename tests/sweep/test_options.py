@@ -35,7 +35,7 @@ TPE = {"sampler": "tpe", "trials": 4}
     [
         (
             {"over": ["learning_rte=1"]},
-            "--over key 'learning_rte' is unknown (did you mean learning_rate?); valid: arch",
+            "--over 'learning_rte' is unknown (did you mean learning_rate",
         ),
         ({"over": ["seed=1,2"]}, "--over seed: seeds are given by --seeds"),
         (

@@ -35,7 +35,3 @@ class Texts:
     def __call__(self, key: str, **facts: object) -> str:
         text = self.texts.get(f"{self.kind}_{key}") or self.texts[key]
         return text.format(**facts) if facts else text
-
-    def row(self, *keys: str) -> list[str]:
-        """The texts of the keys, such as the head of a table."""
-        return [self(key) for key in keys]
