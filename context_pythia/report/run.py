@@ -210,22 +210,24 @@ class RunReport:
             yield f"stopped: {model['stop_reason']}"
 
     def _phase1(self) -> Iterator[Block]:
-        trained = {model["name"]: (model["phase1"], model["context_dim"]) for model in self.models if model["phase1"]}
-        if not trained:
-            return
         wanted = self.recipe["phase1"]["convergence_rate"]
-        rows = [
-            {
-                "model": name,
-                "met": self.text("yes" if phase1["convergence_rate"] >= wanted else "no"),
-                "reached": percent(phase1["convergence_rate"]),
-                "wanted": percent(wanted),
-                "iterations": integer(phase1["iterations"]),
-                "rank": self.text("rank_value", rank=number(phase1["effective_rank"], 1), dim=integer(dim)),
-                "seconds": number(phase1["seconds"], 1),
-            }
-            for name, (phase1, dim) in trained.items()
-        ]
+        rows = []
+        for model in self.models:
+            if phase1 := model["phase1"]:
+                rank = number(phase1["effective_rank"], 1)
+                rows.append(
+                    {
+                        "model": model["name"],
+                        "met": self.text("yes" if phase1["convergence_rate"] >= wanted else "no"),
+                        "reached": percent(phase1["convergence_rate"]),
+                        "wanted": percent(wanted),
+                        "iterations": integer(phase1["iterations"]),
+                        "rank": self.text("rank_value", rank=rank, dim=integer(model["context_dim"])),
+                        "seconds": number(phase1["seconds"], 1),
+                    }
+                )
+        if not rows:
+            return
         yield Heading(self.text("phase1"))
         yield Paragraph(self.text("phase1_intro"))
         yield table(rows, self.text, text_columns=2)
