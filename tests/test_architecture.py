@@ -34,6 +34,8 @@ MODEL_RANKS = {
     "positions": 0,
     "scan": 0,
     "shortcuts": 0,
+    "token_ids": 0,
+    "layer_contexts": 1,
     "context": 1,
     "cache": 1,
     "attention": 2,

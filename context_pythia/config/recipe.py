@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from context_pythia.config.contexts import check_context
 from context_pythia.config.options import Options, default_of, option
 from context_pythia.errors import UsageError
 
@@ -200,6 +201,13 @@ class ModelOptions(Options):
     context_sharing: int = option(
         1, "consecutive layers that attend to one context, or one layer's keys (sources layer, grouped)", bounds=">= 1"
     )
+    context_layers: list[int] | None = option(
+        None, "for each layer the one whose context it attends to, itself or as the layer before (source layer)"
+    )
+    layer_context_dims: list[int] | None = option(None, "width of each layer's context (source layer)")
+    cache_token_ids: bool = option(
+        False, "cache token ids too; keys and values are also rebuilt from the tokens' embeddings (source layer)"
+    )
     key_value_heads: int = option(1, "heads of keys and values, 1 is multi-query (source grouped)", bounds=">= 1")
     num_rotary_keys: int = option(
         1, "rotary keys in a layer's context: 1, shared by the heads, or one a head (source layer)", bounds=">= 1"
@@ -292,7 +300,7 @@ class Recipe(Options):
             if model.from_baseline:
                 self._check_healed(model)
             elif model.context_source is not None:
-                _check_context(model, self.architecture)
+                check_context(model, self.architecture)
 
     def _check_healed(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""
@@ -308,8 +316,8 @@ class Recipe(Options):
             return
         if model.context_source != "layer":
             raise UsageError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")
-        for name in ("context_sharing", "num_rotary_keys"):
-            if getattr(model, name) != 1:
+        for name in ("context_sharing", "context_layers", "layer_context_dims", "cache_token_ids", "num_rotary_keys"):
+            if getattr(model, name) != getattr(ModelOptions(), name):
                 raise UsageError(
                     f"{model.name}: {name} {getattr(model, name)} does not apply to a converted model: remove it"
                 )
@@ -319,30 +327,6 @@ class Recipe(Options):
                 f"{model.name}: context_dim {model.context_dim}: must be between {least} (a rotary key and a latent) "
                 f"and hidden_size = {most} (exact)"
             )
-
-
-def _check_context(model: ModelOptions, architecture: ArchitectureOptions) -> None:
-    """Raise `UsageError` if the model's context does not fit the body."""
-    widest = 2 * architecture.hidden_size
-    if model.context_source != "grouped" and not 1 <= model.context_dim <= widest:
-        raise UsageError(f"context_dim {model.context_dim}: must be between 1 and 2 * hidden_size = {widest}")
-    layers = architecture.num_hidden_layers
-    if model.context_sharing > layers:
-        raise UsageError(f"context_sharing {model.context_sharing}: must be between 1 and num_hidden_layers = {layers}")
-    heads = architecture.num_attention_heads
-    if heads % model.key_value_heads:
-        raise UsageError(f"key_value_heads {model.key_value_heads}: must divide num_attention_heads = {heads}")
-    if model.context_source != "layer":
-        return
-    keys = model.num_rotary_keys
-    if keys not in (1, heads):
-        raise UsageError(f"num_rotary_keys {keys}: must be 1 or num_attention_heads = {heads}")
-    rotary = keys * architecture.rotary_dims
-    if model.context_dim <= rotary:
-        raise UsageError(
-            f"context_dim {model.context_dim}: must be more than the {rotary} dims of the rotary keys "
-            f"that a layer's context includes ({keys} of {architecture.rotary_dims})"
-        )
 
 
 SECTIONS: dict[str, type[Options]] = {
@@ -355,5 +339,5 @@ SECTIONS: dict[str, type[Options]] = {
 # The sections of a recipe, by the first part of a dotted path.
 OF_A_RECIPE: dict[str, type[Options]] = {"": Recipe} | SECTIONS | {"model": ModelOptions}
 # Options that differ between the models of a recipe, so no single value can be set for all.
-OF_ONE_MODEL = ("model.name", "model.from_baseline")
+OF_ONE_MODEL = ("model.name", "model.from_baseline", "model.context_layers", "model.layer_context_dims")
 PREFIXED = ("phase1", "heal")  # sections whose flags begin with their name, since train has options of the same names

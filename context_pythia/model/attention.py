@@ -2,7 +2,8 @@
 
 A context is `X = [r ; z]`: rotary keys r and a latent z. Keys and values are affine in the content c, `k_pass = U c`,
 `v = V c + b`. (A constant added to all keys of a head drops out of the softmax, so U has no bias.) The content c is z,
-and r is cached turned by RoPE. With `reuse_rotary_keys` c is all of X, and r is cached before RoPE turns it.
+and r is cached turned by RoPE. With `reuse_rotary_keys` c is all of X, and r is cached before RoPE turns it. With
+`cache_token_ids` c is `[z ; e]`, where e is the token's embedding, looked up by the id that the first context has.
 
 Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F = d / 2 frequencies, R width of the
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
@@ -24,7 +25,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from .cache import bring_back
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
+from .layer_contexts import Contexts
 from .shortcuts import is_plain, only_values
+from .token_ids import to_digits
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,40 +70,12 @@ class RotaryUp(nn.Module):
         return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
 
 
-class Contexts:
-    """Contexts that layers pass on: index of a layer -> its context, `[B, 1, T, W]`.
-
-    Not a Mapping: the hooks of accelerate and FSDP rebuild mappings among a layer's arguments, and entries that the
-    layer wrote would be lost.
-    """
-
-    def __init__(self) -> None:
-        # Each context, and whether gradients were recorded for it.
-        self._made: dict[int, tuple[Any, bool]] = {}
-
-    def __setitem__(self, layer_idx: int, context: Any) -> None:
-        # Only the layers up to the next context read this one. Keeping it longer would keep an offloaded cache on its
-        # device. With gradients it stays, because a backward pass that recomputes a layer reads it again.
-        if not torch.is_grad_enabled():
-            self._made.clear()
-        self._made[layer_idx] = context, torch.is_grad_enabled()
-
-    def __getitem__(self, layer_idx: int) -> Any:
-        """Raises `RuntimeError` if a layer is recomputed for gradients, but its context was computed without them."""
-        context, with_gradients = self._made.get(layer_idx, (None, False))
-        if context is None or with_gradients != torch.is_grad_enabled():
-            raise RuntimeError(
-                "activation checkpointing with use_reentrant=True loses the gradients of a context that layers share: "
-                "give use_reentrant=False"
-            )
-        return context
-
-
 class ContextAttention(GPTNeoXAttention):
     """GPT-NeoX attention whose keys and values come from a context.
 
-    Context source `layer`: the first of `context_sharing` layers projects its input to the context and caches it; the
-    others read it. Context source `shared`: the model makes the context, and every layer reads it.
+    Context source `layer`: a layer projects its input to a context and caches it; the layers that attend to it
+    (`context_layers` or `context_sharing`) read it. Context source `shared`: the model makes the context, and every
+    layer reads it.
     """
 
     def __init__(self, config: ContextPythiaConfig, layer_idx: int):
@@ -108,14 +83,15 @@ class ContextAttention(GPTNeoXAttention):
         del self.query_key_value
         self.num_heads = config.num_attention_heads
         self.num_rotary_keys = config.num_rotary_keys if config.context_source == "layer" else 1
-        self.context_layer = config.context_layer(layer_idx)
+        self.context_layer = config.makers[layer_idx]
         self.rotary_width, self.content_dim = config.rotary_width(layer_idx), config.content_dim(layer_idx)
-        self.reuse_rotary_keys = config.reuse_rotary_keys
+        self.reuse_rotary_keys, self.reads_embedding = config.reuse_rotary_keys, config.cache_token_ids
         hidden, bias = config.hidden_size, config.attention_bias
         context_bias = bias if config.context_bias is None else config.context_bias
         self.query = nn.Linear(hidden, hidden, bias=bias)
         if config.context_source == "layer" and self.context_layer == layer_idx:
-            self.context = nn.Linear(hidden, config.cached_width(layer_idx), bias=context_bias)
+            self.context = nn.Linear(hidden, config.context_width(layer_idx), bias=context_bias)
+            self.id_digits = config.cached_width(layer_idx) - config.context_width(layer_idx)
         if config.rotary_pairs is not None:
             self.num_rotary_keys = 1
             self.pairs = config.rotary_pairs[layer_idx]
@@ -123,6 +99,10 @@ class ContextAttention(GPTNeoXAttention):
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
+        if self.reads_embedding:
+            for name in ("key_up", "value_up"):
+                if hasattr(self, name):
+                    getattr(self, name).latent_dim = config.latent_dim(layer_idx)
 
     def forward(
         self,
@@ -144,7 +124,11 @@ class ContextAttention(GPTNeoXAttention):
             new = self.context(hidden_states).unsqueeze(1)
             if not self.reuse_rotary_keys:
                 new = turn_rotary_keys(new, self.num_rotary_keys, self.columns(position_embeddings))
-            contexts[self.layer_idx] = cache_context(new, layer_past, self.layer_idx)
+            if self.id_digits:
+                assert contexts.ids is not None
+                new = torch.cat([new, to_digits(contexts.ids, self.id_digits, new.dtype).unsqueeze(1)], dim=-1)
+            made = cache_context(new, layer_past, self.layer_idx)
+            contexts[self.layer_idx] = contexts.with_embeddings(made, self.id_digits) if self.reads_embedding else made
         context = contexts[self.context_layer].to(query.device)
 
         # Per cached token, rebuilding keys and values costs W (d_k + d_v); attending to the contexts costs W for each

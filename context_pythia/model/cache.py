@@ -229,7 +229,7 @@ def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:
 def cached_numbers_per_token(config: GPTNeoXConfig) -> int:
     """Numbers that the model caches for one token of one sequence, all layers together (formula)."""
     if isinstance(config, ContextPythiaConfig) and config.context_source != "input":
-        return sum(config.cached_width(i) for i in range(config.num_hidden_layers) if config.context_layer(i) == i)
+        return sum(config.cached_width(i) for i, maker in enumerate(config.makers) if maker == i)
     return 2 * config.hidden_size * config.num_hidden_layers
 
 

@@ -1,6 +1,7 @@
 """ContextPythiaConfig: GPT-NeoX's configuration, plus the source and width of the context."""
 
 from copy import copy
+from itertools import pairwise
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -47,8 +48,15 @@ class ContextPythiaConfig(GPTNeoXConfig):
         Whether keys and values are rebuilt from the rotary keys (before RoPE) and the latent, and not from the latent
         alone (`"layer"`). The positions of cached tokens must then be those of `generate()`, or their places in the
         cache.
+    context_layers (`list[int]`, *optional*):
+        For each layer the index of the layer whose context it attends to: its own, or the same as the layer before. It
+        says in general what `context_sharing` says for groups of equal size (`"layer"`).
     layer_context_dims (`list[int]`, *optional*):
-        Width of each layer's context where layers differ; `context_dim` is then their mean (`"layer"`).
+        Width of each layer's context where contexts differ; `context_dim` is then their mean. A layer without a context
+        of its own may have any number (`"layer"`).
+    cache_token_ids (`bool`, *optional*, defaults to `False`):
+        Whether the first context also has the token's id, from which every layer looks up the token's embedding: keys
+        and values are then rebuilt from the latent and the embedding (`"layer"`; GoldFinch, arXiv 2407.12077).
     context_bias (`bool`, *optional*):
         Whether the projections to the context and to the values have a bias; `attention_bias` if absent.
     """
@@ -68,7 +76,9 @@ class ContextPythiaConfig(GPTNeoXConfig):
     num_rotary_keys: int = 1
     rotary_pairs: list[list[int]] | None = None
     reuse_rotary_keys: bool = False
+    context_layers: list[int] | None = None
     layer_context_dims: list[int] | None = None
+    cache_token_ids: bool = False
     context_bias: bool | None = None
 
     def validate_architecture(self):
@@ -97,15 +107,22 @@ class ContextPythiaConfig(GPTNeoXConfig):
         self._validate_layers()
 
     def _validate_layers(self) -> None:
-        """Check the options of contexts that each layer computes for itself."""
+        """Check the options of contexts that layers compute."""
         if self.context_source != "layer":
-            if self.rotary_pairs or self.layer_context_dims or self.reuse_rotary_keys:
-                raise ValueError(
-                    f"context_source {self.context_source!r}: rotary_pairs, layer_context_dims and reuse_rotary_keys "
-                    "are for 'layer'"
-                )
+            of_layers = ("rotary_pairs", "context_layers", "layer_context_dims", "reuse_rotary_keys", "cache_token_ids")
+            if given := [name for name in of_layers if getattr(self, name)]:
+                raise ValueError(f"context_source {self.context_source!r}: {given[0]} is for 'layer'")
             return
         layers, frequencies = self.num_hidden_layers, self.rotary_dim // 2
+        if self.context_layers is not None:
+            steps = enumerate(pairwise([0, *self.context_layers]))
+            if len(self.context_layers) != layers or any(maker not in (i, before) for i, (before, maker) in steps):
+                raise ValueError(
+                    f"context_layers {self.context_layers}: must have {layers} entries, each the layer's own index or "
+                    "the entry before it"
+                )
+            if self.context_sharing > 1:
+                raise ValueError(f"context_sharing {self.context_sharing}: must be 1 beside context_layers")
         if self.layer_context_dims is not None and len(self.layer_context_dims) != layers:
             raise ValueError(f"layer_context_dims {self.layer_context_dims}: must name {layers} layers")
         if self.rotary_pairs is not None:
@@ -114,14 +131,16 @@ class ContextPythiaConfig(GPTNeoXConfig):
                 raise ValueError(
                     f"rotary_pairs: must have {layers} rows of {frequencies} counts, and a pair at least in each row"
                 )
-        if self.context_sharing > 1 and (self.rotary_pairs or self.layer_context_dims):
-            raise ValueError(f"context_sharing {self.context_sharing}: must be 1 where the layers' contexts differ")
+            if self.makers != list(range(layers)):
+                raise ValueError(f"rotary_pairs: need a context of each layer, but layers share them: {self.makers}")
+        if self.cache_token_ids and self.reuse_rotary_keys:
+            raise ValueError("cache_token_ids: keys and values are rebuilt from the embedding, not from rotary keys")
         for layer_idx in range(layers):
             rotary = self.rotary_width(layer_idx)
-            least = rotary + (0 if self.reuse_rotary_keys else 1)
-            if self.cached_width(layer_idx) < least:
+            least = rotary + (0 if self.reuse_rotary_keys or self.cache_token_ids else 1)
+            if self.context_width(layer_idx) < least:
                 raise ValueError(
-                    f"context_dim {self.cached_width(layer_idx)} of layer {layer_idx}: leaves no latent beside the "
+                    f"context_dim {self.context_width(layer_idx)} of layer {layer_idx}: leaves no latent beside the "
                     f"{rotary} dims of its rotary keys; it must be at least {least}"
                 )
 
@@ -136,28 +155,50 @@ class ContextPythiaConfig(GPTNeoXConfig):
         return int(self.hidden_size // self.num_attention_heads * partial_rotary_factor)
 
     def rotary_width(self, layer_idx: int = 0) -> int:
-        """Numbers of a cached context that RoPE turns."""
+        """Numbers that RoPE turns in the context that layer `layer_idx` attends to."""
         if self.rotary_pairs is not None:
             return 2 * sum(self.rotary_pairs[layer_idx])
         return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
 
-    def cached_width(self, layer_idx: int = 0) -> int:
-        """Cached numbers per token and context: rotary keys, then latent; for `grouped` keys and values."""
+    def context_width(self, layer_idx: int = 0) -> int:
+        """Numbers of the context that layer `layer_idx` attends to: rotary keys, then latent; for `grouped` keys and
+        values."""
         if self.context_source == "shared":
             return self.rotary_dim + self.context_dim
         if self.context_source == "grouped":
             return 2 * self.key_value_heads * (self.hidden_size // self.num_attention_heads)
-        return self.context_dim if self.layer_context_dims is None else self.layer_context_dims[layer_idx]
+        if self.layer_context_dims is None:
+            return self.context_dim
+        return self.layer_context_dims[self.makers[layer_idx]]
+
+    @property
+    def id_digits(self) -> int:
+        """Numbers that cache a token's id: its digits in base 256, which every floating-point type has exactly."""
+        return -(-(self.vocab_size - 1).bit_length() // 8) if self.cache_token_ids else 0
+
+    def cached_width(self, layer_idx: int = 0) -> int:
+        """Cached numbers per token of the context that layer `layer_idx` attends to."""
+        return self.context_width(layer_idx) + (self.id_digits if self.makers[layer_idx] == 0 else 0)
+
+    def latent_dim(self, layer_idx: int = 0) -> int:
+        """Width of the latent in the context that layer `layer_idx` attends to."""
+        return self.context_width(layer_idx) - self.rotary_width(layer_idx)
 
     def content_dim(self, layer_idx: int = 0) -> int:
-        """Width of the content: the part of a cached context from which keys and values are rebuilt."""
-        width = self.cached_width(layer_idx)
-        return width if self.reuse_rotary_keys else width - self.rotary_width(layer_idx)
+        """Width of the content, from which keys and values are rebuilt: the latent, and the rotary keys or the token's
+        embedding where they are used too."""
+        if self.reuse_rotary_keys:
+            return self.context_width(layer_idx)
+        return self.latent_dim(layer_idx) + (self.hidden_size if self.cache_token_ids else 0)
 
-    def context_layer(self, layer_idx: int) -> int:
-        """Index of the layer whose context layer `layer_idx` attends to."""
+    @property
+    def makers(self) -> list[int]:
+        """For each layer the layer that makes the context it attends to."""
+        if self.context_layers is not None:
+            return self.context_layers
+        layers = range(self.num_hidden_layers)
         # The host reads `layer_types` before it validates, so a context_sharing of 0 gets here.
-        return 0 if self.context_source == "shared" else layer_idx - layer_idx % (self.context_sharing or 1)
+        return [0 if self.context_source == "shared" else i - i % (self.context_sharing or 1) for i in layers]
 
     @property
     def layer_types(self) -> list[str]:
@@ -165,7 +206,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         if self.context_source == "input":
             return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
         own = "grouped" if self.context_source == "grouped" else "context"
-        return [own if self.context_layer(i) == i else "dummy" for i in range(self.num_hidden_layers)]
+        return [own if maker == i else "dummy" for i, maker in enumerate(self.makers)]
 
     def _per_layer_config(self):
         """Each layer's view of the config, with the shape of its cache: `torch.export` needs a static cache of that

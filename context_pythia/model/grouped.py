@@ -14,8 +14,9 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
 
-from .attention import Contexts, PositionEmbeddings, turn_rotary_keys
+from .attention import PositionEmbeddings, turn_rotary_keys
 from .configuration import ContextPythiaConfig
+from .layer_contexts import Contexts
 
 
 class GroupedLayer(DynamicLayer):
@@ -35,7 +36,7 @@ class GroupedAttention(GPTNeoXAttention):
         super().__init__(config, layer_idx)
         del self.query_key_value
         self.num_heads, self.key_value_heads = config.num_attention_heads, config.key_value_heads
-        self.context_layer = config.context_layer(layer_idx)
+        self.context_layer = config.makers[layer_idx]
         hidden, bias = config.hidden_size, config.attention_bias
         self.query = nn.Linear(hidden, hidden, bias=bias)
         if self.context_layer == layer_idx:

@@ -25,11 +25,12 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ContextAttention, Contexts, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
+from .attention import ContextAttention, PositionEmbeddings, RotaryUp, cache_context, turn_rotary_keys
 from .cache import keep_context, previous_context
 from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
 from .grouped import GroupedAttention
+from .layer_contexts import Contexts
 from .positions import positions_in_cache, text_masks
 from .quantized import full_attention, hold_contexts
 
@@ -47,6 +48,9 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             # OACD does not converge from Xavier weights, nor from weights as small as the rest of the model's.
             init.normal_(module.weight, mean=0.0, std=0.1)
             init.normal_(module.bias, mean=0.0, std=0.01)
+        elif isinstance(module, nn.Linear) and (latent := getattr(module, "latent_dim", 0)):
+            # Keys and values from the latent begin as large as those from the embedding.
+            init.normal_(module.weight[:, :latent], mean=0.0, std=latent**-0.5)
         elif isinstance(module, RotaryUp):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)
@@ -73,6 +77,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             attention = GroupedAttention if config.context_source == "grouped" else ContextAttention
             for layer_idx, layer in enumerate(self.layers):
                 layer.attention = attention(config, layer_idx)
+        if config.cache_token_ids:
+            self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
         self.post_init()
@@ -80,6 +86,10 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
     def embed_context_input(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The ContextBlock's input for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
         return self.embedding_norm(self.embed_in(input_ids))
+
+    def embed_token(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What `cache_token_ids` adds to each content: `[...] -> [..., hidden_size]`."""
+        return self.token_norm(self.emb_dropout(self.embed_in(input_ids)))
 
     @merge_with_config_defaults
     @capture_outputs
@@ -103,11 +113,13 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 four-dimensional `attention_mask`: a two-dimensional one says the same.
 
         Raises:
-            ValueError: a cache under any other name, or two caches.
+            ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`.
         """
         cache = _only_cache(past_key_values, cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if self.config.cache_token_ids and input_ids is None:
+            raise ValueError("inputs_embeds: this model caches token ids (cache_token_ids): give input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_in(input_ids)
         if use_cache and cache is None:
@@ -137,7 +149,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 cos, sin = (table.repeat(1, 1, self.config.num_rotary_keys) for table in key_positions)
                 key_positions = cos, sin
 
-        contexts = Contexts()
+        contexts = Contexts(input_ids, self.embed_token) if self.config.cache_token_ids else Contexts()
         # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
         hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):

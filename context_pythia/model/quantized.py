@@ -61,10 +61,12 @@ def hold_contexts(cache: QuantizedCache, config: GPTNeoXConfig) -> QuantizedCach
     given one, to need little padding.
 
     Raises:
-        ValueError: contexts with another backend than `hqq` or `fp8`.
+        ValueError: contexts with another backend than `hqq` or `fp8`, or with token ids, which must stay exact.
     """
     if not isinstance(config, ContextPythiaConfig):
         return cache
+    if config.cache_token_ids:
+        raise ValueError("quantized cache: this model caches token ids (cache_token_ids), which must stay exact")
     recurrent = config.context_source in ("input", "shared")
     for i, (layer, kind) in enumerate(zip(cache.layers, config.layer_types, strict=True)):
         if kind == "dummy":

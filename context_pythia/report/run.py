@@ -132,6 +132,10 @@ class RunReport:
             return self.text("control" if model["from_baseline"] else "baseline")
         if source == "grouped":
             dim = self.text("heads", heads=model["key_value_heads"])
+        if widths := model["layer_context_dims"]:
+            dim = " + ".join(str(widths[i]) for i in dict.fromkeys(model["context_layers"] or range(len(widths))))
+        if model["cache_token_ids"]:
+            dim = f"{dim} + {self.text('token_ids')}"
         key = "converted" if model["from_baseline"] else "sharing" if layers > 1 else "alone"
         return self.text(key, source=source, dim=dim, layers=layers)
 

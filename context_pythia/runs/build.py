@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -83,6 +84,9 @@ CONTEXT_OPTIONS = (
     "context_dim",
     "context_block_layers",
     "context_sharing",
+    "context_layers",
+    "layer_context_dims",
+    "cache_token_ids",
     "key_value_heads",
     "num_rotary_keys",
 )
@@ -93,6 +97,8 @@ def _model(options: ModelOptions, body: dict[str, Any]) -> PreTrainedModel:
     if options.context_source is None:
         return GPTNeoXForCausalLM(GPTNeoXConfig(**body))
     context = {key: getattr(options, key) for key in CONTEXT_OPTIONS}
+    if options.layer_context_dims:
+        context["context_dim"] = round(fmean(filter(None, options.layer_context_dims)))
     return ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
 
 

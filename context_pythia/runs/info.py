@@ -34,7 +34,9 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
             with torch.device("meta"):
                 counted = build_model(options, recipe, rows).to(torch_dtype)
             healed = recipe.heal if options.from_baseline else None
-            models.append(_describe(options.name, counted, _narrow(options, recipe).to(torch_dtype), length, healed))
+            models.append(
+                _describe(options.name, counted, _narrow(options, recipe, rows).to(torch_dtype), length, healed)
+            )
             if healed and options.context_source is not None:
                 # The number of parameters depends on how the conversion splits the context into keys and latent.
                 models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
@@ -45,10 +47,10 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
     return models
 
 
-def _narrow(options: ModelOptions, recipe: Recipe) -> PreTrainedModel:
-    """The model with the smallest vocabulary and MLP: neither affects its cache."""
+def _narrow(options: ModelOptions, recipe: Recipe, rows: int) -> PreTrainedModel:
+    """The model with the smallest MLP and vocabulary that have the same cache: ids take room by their number."""
     body = replace(recipe.architecture, intermediate_size=1, model_vocab_size=None, match_parameters=False)
-    return build_model(options, replace(recipe, architecture=body), rows=2)
+    return build_model(options, replace(recipe, architecture=body), rows if options.cache_token_ids else 2)
 
 
 def _describe(

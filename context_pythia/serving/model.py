@@ -50,7 +50,7 @@ class ServedModel(nn.Module):
         caches: dict[int, ContextCache] = {}
         layers = []
         for i in range(config.num_hidden_layers):
-            maker, name = config.context_layer(i), f"{prefix}.layers.{i}"
+            maker, name = config.makers[i], f"{prefix}.layers.{i}"
             if maker == i:
                 caches[i] = ContextCache(config.cached_width(i), vllm_config, f"{name}.attention.cache")
             layers.append(ServedLayer(config, i, caches[maker], vllm_config, name))
@@ -120,7 +120,8 @@ class ContextPythiaForCausalLM(nn.Module):
     """What vLLM asks of a model that generates text.
 
     Raises:
-        ValueError: the context source cannot be served, or the checkpoint's tensors do not fit its configuration.
+        ValueError: the context source or `cache_token_ids` cannot be served, or the checkpoint's tensors do not fit its
+            configuration.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -131,6 +132,8 @@ class ContextPythiaForCausalLM(nn.Module):
                 f"context_source {config.context_source!r}: it caches keys and values and is here for comparison; only "
                 f"{' and '.join(SERVED_SOURCES)} can be served"
             )
+        if config.cache_token_ids:
+            raise ValueError("cache_token_ids: a model that caches token ids cannot be served; use generate()")
         config._attn_implementation = "sdpa"
         self.config = config
         self.gpt_neox = ServedModel(config, vllm_config, "gpt_neox")

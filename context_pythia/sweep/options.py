@@ -28,6 +28,7 @@ SOURCES_OF = {
     "context_sharing": ("layer", "grouped"),
     "key_value_heads": ("grouped",),
     "num_rotary_keys": ("layer",),
+    "cache_token_ids": ("layer",),
     "context_block_layers": ("input", "shared"),
     "phase1": ("input", "shared"),
     "freeze_context_block": ("input", "shared"),

@@ -21,6 +21,7 @@ from context_pythia.config.recipe_files import (
 )
 
 HEALED = "heal: {{steps: 3}}\nmodels: [{{name: a, from_baseline: true, {}}}]"
+BY_LAYERS = "models: [{{name: a, context_source: layer, context_layers: {}}}]"
 BASED = "heal: {{steps: 3, ce_weight: 1}}\nmodels: [{}]"
 MODELS = "models: [{name: base}, {name: wide, context_source: layer, context_dim: 512}]\n"
 
@@ -147,6 +148,23 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
             "a: context_dim 513: .* hidden_size = 512 .exact.",
         ),
         (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 does not apply"),
+        (HEALED.format("context_source: layer, context_layers: [0]"), r"a: context_layers \[0\] does not apply"),
+        (BY_LAYERS.format("[0, 1, 1]"), r"context_layers \[0, 1, 1\]: must have 6 entries"),
+        (BY_LAYERS.format("[0, 1, 2, 2, 4, 2]"), "context_layers .*: must have 6 .* own index or the entry before it"),
+        (BY_LAYERS.format("[0, 1.5, 2]"), "model a: context_layers 1.5: must be a whole number"),
+        (
+            BY_LAYERS.format("[0, 0, 0, 3, 3, 3], context_sharing: 3"),
+            "context_sharing 3: says what context_layers says",
+        ),
+        (BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [9]"), r"layer_context_dims \[9\]: must have 6 ent"),
+        (
+            BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [40, 0, 0, 16, 0, 0]"),
+            "layer_context_dims 16: must be more than the 16 dims of the rotary keys",
+        ),
+        (
+            "models: [{name: a, context_source: shared, context_layers: [0, 0, 0, 0, 0, 0]}]",
+            "context_layers .*: is for the source layer, not shared",
+        ),
         (
             BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"),
             "but the recipe has two, b and c: keep one",
@@ -168,7 +186,9 @@ def test_yaml_cannot_build_objects(write):
 
 
 def test_an_unknown_recipe_is_named_with_the_packaged_ones():
-    with pytest.raises(ValueError, match=r"recipe 'quik' is unknown \(did you mean quick\?\); valid: quick, report"):
+    with pytest.raises(
+        ValueError, match=r"recipe 'quik' is unknown \(did you mean quick\?\); valid: quick, recall, report"
+    ):
         load_recipe("quik")
 
 

@@ -93,7 +93,16 @@ class BodyTest(LayerTest):
 
 
 class SharedLayersTest(BodyTest):
-    options = dict(context_dim=20, context_sharing=2)
+    options = dict(context_dim=20, context_layers=[0, 0], layer_context_dims=[20, 0])
+
+
+class TokenIdsTest(BodyTest):
+    options = dict(context_dim=20, context_layers=[0, 1], layer_context_dims=[4, 20], cache_token_ids=True)
+
+    def setUp(self):
+        super().setUp()
+        if "inputs_embeds" in self._testMethodName:
+            self.skipTest("embeddings without token ids are refused")
 
 
 class ConvertedTest(BodyTest):

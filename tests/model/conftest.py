@@ -24,8 +24,18 @@ SOURCES = {
     "layer": dict(context_source="layer", context_dim=23),
     "layer, a rotary key a head": dict(context_source="layer", context_dim=30, num_rotary_keys=4),
     "layer, shared by 2": dict(context_source="layer", context_dim=23, context_sharing=2),
+    "layer, contexts by layers": dict(
+        context_source="layer", context_dim=15, context_layers=[0, 1, 1], layer_context_dims=[7, 23, 0]
+    ),
     "layer, rotary keys reused": dict(
         context_source="layer", context_dim=30, num_rotary_keys=4, reuse_rotary_keys=True
+    ),
+    "layer, token ids": dict(
+        context_source="layer",
+        context_layers=[0, 1, 1],
+        layer_context_dims=[4, 23, 0],
+        context_dim=23,
+        cache_token_ids=True,
     ),
     "grouped": dict(context_source="grouped", key_value_heads=2),
     "grouped, shared by 2": dict(context_source="grouped", context_sharing=2),
@@ -43,9 +53,10 @@ SOURCES = {
 KINDS = [
     "input",
     "shared, 2 block layers",
-    "layer, shared by 2",
+    "layer, contexts by layers",
     "layer, rotary keys reused",
     "layer, rotary pairs",
+    "layer, token ids",
     "grouped, shared by 2",
 ]
 

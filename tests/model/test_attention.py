@@ -57,7 +57,7 @@ def attention_arguments(model, queries: int, length: int):
     attention = model.gpt_neox.layers[-1].attention
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(3, 4, queries, 16, generator=generator, requires_grad=True)
-    width = model.config.cached_width(attention.layer_idx)
+    width = attention.content_dim if attention.reuse_rotary_keys else attention.rotary_width + attention.content_dim
     context = torch.randn(3, 1, length, width, generator=generator, requires_grad=True)
     mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries).expand(3, 1, -1, -1).clone()
     mask[0, :, :, :2] = False

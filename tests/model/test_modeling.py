@@ -14,7 +14,7 @@ from transformers import (
 
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
-from .conftest import SIZE, SOURCES, build
+from .conftest import KINDS, SIZE, SOURCES, build
 
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -101,6 +101,7 @@ def test_cropped_cache_goes_on_as_if_never_longer(model, ids):
     torch.testing.assert_close(logits, model(ids).logits[:, 8:], **CLOSE)
 
 
+@pytest.mark.parametrize("source", [kind for kind in KINDS if kind != "layer, token ids"])  # refused there
 @torch.no_grad()
 def test_embeddings_stand_in_for_ids(model, ids):
     embeddings = model.get_input_embeddings()(ids)
@@ -231,6 +232,13 @@ def test_pythia_70m_has_the_reports_parameters():
         (dict(context_dim=16, num_rotary_keys=4), "leaves no latent"),
         (dict(context_source="both"), "context_source 'both': must be one of input, shared, layer"),
         (dict(context_sharing=0), "context_sharing 0"),
+        (dict(context_layers=[0, 1]), r"context_layers \[0, 1\]: must have 3 entries, each the layer's own index or"),
+        (dict(context_layers=[0, 2, 2]), r"context_layers \[0, 2, 2\]"),
+        (dict(context_layers=[0, 1, 0]), r"context_layers \[0, 1, 0\]"),
+        (dict(context_layers=[0, 0, 2], context_sharing=2), "context_sharing 2: must be 1 beside context_layers"),
+        (dict(context_layers=[0, 0, 2], layer_context_dims=[9, 9, 4]), "context_dim 4 of layer 2: leaves no latent"),
+        (dict(context_source="shared", context_layers=[0, 1, 2]), "context_layers is for 'layer'"),
+        (dict(context_layers=[0, 0, 0], rotary_pairs=[[1, 1]] * 3), "rotary_pairs: need a context of each layer"),
         (dict(num_rotary_keys=3), "num_rotary_keys 3"),
         (dict(context_block_layers=0), "context_block_layers 0"),
     ],
@@ -238,6 +246,13 @@ def test_pythia_70m_has_the_reports_parameters():
 def test_impossible_contexts_are_refused_by_name(wrong, message):
     with pytest.raises(Exception, match=message):
         ContextPythiaConfig(**{**SIZE, "context_dim": 20, **wrong})
+
+
+@torch.no_grad()
+def test_groups_of_equal_size_are_a_case_of_contexts_by_layers(ids):
+    by_size = build("layer, shared by 2")
+    by_layers = build("layer, shared by 2", context_sharing=1, context_layers=[0, 0, 2], layer_context_dims=[23, 0, 23])
+    torch.testing.assert_close(by_layers(ids).logits, by_size(ids).logits, rtol=0, atol=0)
 
 
 def test_any_context_dim_works(ids):

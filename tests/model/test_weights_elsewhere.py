@@ -19,7 +19,13 @@ from .conftest import SIZE, build, randomise
 
 CLOSE = dict(rtol=0, atol=1e-5)
 # Every kind of map that is read in place of being called, and of context that is handed on.
-MAPS = ["input", "shared, 2 block layers", "layer, shared by 2", "layer, rotary keys reused", "layer, rotary pairs"]
+MAPS = [
+    "input",
+    "shared, 2 block layers",
+    "layer, contexts by layers",
+    "layer, rotary keys reused",
+    "layer, rotary pairs",
+]
 pytestmark = pytest.mark.filterwarnings("ignore")  # third parties' own
 
 

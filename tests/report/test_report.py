@@ -293,6 +293,9 @@ def test_failed_and_pending_models_are_shown_as_such(records):
     assert table["layer late"]["Context"] == "layer 256, shared by 3 layers"
     assert "4 of 6 models have a result (failed: 1, not run yet: 1)" in text
     assert r"loss became NaN in epoch 1 \| see \<log\>" in text
+    by_layers = {"context_sharing": 1, "context_layers": [0, 1, 1], "layer_context_dims": [16, 40, 0]}
+    records[0]["recipe"]["models"][-1] |= by_layers
+    assert results(markdown(records))["layer late"]["Context"] == "layer 16 + 40"
 
 
 def test_a_run_without_a_finished_baseline_has_no_differences(records):

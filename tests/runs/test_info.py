@@ -19,6 +19,15 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
 
 
+def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
+    names = ["Pythia", "layer 24 x2", "layer 20 36x4 16", "ids 8 20x2 43x3", "ids 8x2 20x4"]
+    models = describe(load_recipe("text-s", models=names), None, length=32, dtype="float32")
+    assert [model["cached_numbers_per_token"] for model in models] == [1536, 72, 72, 73, 30]
+    for model in models:
+        assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
+        assert model["parameters"] == pytest.approx(models[0]["parameters"], rel=1e-3)
+
+
 def test_what_a_conversion_decides_is_left_open():
     recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "heal.parameters": "attention"})
     models = describe(recipe, None, length=8, dtype="float32")

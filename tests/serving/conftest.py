@@ -34,7 +34,13 @@ SIZE = dict(
 # GPT-NeoX caches 384 numbers a token.
 MODELS = {
     "layer": dict(context_source="layer", context_dim=23),
-    "layer, shared by 3": dict(context_source="layer", context_dim=30, num_rotary_keys=4, context_sharing=3),
+    "layer, contexts by layers": dict(
+        context_source="layer",
+        context_dim=30,
+        num_rotary_keys=4,
+        context_layers=[0, 1, 1],
+        layer_context_dims=[26, 34, 0],
+    ),
     "shared": dict(context_source="shared", context_dim=21, context_block_layers=2),
 }
 CONVERTED = {"converted, -50 %": 0.5, "converted, -75 %": 0.75, "converted, -87.5 %": 0.875}

@@ -78,3 +78,9 @@ def test_an_older_vllm(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "Context-Pythia needs vLLM 0.32 or newer, this is 0.31.4: its models cannot be served"
     ]
+
+
+def test_a_model_that_caches_token_ids(tmp_path):
+    build(MODELS["layer"] | dict(cache_token_ids=True)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cache_token_ids: a model that caches token ids cannot be served"):
+        start(tmp_path)

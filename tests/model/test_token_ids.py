@@ -1,0 +1,78 @@
+import pytest
+import torch
+from transformers import DynamicCache
+
+from context_pythia.model.cache import cached_numbers_per_token
+from context_pythia.model.token_ids import from_digits, to_digits
+from tests.model.conftest import build
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_ids_are_exact_in_every_type(dtype):
+    ids = torch.tensor([[0, 1, 255, 256, 50303, 65535, 65536, 2**24 - 1]])
+    digits = to_digits(ids, 3, dtype)
+    assert digits.shape == (1, 8, 3) and digits.dtype == dtype
+    assert torch.equal(from_digits(digits), ids)
+
+
+@pytest.mark.parametrize(("vocab_size", "digits"), [(256, 1), (257, 2), (65536, 2), (65537, 3)])
+def test_an_id_takes_as_many_numbers_as_the_vocabulary_needs(vocab_size, digits):
+    config = build("layer, token ids").config
+    before = cached_numbers_per_token(config)
+    config.vocab_size = vocab_size
+    assert cached_numbers_per_token(config) == before - 1 + digits == 4 + 23 + digits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_every_cached_token_is_looked_up_by_its_own_id(dtype):
+    """Ids of two digits, far apart in their embeddings, through the cache against one forward pass."""
+    model = build("layer, token ids", vocab_size=700).to(dtype)
+    ids = torch.tensor([[3, 259, 515, 256, 255, 699, 0, 512]])
+    whole, cache = model(ids).logits, DynamicCache(config=model.config)
+    steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])]
+    assert cache.layers[0].keys.shape == (1, 1, 8, 4 + 2) and cache.layers[0].keys.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-10, rtol=0)
+    other = model(ids[:, :1] + 256).logits
+    assert not torch.allclose(other, whole[:, :1], atol=0.1)
+    stored = from_digits(cache.layers[0].keys[:, 0, :, -2:])
+    assert torch.equal(stored, ids)
+
+
+def test_the_first_layer_needs_no_latent(ids):
+    """Its input is the embedding alone, so with ids it caches its rotary key and nothing else."""
+    model = build("layer, token ids")
+    assert model.gpt_neox.layers[0].attention.content_dim == 64
+    attention = model.gpt_neox.layers[1].attention
+    assert attention.content_dim == 23 - 4 + 64 and attention.value_up.in_features == attention.content_dim
+
+
+def test_embeddings_get_gradients_from_keys_and_values_of_all_layers(ids):
+    model = build("layer, token ids")
+    model(ids, labels=ids).loss.backward()
+    for layer in model.gpt_neox.layers:
+        assert layer.attention.value_up.weight.grad[:, -64:].abs().max() > 1e-4
+    assert model.gpt_neox.token_norm.weight.grad.abs().max() > 1e-4
+
+
+def test_latent_and_embedding_begin_with_keys_of_one_size():
+    config = build("layer, token ids").config
+    torch.manual_seed(0)
+    model = type(build("layer, token ids"))(config)
+    weight = model.gpt_neox.layers[1].attention.value_up.weight
+    torch.testing.assert_close(weight[:, :19].std(), torch.tensor(19**-0.5), rtol=0.05, atol=0)
+    torch.testing.assert_close(weight[:, 19:].std(), torch.tensor(config.initializer_range), rtol=0.05, atol=0)
+
+
+def test_inputs_without_ids_are_refused(ids):
+    model = build("layer, token ids")
+    with pytest.raises(ValueError, match="inputs_embeds: this model caches token ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+def test_a_quantized_cache_is_refused(ids):
+    pytest.importorskip("hqq")
+    model = build("layer, token ids")
+    with pytest.raises(ValueError, match="caches token ids .*, which must stay exact"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="quantized", cache_config={"backend": "hqq"})
