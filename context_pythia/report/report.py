@@ -53,7 +53,9 @@ def write_report(run: Path, *langs: str) -> list[Path]:
         raise damaged(run / "metrics.json", "no command of context-pythia has written it")
     compose, prefix = REPORTS[kind]
     record = read_record(run / "provenance.json")
-    documents = {lang: _filled(compose(metrics, record, Texts(lang, prefix)).blocks()) for lang in langs or ("en",)}
+    documents = {
+        lang: _without_empty_tables(compose(metrics, record, Texts(lang, prefix)).blocks()) for lang in langs or ("en",)
+    }
     written = write_documents(run, documents)
     return written + [path for record in sorted(run.glob(f"models/*/{RECORD}")) for path in write_card(record.parent)]
 
@@ -61,9 +63,8 @@ def write_report(run: Path, *langs: str) -> list[Path]:
 def show(metrics: Mapping[str, Any]) -> None:
     """Print the newest figures of a bench, or all of an evaluation."""
     compose, prefix = REPORTS[metrics["kind"]]
-    print("\n" + to_console(_filled(compose(metrics, {}, Texts("en", prefix)).newest())), flush=True)
+    print("\n" + to_console(_without_empty_tables(compose(metrics, {}, Texts("en", prefix)).newest())), flush=True)
 
 
-def _filled(blocks: Iterable[Block]) -> list[Block]:
-    """The blocks without tables that have no rows yet."""
+def _without_empty_tables(blocks: Iterable[Block]) -> list[Block]:
     return [block for block in blocks if not isinstance(block, Table) or block.rows]

@@ -145,14 +145,14 @@ def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts) -> Table:
 
 def data_facts(data: Mapping[str, Any], text: Texts) -> dict[str, str]:
     """Facts about the data, by the keys of the texts."""
-    length = data.get("sequence_length")
+    length = data["sequence_length"]
     return {
-        "data_source": plain(data.get("source")),
-        "documents": pair(data.get("documents_train"), data.get("documents_validation")),
-        "samples": pair(data.get("samples_train"), data.get("samples_validation")),
-        "sequence_length": text("tokens", length=length, with_target=length + 1) if length else DASH,
-        "tokenizer": plain(data.get("tokenizer")),
-        "vocabulary": integer(data.get("vocab_size")),
+        "data_source": data["source"],
+        "documents": pair(data["documents_train"], data["documents_validation"]),
+        "samples": pair(data["samples_train"], data["samples_validation"]),
+        "sequence_length": text("tokens", length=length, with_target=length + 1),
+        "tokenizer": data["tokenizer"],
+        "vocabulary": integer(data["vocab_size"]),
     }
 
 

@@ -265,6 +265,7 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
         (["comapre"], "command 'comapre' is unknown (did you mean compare?); valid: compare, phase1, "),
         (["compare", "--set", "bogus=1"], "--set 'bogus' is unknown; `context-pythia compare --set help` lists all"),
         (["sweep", "--out=o", "--over", "bogus=1"], "--over 'bogus' is unknown; `context-pythia sweep --set help` li"),
+        (["bench", "--set", "rounds=3"], "--set 'rounds' is unknown (did you mean serve.rounds or bench.rounds"),
         (["compare", "--set", "train.epochs"], "--set 'train.epochs': give section.key=value, such as train.max"),
         (
             ["compare", "--set", "model.name=a"],
