@@ -141,14 +141,17 @@ def collect(
     """
     statistics = {layer: LayerStatistics.zeros(model.config.hidden_size) for layer in layers}
     batches = range(0, len(text), batch_size)
+    device = model.base_model.rotary_emb.inv_freq.device  # where the model computes, even if its weights are elsewhere
     with observed(model, statistics) as recording:
         for start in tqdm(batches, desc="calibration", unit="batch", disable=None if progress else True):
             stop = min(start + batch_size, len(text))
             ids = torch.stack([text[i]["input_ids"] for i in range(start, stop)])
             recording.set()
-            states = model.base_model(ids.to(execution_device(model)), use_cache=False).last_hidden_state
+            states = model.base_model(ids.to(device), use_cache=False).last_hidden_state
             recording.clear()
-            gradients = [loss_gradients(model, states[i - start], _seed_of(seed, i)) for i in range(start, stop)]
+            # Each sample has its own seed, so labels do not depend on the batch size. Generators read 32 bits.
+            seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(start, stop)]
+            gradients = [loss_gradients(model, state, own) for state, own in zip(states.detach(), seeds, strict=True)]
             states.backward(torch.stack(gradients))
     for layer, held in statistics.items():
         if not all(bool(getattr(held, f.name).isfinite().all()) for f in fields(held)):
@@ -173,16 +176,6 @@ def loss_gradients(model: GPTNeoXForCausalLM, states: torch.Tensor, seed: int) -
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         gradients += torch.autograd.grad(loss, chunk)
     return torch.cat(gradients)
-
-
-def execution_device(model: GPTNeoXForCausalLM) -> torch.device:
-    """The device on which the model computes, even if its weights are elsewhere: that of its rotary angles."""
-    return model.base_model.rotary_emb.inv_freq.device
-
-
-def _seed_of(seed: int, sample: int) -> int:
-    """The sample's own seed: labels do not depend on the batch size. Generators read 32 bits."""
-    return (seed * 1_000_003 + sample) % 2**32
 
 
 def _sandwich(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:

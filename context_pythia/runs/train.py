@@ -34,7 +34,7 @@ from context_pythia.runs.build import (
 from context_pythia.runs.convert import Conversion
 from context_pythia.runs.provenance import machine
 from context_pythia.runs.record import Run, model_entry
-from context_pythia.training.history import seconds_per_epoch
+from context_pythia.training.history import best_row, seconds_per_epoch
 from context_pythia.training.phase1 import Phase1Result, train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
 
@@ -209,14 +209,13 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
     work = Conversion(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
     healing = work.run()["healing"]
-    best = next(row for row in healing["history"] if row["step"] == healing["kept_step"])
     model = load_pretrained(str(folder), torch.float32).to(best_device())
     return model_entry(
         options,
         from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
         **describe_parameters(model, recipe.heal),
         best_val_ppl=healing["val_ppl"],
-        best_epoch=best["epoch"],
+        best_epoch=best_row(healing["history"])["epoch"],
         **{key: healing[key] for key in ("val_accuracy", "val_ppl_by_position", "history")},
         seconds_per_epoch=seconds_per_epoch(healing["history"]),
         cache=describe_cache(model, recipe.data.sequence_length),

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import TrainOptions
-from context_pythia.errors import Failure, UsageError, first_line
+from context_pythia.errors import UsageError, first_line
 from context_pythia.files import whole
 
 if TYPE_CHECKING:
@@ -69,25 +69,6 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to begin again") from error
 
 
-def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Load the weights of a Hugging Face folder into `model` and switch it to evaluation mode.
-
-    Raises:
-        Failure: the folder is damaged, or weights of the model are missing.
-    """
-    try:
-        # `from_pretrained` translates names: GPT-NeoX saves lm_head as embed_out.
-        loaded, mended = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-        if wrong := {key: names for key, names in mended.items() if names}:
-            raise Failure(f"{wrong}")
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise Failure(
-            f"the weights in {folder} are damaged ({first_line(error)}): delete that folder to train again"
-        ) from error
-    model.load_state_dict(loaded.state_dict())
-    model.eval()
-
-
 def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "50GB") -> None:
     """Write model and tokenizer in Hugging Face form. Each file appears complete, and weights appear last.
 
@@ -106,14 +87,12 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
             weights = {name: weight for name, weight in model.state_dict().items() if name not in tied}
             model.save_pretrained(partial, state_dict=weights, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
-    except BaseException as error:
+        for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.replace(folder / path.name)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"cannot write {folder}: {first_line(error)}; free some disk space and rerun") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError | RuntimeError):
-            raise OSError(f"cannot write {folder}: {first_line(error)}; free some disk space and rerun") from error
-        raise
-    for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        path.replace(folder / path.name)
-    partial.rmdir()
 
 
 @contextlib.contextmanager

@@ -82,10 +82,8 @@ def train_context_block(
     Args:
         model: has the context source `input` or `shared`. Only its ContextBlock changes. Training runs on its device.
         data: `train` is the stream, `validation` gives the effective rank.
-        options: settings of OACD.
         seed: of the first contexts and of the noise.
         folder: gets `context_block.safetensors` and `phase1.json`, and a checkpoint during training.
-        progress: show a progress bar.
 
     Raises:
         UsageError: `folder` has a damaged file, or files of another run (other options, seed, text, widths or

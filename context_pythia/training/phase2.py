@@ -29,17 +29,11 @@ from context_pythia.config.recipe import TrainOptions
 from context_pythia.config.same import check_same
 from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
+from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.files import read_record, write_json
 from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.batches import Batch, batches, step_batches
-from context_pythia.training.checkpoints import (
-    load_weights,
-    publish,
-    quiet_transformers,
-    read_state,
-    run_settings,
-    write_state,
-)
+from context_pythia.training.checkpoints import publish, quiet_transformers, read_state, run_settings, write_state
 from context_pythia.training.history import Plan, Row, TrainResult
 from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.optimization import Optimization, faster_attention, recompute_activations, text_loss
@@ -104,7 +98,8 @@ def train_language_model(
             result = TrainResult(**finished)
         else:
             result = Loop(model, data, options, plan, seed, folder, name, settings, loss, progress).run()
-        load_weights(model, folder)
+        model.load_state_dict(load_pretrained(str(folder), model.dtype).state_dict())
+    model.eval()
     if processes.is_main():
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result

@@ -4,7 +4,6 @@ Random weights with std 0.2, so that a wrong formula shows. In float64 the rest 
 angles, which transformers makes in float32.
 """
 
-import copy
 import warnings
 
 import pytest
@@ -95,13 +94,10 @@ def stepwise(model, ids):
 
 def test_logits_are_the_originals_in_parallel_and_through_the_cache(original, ids, exact):
     expected = logits(original, ids)
-    double = exact(copy.deepcopy(original).double())
-    converted = exact(original)
-    assert expected.abs().max() > 3
+    converted = exact(original.double())
+    assert expected.abs().max() > 3 and converted.dtype == torch.float64
     for got in (logits(converted, ids), stepwise(converted, ids)):
-        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
-    assert double.dtype == torch.float64
-    torch.testing.assert_close(logits(double, ids).float(), expected, rtol=0, atol=5e-5)
+        torch.testing.assert_close(got.float(), expected, rtol=0, atol=5e-5)
 
 
 def test_a_whole_context_of_2048_tokens(exact):
@@ -132,10 +128,10 @@ def test_padding_on_the_left_changes_nothing(ids, exact):
 
 def test_texts_of_beams_are_the_originals_and_the_cache_is_half(ids, exact):
     original = make_original()
-    settings = {"max_new_tokens": 20, "do_sample": False, "num_beams": 3, "attention_mask": torch.ones_like(ids)}
+    settings = {"max_new_tokens": 10, "do_sample": False, "num_beams": 3, "attention_mask": torch.ones_like(ids)}
     expected, converted = original.generate(ids, **settings), exact(original)
     assert torch.equal(converted.generate(ids, **settings), expected)
-    before, after = (measure_generated_cache(model, 64, batch_size=2) for model in (original, converted))
+    before, after = (measure_generated_cache(model, 16, batch_size=2) for model in (original, converted))
     assert after.filled * 2 == before.filled
 
 

@@ -98,23 +98,43 @@ def test_a_finished_run_is_not_run_again(finished_run, monkeypatch, capsys):
     assert capsys.readouterr().out.count("already trained") == 4
 
 
-def test_models_run_one_by_one_end_like_one_comparison(finished_run, tmp_path, monkeypatch):
-    recipe = tiny_recipe(finished_run.parent)
+def test_models_of_several_calls_end_like_one_comparison_and_a_failed_one_is_recorded(
+    finished_run, tmp_path, monkeypatch
+):
+    recipe, whole = tiny_recipe(finished_run.parent), train.train_language_model
     run = tmp_path / "run"
-    alone = {model.name: dataclasses.replace(recipe, models=[model]) for model in recipe.models}
-    for number, (step, name) in enumerate([(run_phase1, "shared"), (compare, "Pythia"), (compare, "shared")]):
+
+    def call(number, step, *names):
         monkeypatch.setattr(sys, "argv", ["context-pythia", f"call {number}"])
-        step(alone[name], run, progress=False)
-        assert len(metrics(run)["models"]) == number
+        models = [model for name in names for model in recipe.models if model.name == name]
+        step(dataclasses.replace(recipe, models=models), run, progress=False)
+
+    def fail_with_layers(model, *args, **kwargs):
+        if model.config.model_type == "context_pythia" and model.config.context_source == "layer":
+            raise Failure("the loss became nan at step 3")
+        return whole(model, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_language_model", fail_with_layers)
+    call(0, run_phase1, "shared")
+    assert metrics(run)["models"] == []
+    with pytest.raises(RuntimeError, match="1 of 2 models failed: Layer 12 x2: the loss became nan"):
+        call(1, compare, "Layer 12 x2", "Pythia")
+    call(2, compare, "shared")
     expected = {entry["name"]: entry for entry in metrics(finished_run)["models"]}
-    for entry in metrics(run)["models"]:
+    entries = {entry["name"]: entry for entry in metrics(run)["models"]}
+    failed = entries.pop("Layer 12 x2")
+    assert failed["error"] == "the loss became nan at step 3" and failed["best_val_ppl"] is None
+    assert entries.keys() == {"Pythia", "shared"}
+    for name, entry in entries.items():
         for key in ("best_val_ppl", "best_epoch", "val_accuracy", "parameters", "cache"):
-            assert entry[key] == expected[entry["name"]][key]
+            assert entry[key] == expected[name][key]
     provenance = json.loads((run / "provenance.json").read_text())
     calls = [*provenance.pop("earlier"), provenance]
-    assert [call["models"] for call in calls] == [["shared"], ["Pythia"], ["shared"]]
+    assert [call["models"] for call in calls] == [["shared"], ["Layer 12 x2", "Pythia"], ["shared"]]
     assert [call["command"] for call in calls] == [f"context-pythia 'call {number}'" for number in range(3)]
     assert all(call["versions"] == provenance["versions"] for call in calls)
+    write_report(run)
+    assert "the loss became nan at step 3" in (run / "report.md").read_text()
 
 
 def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_path):
@@ -168,26 +188,6 @@ def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="1 of 1 models failed: Pythia: MemoryError"):
         compare(dataclasses.replace(recipe, models=recipe.models[:1]), tmp_path / "run", progress=False)
     assert metrics(tmp_path / "run")["models"][0]["error"] == "MemoryError"
-
-
-def test_a_failed_model_is_recorded_and_the_others_are_run(finished_run, tmp_path, monkeypatch):
-    recipe = tiny_recipe(finished_run.parent)
-    recipe = dataclasses.replace(recipe, models=[recipe.models[3], recipe.models[0]])
-    whole = train.train_language_model
-
-    def fail_with_context(model, *args, **kwargs):
-        if isinstance(model, ContextPythiaForCausalLM):
-            raise Failure("the loss became nan at step 3")
-        return whole(model, *args, **kwargs)
-
-    monkeypatch.setattr(train, "train_language_model", fail_with_context)
-    with pytest.raises(RuntimeError, match="1 of 2 models failed: Layer 12 x2: the loss became nan"):
-        compare(recipe, tmp_path / "run", progress=False)
-    failed, baseline = metrics(tmp_path / "run")["models"]
-    assert failed["error"] == "the loss became nan at step 3" and failed["best_val_ppl"] is None
-    assert baseline["error"] is None
-    write_report(tmp_path / "run")
-    assert "the loss became nan at step 3" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_phase1_refuses_a_model_without_context_block(tmp_path):

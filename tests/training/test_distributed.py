@@ -17,8 +17,8 @@ from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import UsageError
+from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.training import phase2
-from context_pythia.training.checkpoints import load_weights
 from context_pythia.training.optimization import Optimization
 from context_pythia.training.phase2 import train_language_model
 from tests.conftest import tiny_recipe
@@ -124,8 +124,7 @@ def assert_same_training(folder, expected, expected_model):
         }
         assert row["val_ppl"] == pytest.approx(other["val_ppl"], rel=1e-5)
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
-    model = make_language_model()
-    load_weights(model, folder)
+    model = load_pretrained(str(folder), torch.float32)
     first = make_language_model()
     assert all((model.get_parameter(name) - first.get_parameter(name)).abs().max() > 1e-3 for name in TRAINED)
     for name, weight in expected_model.named_parameters():

@@ -365,12 +365,12 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
 def test_tensorboard_has_the_losses_and_the_perplexities(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = train(tmp_path, replace(OPTIONS, batch_size=1, tensorboard=True))
+    result = train(tmp_path, replace(OPTIONS, epochs=1, batch_size=1, tensorboard=True))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("eval/perplexity")]
     assert logged == [(row["step"], pytest.approx(row["val_ppl"])) for row in result.history]
-    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40, 50]
+    assert [event.step for event in events.Scalars("train/loss")] == [10]
 
 
 PASS = replace(OPTIONS, tokens=17 * LENGTH, batch_size=1, patience=1)

@@ -85,7 +85,7 @@ def test_a_kill_between_the_best_weights_and_the_state_repeats_the_steps(tmp_pat
 
 def test_a_run_interrupted_after_its_end_is_loaded(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
-        patch.setattr(phase2, "load_weights", lambda *arguments: interrupt(None))
+        patch.setattr(phase2, "load_pretrained", lambda *arguments: interrupt(None))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     with monkeypatch.context() as patch:
@@ -161,7 +161,7 @@ def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
     old = train(tmp_path, options)
     assert old.val_ppl_by_position is None and old.best_val_ppl == result.best_val_ppl
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match="weights in .* are damaged") as caught:
+    with pytest.raises(RuntimeError, match="the checkpoint in .* is damaged") as caught:
         train(tmp_path, options)
     assert "\n" not in str(caught.value)
 
