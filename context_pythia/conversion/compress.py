@@ -30,7 +30,7 @@ MOST_STATISTICS = 8 * 2**30  # bytes at once; if all layers need more, the text 
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
 
 # The layers' widths, their rotary pairs at each frequency, and the function that makes a layer's factors.
-Plan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
+LayerPlan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
 
 
 def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
@@ -106,7 +106,7 @@ def compressed(
     return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
 
 
-def _exact(original: GPTNeoXForCausalLM) -> Plan:
+def _exact(original: GPTNeoXForCausalLM) -> LayerPlan:
     """Exact contexts, all rotary keys and a latent for the rest of the model's width: half the cache, no error."""
     config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
 
@@ -120,7 +120,7 @@ def _exact(original: GPTNeoXForCausalLM) -> Plan:
     return [config.hidden_size] * layers, [[config.num_attention_heads] * frequencies] * layers, factors
 
 
-def _calibrated(original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]) -> Plan:
+def _calibrated(original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]) -> LayerPlan:
     """Widths and rotary pairs with the least weighted error."""
 
     def factorizer_of(layer: int) -> LayerFactorizer:
