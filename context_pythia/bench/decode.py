@@ -1,8 +1,8 @@
 """Compares the speed of prefill and decoding, and the memory, of several models.
 
 For batch size B and length T (a cell), prefill reads T tokens into an empty cache. Decoding starts from a cache of
-T - N tokens and produces the last N, once by `generate()` and once by bare forward calls. That cache has random numbers
-of the right shapes, because its contents do not affect the time.
+T - N tokens and produces the last N by `generate()`. That cache has random numbers of the right shapes, because its
+contents do not affect the time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class Speed:
 
     Attributes:
         prefill: seconds for all T tokens.
-        decode: seconds per token (of all sequences) by bare forward calls.
         generate: seconds per token by `generate()`.
         cache: measurement of the cache with T tokens.
         peak_bytes: peak memory above the weights in a `generate()` from an empty cache; None where the system cannot
@@ -52,7 +51,6 @@ class Speed:
 
     name: str
     prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
     generate: list[float] = field(default_factory=list)
     cache: CacheMeasurement | None = None
     peak_bytes: int | None = None
@@ -136,17 +134,12 @@ def measure_cell(
             subject.device,
         )
 
-    def forward(subject: Subject, cache: Cache) -> None:
-        ids = random_ids(subject.model, batch_size, 1)
-        for _ in range(new_tokens):
-            subject.decoding_step(input_ids=ids, **{CACHE: cache}, use_cache=True)
-
-    def generate(subject: Subject, cache: Cache) -> None:
-        generate_tokens(subject.model, length - new_tokens + 1, new_tokens, batch_size, cache, **subject.settings)
-
-    def decode(subject: Subject, work: Callable[[Subject, Cache], None]) -> float:
-        cache = filled[subject.name]()
-        seconds = seconds_of(lambda: work(subject, cache), subject.device)
+    def generate(subject: Subject) -> float:
+        cache, prompt = filled[subject.name](), length - new_tokens + 1
+        seconds = seconds_of(
+            lambda: generate_tokens(subject.model, prompt, new_tokens, batch_size, cache, **subject.settings),
+            subject.device,
+        )
         rows[subject.name].cache = rows[subject.name].cache or measure_any_cache(cache)
         return seconds / new_tokens
 
@@ -176,8 +169,7 @@ def measure_cell(
             cache, row.error = attempt(partial(filled_cache, subject, batch_size, length - new_tokens, length))
             if cache is not None:
                 filled[subject.name] = cache
-    take_turns("decode", lambda subject: decode(subject, forward))
-    take_turns("generate", lambda subject: decode(subject, generate))
+    take_turns("generate", generate)
     return list(rows.values())
 
 

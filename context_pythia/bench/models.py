@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,6 @@ class Subject:
     @property
     def is_static(self) -> bool:
         return self.cache in ("static", COMPILED)
-
-    @property
-    def decoding_step(self) -> Callable[..., Any]:
-        return self.model.get_compiled_call(compiled_step()) if self.cache == COMPILED else self.model
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def test_a_sweep_is_recorded_and_reported(tiny_size, tmp_path, capsys):
     for cell in metrics["cells"]:
         for row in cell["rows"]:
             assert row["error"] is None
-            assert [len(row[kind]) for kind in ("prefill", "decode", "generate")] == [2, 2, 2]
-            assert min(row["prefill"] + row["decode"] + row["generate"]) > 0
+            assert [len(row[kind]) for kind in ("prefill", "generate")] == [2, 2]
+            assert min(row["prefill"] + row["generate"]) > 0
             assert row["cache"]["filled"] == 4 * numbers[row["name"]] * cell["batch_size"] * cell["length"]
     settings = metrics["settings"]
     assert (settings["threads"], settings["dtype"], settings["rounds"]) == (1, "float32", 2)
@@ -210,10 +210,10 @@ def test_ratios_pair_the_rounds():
     assert paired_ratio([], [1.0]) is None
 
 
-def row(name, decode, error=None):
+def row(name, generate, error=None):
     cache = {"length": 2048, "filled": 2**20 * (4 if "Dynamic" in name else 1), "slack": 0}
     return {
-        "name": name, "prefill": [2 * t for t in decode], "decode": decode, "generate": decode,
+        "name": name, "prefill": [2 * t for t in generate], "generate": generate,
         "cache": None if error else cache, "peak_bytes": None, "error": error,
     }  # fmt: skip
 
