@@ -32,6 +32,7 @@ from context_pythia.evaluation.memory import (
     weight_bytes,
 )
 from context_pythia.model.cache import CacheMeasurement
+from context_pythia.model.token_ids import to_digits
 
 GIGABYTE = 2**30
 
@@ -185,6 +186,9 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
                 torch.randn(*part.shape[:2], tokens - 1, part.shape[3], dtype=part.dtype, device=part.device)
                 for part in (layer.keys, layer.values)
             )
+            if i == 0 and (digits := getattr(subject.model.config, "id_digits", 0)):
+                ids = random_ids(subject.model, batch_size, tokens - 1)  # any other numbers would be no token's
+                keys[..., -digits:] = to_digits(ids, digits, keys.dtype).unsqueeze(1)
             cache.update(keys, values, i)
 
     def fresh() -> Cache:

@@ -22,6 +22,7 @@ CONTEXTS = {
     "shared": {"context_source": "shared", "context_dim": 12},
     "layer": {"context_source": "layer", "context_dim": 12},
     "layer x2": {"context_source": "layer", "context_dim": 12, "context_sharing": 2},
+    "ids": {"context_source": "layer", "context_dim": 12, "cache_token_ids": True},
     "exact": {"context_source": "layer", "context_dim": 32, "num_rotary_keys": 2, "reuse_rotary_keys": True},
 }
 
