@@ -48,7 +48,7 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
         kind: `int8` or `int4`.
 
     Raises:
-        UsageError: HQQ is not installed.
+        UsageError: HQQ is not installed, or the model caches token ids.
     """
     require_quantizer()
     head_size = config.hidden_size // config.num_attention_heads
@@ -64,7 +64,10 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
         q_group_size=group,
         residual_length=residual_length(length),
     )
-    return hold_contexts(cache, config)
+    try:
+        return hold_contexts(cache, config)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def measure_quantized(cache: Cache) -> CacheMeasurement:

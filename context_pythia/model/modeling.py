@@ -49,8 +49,10 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=0.1)
             init.normal_(module.bias, mean=0.0, std=0.01)
         elif isinstance(module, nn.Linear) and (latent := getattr(module, "latent_dim", 0)):
-            # Keys and values from the latent begin as large as those from the embedding.
-            init.normal_(module.weight[:, :latent], mean=0.0, std=latent**-0.5)
+            # Keys and values from the latent begin as large as those from the embedding. The host's functions would
+            # not see in a part of the weight that a checkpoint has it.
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.weight[:, :latent].normal_(std=latent**-0.5)
         elif isinstance(module, RotaryUp):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, GPTNeoXConfig
 from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache, QuantizedLayer
 
+from context_pythia.errors import UsageError
 from context_pythia.evaluation import quantized
 from context_pythia.evaluation.perplexity import score_cached
 from context_pythia.evaluation.quantized import (
@@ -18,6 +19,11 @@ from context_pythia.model.quantized import hold_contexts
 from tests.evaluation.conftest import build
 
 pytest.importorskip("hqq")
+
+
+def test_token_ids_are_refused_in_one_line():
+    with pytest.raises(UsageError, match="quantized cache: this model caches token ids"):
+        quantized_cache(ContextPythiaConfig(context_dim=64, cache_token_ids=True), "int8", 64)
 
 
 @pytest.mark.parametrize("width", [5, 64, 67, 130])

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from context_pythia.model.cache import cached_numbers_per_token
@@ -63,6 +64,17 @@ def test_latent_and_embedding_begin_with_keys_of_one_size():
     weight = model.gpt_neox.layers[1].attention.value_up.weight
     torch.testing.assert_close(weight[:, :19].std(), torch.tensor(19**-0.5), rtol=0.05, atol=0)
     torch.testing.assert_close(weight[:, 19:].std(), torch.tensor(config.initializer_range), rtol=0.05, atol=0)
+
+
+def test_loading_keeps_the_weights_beside_a_missing_one(tmp_path):
+    model = build("layer, token ids")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["gpt_neox.layers.1.attention.value_up.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor), name
 
 
 def test_inputs_without_ids_are_refused(ids):
