@@ -18,6 +18,7 @@ class Convert(Command):
         "convert EleutherAI/pythia-70m --kv-reduction 0.75 --data corpus.jsonl.gz --out pythia-70m-quarter",
         "convert runs/quick/models/pythia --kv-reduction 0.5 --out runs/exact",
         "convert runs/quick/models/pythia --context-dim 32 --heal-steps 50 --out runs/healed",
+        "convert runs/quick/models/pythia --kv-reduction 0.9 --cache-token-ids --out runs/ids",
     )
     arguments = ("model",)
     sections = {"convert": ConvertOptions, "data": DataOptions, "heal": HealOptions}

@@ -172,7 +172,7 @@ def _add_flag(group: argparse._ActionsContainer, declared: Option, flag: str, de
         settings["action"] = argparse.BooleanOptionalAction
     else:
         settings |= {"type": declared.parse, "metavar": _metavar(declared), "required": declared.required}
-        settings["action"] = "append" if declared.several is list else "store"
+        settings["action"] = "append" if declared.repeated else "store"
     group.add_argument(flag, **settings)
 
 

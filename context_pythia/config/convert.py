@@ -26,6 +26,21 @@ class ConvertOptions(Options):
     kv_reduction: float | None = option(
         None, "share of the cache that is saved, in place of context_dim; 0.5 is exact", bounds="> 0 and < 1", flag=True
     )
+    context_layers: list[int] | None = option(
+        None,
+        "for each layer the one whose context it attends to, itself or as the layer before",
+        flag=True,
+        metavar="N,N",
+    )
+    layer_context_dims: list[int] | None = option(
+        None,
+        "width of each layer's context, in place of context_dim; a layer that makes none has any",
+        flag=True,
+        metavar="N,N",
+    )
+    cache_token_ids: bool = option(
+        False, "cache token ids too, so that contexts need not tell which token it was", flag=True
+    )
     calibration_tokens: int = option(32_768, "tokens of the training split to calibrate on", bounds=">= 1", flag=True)
     weighting: str = option(
         "gradients",
@@ -43,11 +58,26 @@ class ConvertOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.context_dim is None) == (self.kv_reduction is None):
-            raise UsageError("convert: give either --context-dim N or --kv-reduction R")
+        if [self.context_dim, self.kv_reduction, self.layer_context_dims].count(None) != 2:
+            raise UsageError("convert: give either --context-dim N or --kv-reduction R, or --layer-context-dims N,N")
+        if self.layer_context_dims and self.uniform:
+            raise UsageError("convert: --layer-context-dims gives the widths, so drop --uniform")
+        if self.weighting == "none" and not self.plain:
+            raise UsageError("weighting none: knows of no text, which contexts of several layers and token ids need")
+
+    @property
+    def plain(self) -> bool:
+        """Whether each layer reads a context of its own, and nothing else."""
+        return self.context_layers is None and not self.cache_token_ids
+
+    @property
+    def asked(self) -> str:
+        """What the user asked for, for errors."""
+        names = ("context_dim", "kv_reduction", "layer_context_dims")
+        return next(f"{name} {value}" for name in names if (value := getattr(self, name)) is not None)
 
     def width(self, hidden_size: int) -> int:
-        """The layers' mean context_dim for a model of this width."""
+        """The layers' mean context_dim for a model of this width, unless `layer_context_dims` are given."""
         if self.kv_reduction is None:
             assert self.context_dim is not None
             return self.context_dim

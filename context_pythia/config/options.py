@@ -39,7 +39,7 @@ class Option:
         default: `dataclasses.MISSING` if the user must give a value.
         kind: type of each value: `str`, `int`, `float`, `bool` or `Path`.
         several: `tuple` or `list` if the field takes any number of values. On the command line, commas separate the
-            values of a tuple; for a list the flag is repeated.
+            values of a tuple and of a list of numbers; for a list of texts the flag is repeated.
         optional: None is valid.
     """
 
@@ -61,9 +61,14 @@ class Option:
 
     def parse(self, text: str) -> Any:
         """The value of a user's text. Text that does not parse stays text, and the check names it."""
-        if self.several is tuple:
-            return tuple(self._parse_one(word.strip()) for word in text.split(","))
-        return self._parse_one(text)
+        if self.repeated or self.several is None:
+            return self._parse_one(text)
+        return self.several(self._parse_one(word.strip()) for word in text.split(","))
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the flag is given once for each value."""
+        return self.several is list and self.kind is str
 
     def _parse_one(self, text: str) -> Any:
         if self.optional and text.casefold() in ("null", "none"):

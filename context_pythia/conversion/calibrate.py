@@ -6,7 +6,9 @@ gives the true Fisher information. Gradients are summed over a sample's tokens, 
 two moments are those of Shampoo (arXiv 1802.09568). Moments of single tokens, as in K-FAC (arXiv 1503.05671), lost a
 tenth more at an eighth of the cache.
 
-Shapes: B samples, T tokens of each, D hidden size, H heads.
+The layers that read one context count as one layer (`readers.py`), whose inputs are those of all.
+
+Shapes: B samples, T tokens of each, D hidden size, H heads, X = D times the inputs, N = D times the layers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -25,7 +28,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from tqdm import tqdm
 from transformers import GPTNeoXForCausalLM
 
-from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer
+from context_pythia.conversion.readers import Readers
 from context_pythia.data.packing import PackedDataset
 from context_pythia.errors import Failure
 from context_pythia.files import whole
@@ -39,16 +42,16 @@ Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass
 class LayerStatistics:
-    """Sums over the calibration tokens, in float64.
+    """Sums over the calibration tokens, in float64, of the layers that read one context.
 
     Attributes:
         tokens: number of tokens, `[]`.
-        input_sum: sum of the normalized inputs, `[D]`.
-        input_moment: sum of their outer products, `[D, D]`.
-        column_moment: sum of `dWᵀ dW` over the samples, `[D + 1, D + 1]`. `dW`, `[2 D, D + 1]`, is the gradient of a
+        input_sum: sum of the normalized inputs, `[X]`.
+        input_moment: sum of their outer products, `[X, X]`.
+        column_moment: sum of `dWᵀ dW` over the samples, `[X + 1, X + 1]`. `dW`, `[2 N, X + 1]`, is the gradient of a
             sample's summed loss by the weights of keys (before RoPE; they come first) and values, head by head. Its
             last column is the gradient by their bias.
-        row_moment: sum of `dW dWᵀ` without the bias, `[2 D, 2 D]`.
+        row_moment: sum of `dW dWᵀ` without the bias, `[2 N, 2 N]`.
     """
 
     tokens: torch.Tensor
@@ -58,9 +61,10 @@ class LayerStatistics:
     row_moment: torch.Tensor
 
     @classmethod
-    def zeros(cls, hidden_size: int) -> LayerStatistics:
-        moments = ((size, size) for size in (hidden_size, hidden_size + 1, 2 * hidden_size))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), (hidden_size,), *moments)))
+    def zeros(cls, hidden_size: int, inputs: int = 1, layers: int = 1) -> LayerStatistics:
+        width = inputs * hidden_size
+        moments = ((size, size) for size in (width, width + 1, 2 * layers * hidden_size))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((), (width,), *moments)))
 
     def save(self, path: Path) -> None:
         with whole(path) as partial:
@@ -74,17 +78,13 @@ class LayerStatistics:
         except (OSError, SafetensorError, TypeError) as error:
             raise Failure(f"{path} is damaged ({error}): delete it to calibrate again") from error
 
-    def factorizer(self, layer: KeysAndValues, weighting: str) -> LayerFactorizer:
-        """The layer's factorizer with one of `WEIGHTINGS`."""
-        return LayerFactorizer(layer, *WEIGHTINGS[weighting](self))
-
     def input_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean `[D]` and covariance `[D, D]` of the inputs."""
+        """Mean `[X]` and covariance `[X, X]` of the inputs."""
         mean = self.input_sum / self.tokens
         return mean, self.input_moment / self.tokens - mean[:, None] * mean
 
     def fisher_factors(self) -> Moments:
-        """Mean `[D]` of the inputs, covariance `[D, D]` and metric `[2 D, 2 D]`. The Kronecker product of the last two
+        """Mean `[X]` of the inputs, covariance `[X, X]` and metric `[2 N, 2 N]`. The Kronecker product of the last two
         approximates the Fisher information of the weight per token.
 
         A Schur complement removes the bias, because its value is free after the conversion. Each moment of a Kronecker
@@ -120,26 +120,29 @@ WEIGHTINGS: dict[str, Callable[[LayerStatistics], Moments]] = {
 def collect(
     model: GPTNeoXForCausalLM,
     text: PackedDataset,
-    layers: Sequence[int],
+    contexts: Sequence[Readers],
     *,
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
-) -> dict[int, LayerStatistics]:
-    """Statistics of the given layers from one pass over all samples of `text`.
+) -> dict[Readers, LayerStatistics]:
+    """Statistics of the readers of the given contexts from one pass over all samples of `text`.
 
     The backward pass recomputes each layer from its input. It needs the activations of one layer at a time, and, if
     weights are read from disk (`load_pretrained`), the weights of one layer.
 
     Args:
-        layers: the layers to observe; statistics take `48 D^2` bytes per layer.
+        contexts: the layers to observe; statistics take `8 (2 X^2 + 4 N^2)` bytes per context.
         batch_size: samples per pass; it changes only rounding.
         seed: seed of the labels, which are drawn from the model's predictions.
 
     Raises:
         Failure: a prediction, an input or a gradient is not finite.
     """
-    statistics = {layer: LayerStatistics.zeros(model.config.hidden_size) for layer in layers}
+    statistics = {
+        readers: LayerStatistics.zeros(model.config.hidden_size, len(readers.inputs), len(readers.layers))
+        for readers in contexts
+    }
     batches = range(0, len(text), batch_size)
     device = model.base_model.rotary_emb.inv_freq.device  # where the model computes, even if its weights are elsewhere
     with observed(model, statistics) as recording:
@@ -153,9 +156,11 @@ def collect(
             seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(start, stop)]
             gradients = [loss_gradients(model, state, own) for state, own in zip(states.detach(), seeds, strict=True)]
             states.backward(torch.stack(gradients))
-    for layer, held in statistics.items():
+    for readers, held in statistics.items():
         if not all(bool(getattr(held, f.name).isfinite().all()) for f in fields(held)):
-            raise Failure(f"layer {layer} has inputs or gradients that are not finite: the checkpoint is damaged")
+            raise Failure(
+                f"layer {readers.layers[0]} has inputs or gradients that are not finite: the checkpoint is damaged"
+            )
     return statistics
 
 
@@ -185,11 +190,11 @@ def _sandwich(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) -> Iterator[Event]:
+def observed(model: GPTNeoXForCausalLM, statistics: dict[Readers, LayerStatistics]) -> Iterator[Event]:
     """In the `with` block, a forward pass while the event is set, and its backward pass, add to `statistics`.
 
     Only activations get gradients, not weights. Clear the event before the backward pass, which runs each layer forward
-    again: the gradients then use the inputs of that second run, and no inputs stay in memory between the passes.
+    again.
     """
     heads = model.config.num_attention_heads
     # By name: a tied weight on disk is one parameter before it is read, and two after.
@@ -197,27 +202,39 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
     handles = []
     recording = Event()
 
-    def watch(held: LayerStatistics):
-        computed_anew: list[torch.Tensor] = []
+    inputs: dict[int, torch.Tensor] = {}  # of each layer, `[B, T, D]`
+    gradients: dict[int, torch.Tensor] = {}  # of each layer's keys, then values, `[B, T, 2, D]`
 
-        def forward(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def joined(readers: Readers) -> torch.Tensor:
+        return torch.cat([inputs[layer] for layer in readers.inputs], dim=-1)
+
+    def watch(layer: int):
+        own = next((readers for readers in statistics if layer in readers.layers), None)
+
+        def forward(module: nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if not recording.is_set():
-                computed_anew[:] = [inputs[0].detach().float()]
                 return
-            states = inputs[0].detach().flatten(0, 1).float()
-            held.tokens += states.shape[0]
-            held.input_sum += states.sum(0).double().cpu()
-            held.input_moment += (states.T @ states).double().cpu()
-            output.register_hook(backward)
+            states = arguments[0].detach()
+            inputs[layer] = states.to(torch.promote_types(states.dtype, torch.float32))
+            if own is None:
+                return
+            output.register_hook(partial(backward, own))
+            if layer == own.layers[-1]:
+                held, states = statistics[own], joined(own).flatten(0, 1)
+                held.tokens += states.shape[0]
+                held.input_sum += states.sum(0).double().cpu()
+                held.input_moment += (states.T @ states).double().cpu()
 
-        def backward(gradient: torch.Tensor) -> None:
-            # [B, T, H * (query, key, value) * head size] -> [B, T, 2 D]
-            parts = gradient.float().unflatten(-1, (heads, 3, -1))
-            kept = parts[..., 1:, :].transpose(2, 3).flatten(2)
-            states = nn.functional.pad(computed_anew.pop(), (0, 1), value=1.0)
-            # dW is keptᵀ states. Products between tokens give its moments without forming dW for each sample.
-            held.column_moment += _sandwich(states, kept).double().cpu()
-            held.row_moment += _sandwich(kept, states[..., :-1]).double().cpu()
+        def backward(own: Readers, gradient: torch.Tensor) -> None:
+            # [B, T, H * (query, key, value) * head size] -> [B, T, 2, D]
+            parts = gradient.to(inputs[layer].dtype).unflatten(-1, (heads, 3, -1))
+            gradients[layer] = parts[..., 1:, :].transpose(2, 3).flatten(3)
+            if layer == own.layers[0]:
+                held, kept = statistics[own], torch.cat([gradients.pop(i) for i in own.layers], dim=-1).flatten(2)
+                states = nn.functional.pad(joined(own), (0, 1), value=1.0)
+                # dW is keptᵀ states. Products between tokens give its moments without forming dW for each sample.
+                held.column_moment += _sandwich(states, kept).double().cpu()
+                held.row_moment += _sandwich(kept, states[..., :-1]).double().cpu()
 
         return forward
 
@@ -226,8 +243,8 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[int, LayerStatistics]) 
         recompute_activations(model)  # this also makes embeddings require gradients
         for layer in model.base_model.layers:
             layer.training = True  # Checkpointing requires it; the submodules, and so dropout, stay in eval mode.
-        for layer, held in statistics.items():
-            handles.append(model.gpt_neox.layers[layer].attention.query_key_value.register_forward_hook(watch(held)))
+        for layer in {layer for readers in statistics for layer in readers.inputs}:
+            handles.append(model.gpt_neox.layers[layer].attention.query_key_value.register_forward_hook(watch(layer)))
         # With an early stop, a layer's last module would not finish, and its weights would stay in memory.
         with set_checkpoint_early_stop(False):
             yield recording

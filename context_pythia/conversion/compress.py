@@ -1,23 +1,26 @@
-"""Converts a GPT-NeoX model, one layer at a time.
+"""Converts a GPT-NeoX model, one context at a time.
 
-Calibration statistics give the value of each layer's directions and decide how the budget is split. Each layer is
+Calibration statistics give the value of each layer's directions and decide how the budget is split. Each context is
 factorized again when its weights are written. A resumed run uses the statistics that it finds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GPTNeoXForCausalLM
 
 from context_pythia.config.convert import ConvertOptions
-from context_pythia.conversion.calibrate import LayerStatistics, collect
-from context_pythia.conversion.factorize import Factors, LayerFactorizer, allocate, exact_factors
+from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect
+from context_pythia.conversion.factorize import Factors, LayerFactorizer, exact_factors
 from context_pythia.conversion.original import keys_and_values
+from context_pythia.conversion.readers import Readers, readers_of
 from context_pythia.conversion.transplant import context_config, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.errors import Failure, UsageError
@@ -25,41 +28,67 @@ from context_pythia.evaluation.memory import free_memory
 from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # alignment for memory and vector units
-STATISTICS_BYTES = 48  # per layer, times D^2
 MOST_STATISTICS = 8 * 2**30  # bytes at once; if all layers need more, the text is read several times
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
 
-# The layers' widths, their rotary pairs at each frequency, and the function that makes a layer's factors.
-LayerPlan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
+# The contexts' widths, their rotary pairs at each frequency, and the function that makes a context's factors by index.
+ContextPlan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
 
 
-def checked_width(options: ConvertOptions, original: GPTNeoXForCausalLM) -> int:
-    """The layers' mean context width; UsageError if it does not fit the model."""
+@dataclass(frozen=True)
+class Form:
+    """What a converted model caches.
+
+    Attributes:
+        contexts: the readers of each context.
+        numbers: widths of all contexts together.
+        widths: width of each context; None if calibration decides it.
+        exact: whether the conversion is exact and needs no text.
+    """
+
+    contexts: list[Readers]
+    numbers: int
+    widths: list[int] | None
+    exact: bool
+
+
+def checked_form(options: ConvertOptions, original: GPTNeoXForCausalLM) -> Form:
+    """The form that the options ask for; UsageError if it does not fit the model."""
     config, attention = original.config, original.gpt_neox.layers[0].attention
-    hidden, rotary = config.hidden_size, attention.rotary_ndims
-    width = options.width(hidden)
-    asked = f"context_dim {width}" if options.kv_reduction is None else f"kv_reduction {options.kv_reduction}"
-    if width > hidden:
+    hidden, layers, rotary = config.hidden_size, config.num_hidden_layers, attention.rotary_ndims
+    dims = options.layer_context_dims
+    try:
+        made = context_config(config, None, dims or [hidden] * layers, options.context_layers, options.cache_token_ids)
+    except StrictDataclassError as error:
+        raise UsageError(f"convert: {error.__cause__ or error}") from error
+    contexts, digits = readers_of(made), made.id_digits
+    widths = [made.context_width(readers.layers[0]) for readers in contexts] if dims else None
+    numbers = sum(widths) if widths else options.width(hidden) * layers - digits
+    most, least = hidden * len(contexts), (rotary + (digits == 0)) * len(contexts)
+    exact = numbers == most and not digits and len(contexts) == layers
+    if numbers > most or max(widths or [0]) > hidden:
+        width = (most + digits) // layers
         raise UsageError(
-            f"{asked}: a context of {hidden}, the model's width, is already exact: give a context_dim of at most "
-            f"{hidden}, or a kv_reduction of at least 0.5"
+            f"{options.asked}: a context of {hidden}, the model's width, is already exact: give a context_dim of at "
+            f"most {width}, or a kv_reduction of at least {1 - width / (2 * hidden):g}"
         )
-    if rotary == attention.head_size and width < hidden:
+    if rotary == attention.head_size and not exact:
         raise UsageError(
-            f"{asked}: RoPE turns whole keys in this model, so the smallest cache is its keys, {hidden} numbers per "
-            "layer: give kv_reduction 0.5"
+            f"{options.asked}: RoPE turns whole keys in this model, so the smallest cache is its keys, {hidden} "
+            "numbers per layer: give kv_reduction 0.5"
         )
-    if width < rotary + 1:
+    if numbers < least:
+        latent = "" if digits else " and a latent"
         raise UsageError(
-            f"{asked}: is too small for one rotary key of {rotary} dims and a latent: give a context_dim of at least "
-            f"{rotary + 1}"
+            f"{options.asked}: is too small for one rotary key of {rotary} dims{latent} in each context: give a "
+            f"context_dim of at least {-(-(least + digits) // layers)}"
         )
-    return width
+    return Form(contexts, numbers, widths, exact)
 
 
 def compressed(
     original: GPTNeoXForCausalLM,
-    width: int,
+    form: Form,
     options: ConvertOptions,
     packed: PackedData | None,
     partial: Path,
@@ -68,7 +97,7 @@ def compressed(
     """The converted model, on disk (see `transplant`), and the record's entries on its layers.
 
     Args:
-        width: the layers' mean context_dim, from `checked_width`.
+        form: from `checked_form`.
         packed: its training split calibrates; None for an exact conversion, which needs no text.
         partial: folder for statistics and weights.
 
@@ -80,33 +109,42 @@ def compressed(
     if packed is None:
         widths, pairs, factors_of = _exact(original)
     else:
-        statistics = _statistics(original, options, packed.train, partial, progress)
+        statistics = _statistics(original, form.contexts, options, packed.train, partial, progress)
         calibrated = time.perf_counter()
-        widths, pairs, factors_of = _calibrated(original, width, options, statistics)
+        widths, pairs, factors_of = _calibrated(original, form, options, statistics)
     described: list[dict[str, Any]] = []
 
     def factors() -> Iterator[Factors]:
-        for layer, layer_width in enumerate(widths):
-            result = factors_of(layer)
+        for i, (readers, width) in enumerate(zip(form.contexts, widths, strict=True)):
+            result = factors_of(i)
             described.append(
                 {
-                    "width": layer_width,
+                    "width": width,
                     "rotary_pairs": result.pairs,
-                    "latent": layer_width - 2 * sum(result.pairs),
+                    "latent": width - 2 * sum(result.pairs),
                     "error": result.error,
                     "spectrum": result.spectrum.tolist(),
                     "condition": result.condition,
                 }
             )
-            yield result
+            for _ in readers.layers[1:]:  # they cache nothing
+                described.append(described[-1] | {"width": 0, "latent": 0, "error": 0.0, "spectrum": []})
+            yield from readers.split(result)
 
-    config = context_config(original.config, width, pairs, widths)
+    context_of = [i for i, readers in enumerate(form.contexts) for _ in readers.layers]
+    config = context_config(
+        original.config,
+        [pairs[i] for i in context_of],
+        [widths[i] for i in context_of],
+        options.context_layers,
+        options.cache_token_ids,
+    )
     model = transplant(original, factors(), config, partial, getattr(torch, options.dtype))
     seconds = {"calibration": calibrated - started, "factorization": time.perf_counter() - calibrated}
     return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
 
 
-def _exact(original: GPTNeoXForCausalLM) -> LayerPlan:
+def _exact(original: GPTNeoXForCausalLM) -> ContextPlan:
     """Exact contexts, all rotary keys and a latent for the rest of the model's width: half the cache, no error."""
     config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
 
@@ -120,36 +158,79 @@ def _exact(original: GPTNeoXForCausalLM) -> LayerPlan:
     return [config.hidden_size] * layers, [[config.num_attention_heads] * frequencies] * layers, factors
 
 
-def _calibrated(original: GPTNeoXForCausalLM, width: int, options: ConvertOptions, statistics: list[Path]) -> LayerPlan:
+def _calibrated(
+    original: GPTNeoXForCausalLM, form: Form, options: ConvertOptions, statistics: list[Path]
+) -> ContextPlan:
     """Widths and rotary pairs with the least weighted error."""
 
-    def factorizer_of(layer: int) -> LayerFactorizer:
-        # Built on each call, to keep only one layer's moments in memory.
-        held = LayerStatistics.load(statistics[layer])
-        return held.factorizer(keys_and_values(original, layer), options.weighting)
+    def factorizer_of(context: int) -> LayerFactorizer:
+        # Built on each call, to keep only one context's moments in memory.
+        held, readers = LayerStatistics.load(statistics[context]), form.contexts[context]
+        weights = [keys_and_values(original, layer) for layer in readers.layers]
+        return readers.factorizer(weights, *WEIGHTINGS[options.weighting](held))
 
-    frontiers, splits = zip(*(factorizer_of(layer).frontier() for layer in range(len(statistics))), strict=True)
-    widths = [width] * len(statistics)
-    if not options.uniform:
-        multiple = WIDTH_MULTIPLE if width % WIDTH_MULTIPLE == 0 else 1
-        widths = allocate(frontiers, sum(widths), multiple)
-    pairs = [split[layer_width] for split, layer_width in zip(splits, widths, strict=True)]
+    count, layers = len(form.contexts), original.config.num_hidden_layers
+    frontiers, splits = zip(*(factorizer_of(context).frontier() for context in range(count)), strict=True)
+    widths = form.widths or [form.numbers // count] * count
+    if not (form.widths or options.uniform):
+        multiple = WIDTH_MULTIPLE if form.numbers % (WIDTH_MULTIPLE * layers) == 0 else 1
+        widths = allocate(frontiers, form.numbers, multiple)
+    pairs = [split[width] for split, width in zip(splits, widths, strict=True)]
 
-    def factors(layer: int) -> Factors:
-        return factorizer_of(layer).factors(pairs[layer], widths[layer] - 2 * sum(pairs[layer]))
+    def factors(context: int) -> Factors:
+        return factorizer_of(context).factors(pairs[context], widths[context] - 2 * sum(pairs[context]))
 
     return widths, pairs, factors
 
 
+def allocate(frontiers: Sequence[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
+    """Widths of the contexts with sum `total` and the least error, by marginal error along each one's convex hull.
+
+    Args:
+        frontiers: each context's least error at widths 0, 1, … D (`LayerFactorizer.frontier`).
+        total: a multiple of `multiple`.
+        multiple: widths are multiples of it.
+    """
+    segments, widths = [], []
+    for layer, errors in enumerate(frontiers):
+        hull: list[int] = []
+        for width in range(0, len(errors), multiple):
+            if not errors[width].isfinite():
+                continue
+            while len(hull) > 1 and _slope(errors, hull[-1], width) <= _slope(errors, hull[-2], hull[-1]):
+                hull.pop()
+            hull.append(width)
+        widths.append(hull[0])
+        segments += [(_slope(errors, a, b), layer, b - a) for a, b in zip(hull, hull[1:], strict=False)]
+    left = total - sum(widths)
+    assert left >= 0, "the contexts' least widths take more than there is"
+    for _, layer, width in sorted(segments):
+        taken = min(width, left)
+        widths[layer] += taken
+        left -= taken
+    return widths
+
+
+def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
+    return float(errors[stop] - errors[start]) / (stop - start)
+
+
 def _statistics(
-    original: GPTNeoXForCausalLM, options: ConvertOptions, train: PackedDataset, partial: Path, progress: bool
+    original: GPTNeoXForCausalLM,
+    contexts: list[Readers],
+    options: ConvertOptions,
+    train: PackedDataset,
+    partial: Path,
+    progress: bool,
 ) -> list[Path]:
-    """One file of statistics per layer; existing files of an interrupted run are used."""
+    """One file of statistics per context; existing files of an interrupted run are used."""
     hidden = original.config.hidden_size
-    needed = 2 * hidden
+    inputs = max(len(readers.inputs) for readers in contexts)
+    needed = 2 * hidden * inputs
     if options.calibration_tokens < needed:
         raise UsageError(
-            f"calibration_tokens {options.calibration_tokens}: a width of {hidden} takes at least {needed} tokens"
+            f"calibration_tokens {options.calibration_tokens}: a width of {hidden * inputs} takes at least {needed} "
+            "tokens"
         )
     if train.num_tokens < options.calibration_tokens:
         raise UsageError(
@@ -159,10 +240,10 @@ def _statistics(
     # Samples from the whole split, since the first ones may come from a single document.
     chosen = torch.linspace(0, len(train) - 1, -(-options.calibration_tokens // train.sequence_length)).long()
     text = PackedDataset(train.tokens[chosen.numpy()])
-    files = [partial / f"statistics-{layer:03d}.safetensors" for layer in range(original.config.num_hidden_layers)]
-    missing = [layer for layer, file in enumerate(files) if not file.exists()]
+    files = {readers: partial / f"statistics-{readers.layers[0]:03d}.safetensors" for readers in contexts}
+    missing = [readers for readers, file in files.items() if not file.exists()]
     room = min(MOST_STATISTICS, (free_memory(torch.device("cpu")) or MOST_STATISTICS) / 2)
-    at_once = max(1, int(room / (STATISTICS_BYTES * hidden**2)))
+    at_once = max(1, int(room / max(readers.statistics_bytes(hidden) for readers in contexts)))
     for start in range(0, len(missing), at_once):
         held = collect(
             original,
@@ -172,6 +253,6 @@ def _statistics(
             seed=options.seed,
             progress=progress,
         )
-        for layer, layer_statistics in held.items():
-            layer_statistics.save(files[layer])
-    return files
+        for readers, statistics in held.items():
+            statistics.save(files[readers])
+    return list(files.values())

@@ -1,5 +1,7 @@
 """Rebuilds one layer's keys and values from fewer numbers: linear algebra on weights, moments and ranks.
 
+Layers that read one context count as one layer with the heads of all (`readers.py`).
+
 A layer's keys and values are `y = W h + b` of its normalized input h. The context has rotary pairs r and a latent z,
 both linear in h; an affine map rebuilds y from them (`model/attention.py`). Below full rank the factors minimize
 
@@ -13,7 +15,6 @@ Shapes: D hidden size, H heads, d rotary dims of a head, F = d / 2 frequencies, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,8 +34,8 @@ class KeysAndValues:
     """A layer's weights, in float64.
 
     Attributes:
-        weight: of the keys (before RoPE), then the values, each head by head, `[2 D, D]`.
-        bias: in the same order, `[2 D]`; zero if the layer has none.
+        weight: of the keys (before RoPE), then the values, each head by head, `[2 N, D]`; N is D for one layer.
+        bias: in the same order, `[2 N]`; zero if the layer has none.
         num_heads: H.
         rotary_dim: d.
     """
@@ -47,8 +48,7 @@ class KeysAndValues:
     @cached_property
     def rotary_rows(self) -> torch.Tensor:
         """Rows of the rotary dims, `[F, H, 2]`: frequency, head, real and imaginary part."""
-        width = self.weight.shape[1]
-        heads = torch.arange(self.num_heads) * (width // self.num_heads)
+        heads = torch.arange(self.num_heads) * (len(self.weight) // 2 // self.num_heads)
         frequencies = torch.arange(self.rotary_dim // 2)
         real = frequencies[:, None] + heads[None, :]
         return torch.stack([real, real + self.rotary_dim // 2], dim=-1)
@@ -71,6 +71,23 @@ class KeysAndValues:
 
 
 @dataclass
+class Known:
+    """What the token's embedding e tells without the context (`cache_token_ids`); the maps are regressions.
+
+    Attributes:
+        weight: of keys and values by e, beside their weight by the input, `[2 N, D]`.
+        inputs: of the input by e, `[D, D]`.
+        mean: of e, `[D]`.
+        rest: covariance of the part of the input that e does not tell, `[D, D]`.
+    """
+
+    weight: torch.Tensor
+    inputs: torch.Tensor
+    mean: torch.Tensor
+    rest: torch.Tensor
+
+
+@dataclass
 class Factors:
     """The maps of one layer to its context and back, in the form of `ContextAttention`.
 
@@ -78,10 +95,11 @@ class Factors:
         pairs: rotary pairs at each of the F frequencies.
         context_weight, context_bias: `[R + L, D]`, `[R + L]`.
         rotary_up: `[H, P, 2]`.
-        key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L, because rotary keys are reused.
+        key_up, value_up, value_bias: `[D - H d, C]`, `[D, C]`, `[D]`, with C = R + L, because rotary keys are reused;
+            with token ids C = L + D, because the embedding is.
         error: E (y - y')^T G (y - y') / 2. With the gradients' moments its unit is nats per token. It ranks
             factorizations but does not predict losses: errors of layers interact, and a Kronecker product only
-            approximates the Fisher information.
+            approximates the Fisher information. For several layers y is what a regression makes of it (`readers.py`).
         spectrum: error of omitting each direction of the input that the pairs do not read, `[D - rank]`, descending;
             the latent has the first L. Empty for an exact context.
         condition: condition number of an exact context, the factor by which it amplifies rounding; None for others.
@@ -106,14 +124,25 @@ class LayerFactorizer:
     them by one angle, so a complex combination of turned keys is the turned combination (RoRoPE, arXiv 2502.07864).
     The latent is a reduced-rank regression of everything else on the part of the input that the pairs do not read.
 
+    If the embedding is known, the latent has its part of the regression off, and that of the pairs, which are not
+    reused, in.
+
     Args:
         mean, covariance: of the inputs, by the weighting, `[D]` and `[D, D]`.
-        metric: G, `[2 D, 2 D]`, ordered as the layer's weight.
+        metric: G, `[2 N, 2 N]`, ordered as the layer's weight.
     """
 
-    def __init__(self, layer: KeysAndValues, mean: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor):
-        self.layer, self.mean = layer, mean
-        self.root = symmetric_root(covariance)  # h - mean stands for root @ (whitened input)
+    def __init__(
+        self,
+        layer: KeysAndValues,
+        mean: torch.Tensor,
+        covariance: torch.Tensor,
+        metric: torch.Tensor,
+        known: Known | None = None,
+    ):
+        self.layer, self.mean, self.known = layer, mean, known
+        # h - mean, or the part of it that is not known, stands for root @ (whitened input)
+        self.root = symmetric_root(known.rest if known else covariance)
         rows = layer.content_rows
         content = layer.weight[rows] @ self.root
         self.gram = content.T @ metric[rows][:, rows] @ content
@@ -167,10 +196,13 @@ class LayerFactorizer:
         return torch.cat([weight.real, weight.imag]), torch.cat([bias.real, bias.imag])
 
     def _free(self, rotary_weight: torch.Tensor) -> torch.Tensor:
-        """Orthonormal directions of the whitened input that the pairs do not read, `[D, D - rank]`.
+        """Orthonormal directions of the whitened input for the latent: those that the pairs do not read,
+        `[D, D - rank]`, or all of them if pairs are not reused.
 
         The rank is below R if pairs are linearly dependent, for example with equal or pruned heads.
         """
+        if self.known:
+            return torch.eye(len(self.root), dtype=self.root.dtype)
         directions, sizes, _ = torch.linalg.svd((rotary_weight @ self.root).T, full_matrices=True)
         return directions[:, int((sizes > ROUNDING * sizes[0]).sum()) :]
 
@@ -190,14 +222,15 @@ class LayerFactorizer:
         Returns:
             least error at widths 0, 1, … D, `[D + 1]` (infinite if too narrow), and its counts of pairs per frequency.
         """
-        width, most = self.layer.weight.shape[1], self.worth.numel()
+        width = self.layer.weight.shape[1]
+        most = min(self.worth.numel(), width // 2)
         weight, _ = self.layer.rotary
         pairs = (self.inward @ weight).flatten(0, 1)[self.order] @ self.root.to(weight.dtype)  # [P, D]
         reads = torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T  # [D, 2 P]
         # The last columns span what the first pairs do not read, so one basis serves all numbers of pairs. If pairs are
         # linearly dependent, the columns span less than that.
         basis, triangle = torch.linalg.qr(reads, mode="complete")
-        independent = bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
+        independent = not self.known and bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
         gram = basis.T @ self.gram @ basis
         rounding = ROUNDING * float(gram.trace() + self.worth.sum())
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
@@ -216,7 +249,8 @@ class LayerFactorizer:
         return least, [self.pair_counts(total) for total in choice.tolist()]
 
     def factors(self, pairs: list[int], latent_dim: int) -> Factors:
-        """The best factors with these pairs and a latent of this width, at most D - R."""
+        """The best factors with these pairs and a latent of this width, at most D - R, or D if an embedding is
+        known."""
         layer = self.layer
         rotary_weight, rotary_bias = self._rotary(pairs)
         free = self._free(rotary_weight)
@@ -224,9 +258,16 @@ class LayerFactorizer:
         values = values.clamp(min=0)
         directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
         latent_weight = torch.linalg.solve(self.root, directions).T
-        # The latent is orthogonal to the pairs, so the two regressions are independent.
         content = layer.weight[layer.content_rows] @ self.root
-        up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), content @ directions], dim=1)
+        up, content_mean = content @ directions, self.mean.new_zeros(latent_dim)
+        if self.known:
+            missed = layer.weight[layer.content_rows] - up @ latent_weight
+            beside = self.known.weight[layer.content_rows] + missed @ self.known.inputs
+            up, content_mean = torch.cat([up, beside], dim=1), torch.cat([content_mean, self.known.mean])
+        else:
+            # The latent is orthogonal to the pairs, so the two regressions are independent.
+            up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), up], dim=1)
+            content_mean = torch.cat([rotary_weight @ self.mean + rotary_bias, content_mean])
         return rebuilt(
             layer,
             self.mean,
@@ -235,6 +276,7 @@ class LayerFactorizer:
             torch.cat([rotary_bias, -latent_weight @ self.mean]),
             torch.cat([self.upward[f, :, :count] for f, count in enumerate(pairs)], dim=1),
             up,
+            content_mean,
             float(self._errors(pairs, values)[latent_dim]),
             values.flip(0) / 2,
         )
@@ -269,6 +311,7 @@ def exact_factors(layer: KeysAndValues) -> Factors:
         context_bias,
         torch.eye(heads, dtype=torch.complex128).repeat(1, frequencies),
         up,
+        context_bias,
         0.0,
         layer.weight.new_zeros(0),
     )
@@ -284,13 +327,15 @@ def rebuilt(
     context_bias: torch.Tensor,
     rotary_up: torch.Tensor,
     up: torch.Tensor,
+    content_mean: torch.Tensor,
     error: float,
     spectrum: torch.Tensor,
 ) -> Factors:
-    """Factors whose biases make the rebuilt values right in the mean; `up` maps the context to the content's rows."""
-    keys = layer.weight.shape[1] - layer.num_heads * layer.rotary_dim
+    """Factors whose biases make the rebuilt values right in the mean; `up` maps the content, of this mean, to the other
+    rows of keys and values."""
+    keys = len(layer.weight) // 2 - layer.num_heads * layer.rotary_dim
     expected = layer.weight[layer.content_rows] @ mean + layer.bias[layer.content_rows]
-    offset = expected - up @ (context_weight @ mean + context_bias)
+    offset = expected - up @ content_mean
     return Factors(
         pairs=pairs,
         context_weight=context_weight,
@@ -302,38 +347,6 @@ def rebuilt(
         error=error,
         spectrum=spectrum,
     )
-
-
-def allocate(frontiers: Sequence[torch.Tensor], total: int, multiple: int = 1) -> list[int]:
-    """Widths of the layers with sum `total` and the least error, by marginal error along each layer's convex hull.
-
-    Args:
-        frontiers: each layer's least error at widths 0, 1, … D (`LayerFactorizer.frontier`).
-        total: a multiple of `multiple`.
-        multiple: widths are multiples of it.
-    """
-    segments, widths = [], []
-    for layer, errors in enumerate(frontiers):
-        hull: list[int] = []
-        for width in range(0, len(errors), multiple):
-            if not errors[width].isfinite():
-                continue
-            while len(hull) > 1 and _slope(errors, hull[-1], width) <= _slope(errors, hull[-2], hull[-1]):
-                hull.pop()
-            hull.append(width)
-        widths.append(hull[0])
-        segments += [(_slope(errors, a, b), layer, b - a) for a, b in zip(hull, hull[1:], strict=False)]
-    left = total - sum(widths)
-    assert left >= 0, "the layers' least widths take more than there is"
-    for _, layer, width in sorted(segments):
-        taken = min(width, left)
-        widths[layer] += taken
-        left -= taken
-    return widths
-
-
-def _slope(errors: torch.Tensor, start: int, stop: int) -> float:
-    return float(errors[stop] - errors[start]) / (stop - start)
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import dispatch_model
@@ -25,19 +26,29 @@ OF_ITS_FILES = ("auto_map", "custom_pipelines")
 
 
 def context_config(
-    original: GPTNeoXConfig, context_dim: int, rotary_pairs: list[list[int]], widths: list[int]
+    original: GPTNeoXConfig,
+    rotary_pairs: list[list[int]] | None,
+    widths: list[int],
+    context_layers: list[int] | None = None,
+    cache_token_ids: bool = False,
 ) -> ContextPythiaConfig:
-    """The original's configuration with the contexts of its layers."""
+    """The original's configuration with the contexts of its layers.
+
+    Args:
+        rotary_pairs, widths: of the context that each layer attends to.
+    """
     body = original.to_dict()
     for key in ("model_type", "architectures", "transformers_version", *OF_ITS_FILES):
         body.pop(key, None)
     return ContextPythiaConfig(
         **body,
         context_source="layer",
-        context_dim=context_dim,
+        context_dim=round(fmean(widths)),
         rotary_pairs=rotary_pairs,
-        layer_context_dims=None if set(widths) == {context_dim} else widths,
-        reuse_rotary_keys=True,
+        context_layers=context_layers,
+        layer_context_dims=None if widths == widths[:1] * original.num_hidden_layers else widths,
+        cache_token_ids=cache_token_ids,
+        reuse_rotary_keys=not cache_token_ids,
         context_bias=True,
     )
 
@@ -90,7 +101,7 @@ def transplant(
     """
     files: dict[str, Path] = {}
     for layer_idx, layer_factors in enumerate(factors):
-        weights = _attention_weights(original, layer_idx, layer_factors, dtype)
+        weights = _attention_weights(original, layer_idx, layer_factors, config, dtype)
         path = folder / f"layer-{layer_idx:03d}.safetensors"
         save_file(weights, path)
         files |= dict.fromkeys(weights, path)
@@ -116,22 +127,26 @@ def transplant(
 
 
 def _attention_weights(
-    original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, dtype: torch.dtype
+    original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, config: ContextPythiaConfig, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The weights that replace a layer's fused projection."""
+    """The weights that replace a layer's fused projection; for layer 0 also the norm of the embeddings in keys and
+    values, which is its own."""
     weight, bias = split_projection(original, layer_idx)
     ours = {
-        "context.weight": factors.context_weight,
-        "context.bias": factors.context_bias,
         "rotary_up.weight": factors.rotary_up,
         "key_up.weight": factors.key_up,
         "value_up.weight": factors.value_up,
         "value_up.bias": factors.value_bias,
         "query.weight": weight[0],
     }
+    if config.makers[layer_idx] == layer_idx:
+        ours |= {"context.weight": factors.context_weight, "context.bias": factors.context_bias}
     if bias is not None:
         ours["query.bias"] = bias[0]
     if not factors.key_up.numel():
         del ours["key_up.weight"]
-    prefix = f"gpt_neox.layers.{layer_idx}.attention."
-    return {prefix + name: tensor.to(dtype).contiguous() for name, tensor in ours.items()}
+    named = {f"gpt_neox.layers.{layer_idx}.attention.{name}": tensor for name, tensor in ours.items()}
+    if config.cache_token_ids and layer_idx == 0:
+        for part in ("weight", "bias"):
+            named[f"gpt_neox.token_norm.{part}"] = read_weight(original, f"gpt_neox.layers.0.input_layernorm.{part}")
+    return {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}

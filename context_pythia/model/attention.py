@@ -94,7 +94,7 @@ class ContextAttention(GPTNeoXAttention):
             self.id_digits = config.cached_width(layer_idx) - config.context_width(layer_idx)
         if config.rotary_pairs is not None:
             self.num_rotary_keys = 1
-            self.pairs = config.rotary_pairs[layer_idx]
+            self.pairs = config.rotary_pairs[self.context_layer]
             self.rotary_up = RotaryUp(self.num_heads, self.pairs)
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)

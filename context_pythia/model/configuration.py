@@ -42,7 +42,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
     num_rotary_keys (`int`, *optional*, defaults to 1):
         Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
     rotary_pairs (`list[list[int]]`, *optional*):
-        For each layer and rotary frequency, the number of pairs that are cached at this frequency instead of whole
+        For each layer and rotary frequency, the number of pairs that its context has at this frequency instead of whole
         rotary keys; every head reads them through its own complex-linear map (`"layer"`).
     reuse_rotary_keys (`bool`, *optional*, defaults to `False`):
         Whether keys and values are rebuilt from the rotary keys (before RoPE) and the latent, and not from the latent
@@ -131,16 +131,15 @@ class ContextPythiaConfig(GPTNeoXConfig):
                 raise ValueError(
                     f"rotary_pairs: must have {layers} rows of {frequencies} counts, and a pair at least in each row"
                 )
-            if self.makers != list(range(layers)):
-                raise ValueError(f"rotary_pairs: need a context of each layer, but layers share them: {self.makers}")
         if self.cache_token_ids and self.reuse_rotary_keys:
             raise ValueError("cache_token_ids: keys and values are rebuilt from the embedding, not from rotary keys")
         for layer_idx in range(layers):
             rotary = self.rotary_width(layer_idx)
             least = rotary + (0 if self.reuse_rotary_keys or self.cache_token_ids else 1)
             if self.context_width(layer_idx) < least:
+                name = "layer_context_dims" if self.layer_context_dims else "context_dim"
                 raise ValueError(
-                    f"context_dim {self.context_width(layer_idx)} of layer {layer_idx}: leaves no latent beside the "
+                    f"{name} {self.context_width(layer_idx)} of layer {layer_idx}: leaves no latent beside the "
                     f"{rotary} dims of its rotary keys; it must be at least {least}"
                 )
 
@@ -157,7 +156,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
     def rotary_width(self, layer_idx: int = 0) -> int:
         """Numbers that RoPE turns in the context that layer `layer_idx` attends to."""
         if self.rotary_pairs is not None:
-            return 2 * sum(self.rotary_pairs[layer_idx])
+            return 2 * sum(self.rotary_pairs[self.makers[layer_idx]])
         return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
 
     def context_width(self, layer_idx: int = 0) -> int:

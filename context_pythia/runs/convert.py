@@ -27,7 +27,7 @@ from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.options import deciding
 from context_pythia.config.recipe import DataOptions, HealOptions
 from context_pythia.config.same import check_same, mismatches
-from context_pythia.conversion.compress import checked_width, compressed
+from context_pythia.conversion.compress import Form, checked_form, compressed
 from context_pythia.conversion.heal import heal
 from context_pythia.conversion.original import check_weights, load_original
 from context_pythia.data.packing import PackedData, load_data
@@ -85,7 +85,7 @@ class Conversion:
         steps = self.healing.steps
         if self.control and not steps:
             raise UsageError("convert: --control heals the original itself, so give --heal-steps")
-        if self.control and (self.options.context_dim, self.options.kv_reduction) != (None, 0.5):
+        if self.control and not (self.options.kv_reduction == 0.5 and self.options.plain):
             raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
         if not steps and (given := mismatches(asdict(HealOptions()), asdict(self.healing))):
             name, (_, value) = next(iter(given.items()))
@@ -192,23 +192,23 @@ class Conversion:
             return read_record(folder / RECORD)
         started = time.perf_counter()
         return_freed_memory()
-        original, tokenizer, width = self._open_original()
+        original, tokenizer, form = self._open_original()
         config = original.config
-        calibrates = width < config.hidden_size
+        calibrates = form is not None and not form.exact
         text = self.text(config) if calibrates or self.healing.steps else None
         record = {
             "original": self.model,
             "original_commit": hub_commit(self.model),
             "data_fingerprint": text.summary["fingerprint"] if text else None,
-            "context_dim": None if self.control else width,
+            "context_dim": None if form is None else round(form.numbers / config.num_hidden_layers),
             "numbers_per_token_original": cached_numbers_per_token(config),
             **describe_parameters(original),
         }
-        if self.control:
+        if form is None:
             result = load_pretrained(self.model, getattr(torch, self.options.dtype))
         else:
             calibration = text if calibrates else None
-            result, details = compressed(original, width, self.options, calibration, self.partial, self.progress)
+            result, details = compressed(original, form, self.options, calibration, self.partial, self.progress)
             record |= details
         record["cache"] = describe_cache(result, min(128, config.max_position_embeddings), DECODED)
         folder.mkdir(exist_ok=True)
@@ -221,8 +221,8 @@ class Conversion:
         write_json(folder / RECORD, record)
         return record
 
-    def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, int]:
-        """The model to convert (weights on disk), its tokenizer, and the width of the contexts."""
+    def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, Form | None]:
+        """The model to convert (weights on disk), its tokenizer, and the form of the contexts; None for a control."""
         original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
         config = original.config
         if self.control and not self.healing.teaches_a_control(config):
@@ -230,15 +230,15 @@ class Conversion:
                 "heal.ce_weight 0: without dropout the control matches its own teacher and learns nothing; "
                 "give a weight above 0"
             )
-        width = config.hidden_size if self.control else checked_width(self.options, original)
-        reads_text = width < config.hidden_size or bool(self.healing.steps)
+        form = None if self.control else checked_form(self.options, original)
+        reads_text = (form is not None and not form.exact) or bool(self.healing.steps)
         if reads_text and (rows := vocabulary_rows(tokenizer)) > config.vocab_size:
             raise UsageError(
                 f"tokenizer {self.data.tokenizer} has {rows} tokens, model {self.model} has {config.vocab_size}: "
                 "give the model's own with --tokenizer"
             )
         check_weights(original, self.model)
-        return original, tokenizer, width
+        return original, tokenizer, form
 
     def heal(self) -> dict[str, Any]:
         """Heal into the folder `healed` of `partial`, and return the record's entries on healing."""

@@ -7,8 +7,9 @@ from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.config import convert as options
-from context_pythia.conversion import calibrate, compress
+from context_pythia.conversion import calibrate
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect, observed
+from context_pythia.conversion.readers import Readers
 from context_pythia.data.packing import PackedDataset
 from context_pythia.evaluation.memory import peak_during, weight_bytes
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -29,34 +30,39 @@ def text() -> PackedDataset:
 
 
 def gather(model, text, layers=range(LAYERS), batch_size=3, seed=0):
-    return collect(model, text, layers, batch_size=batch_size, seed=seed, progress=False)
+    """The statistics of each layer by itself."""
+    contexts = [Readers((layer,)) for layer in layers]
+    found = collect(model, text, contexts, batch_size=batch_size, seed=seed, progress=False)
+    return {readers.layers[0]: held for readers, held in found.items()}
 
 
-def plain_moments(model, text, layer: int, batch_size: int, seed: int) -> LayerStatistics:
+def plain_moments(model, text, readers: Readers, batch_size: int, seed: int) -> LayerStatistics:
     """A sample at a time, from torch.autograd.grad of the loss of labels drawn as `collect` draws them."""
-    attention = model.gpt_neox.layers[layer].attention
-    held = LayerStatistics.zeros(HIDDEN)
+    layers = [layer.attention.query_key_value for layer in model.gpt_neox.layers]
+    held = LayerStatistics.zeros(HIDDEN, len(readers.inputs), len(readers.layers))
     for start in range(0, len(text), batch_size):
         ids = torch.stack([text[i]["input_ids"] for i in range(start, min(start + batch_size, len(text)))])
         seen = {}
 
         def keep(module, inputs, output, seen=seen):
-            seen["input"], seen["output"] = inputs[0], output
+            seen[layers.index(module)] = inputs[0], output
 
-        handle = attention.query_key_value.register_forward_hook(keep)
+        handles = [layer.register_forward_hook(keep) for layer in layers]
         logits = model(ids).logits
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         generators = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(ids))]
         drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(logits.softmax(-1), generators, strict=True)]
         labels = torch.cat(drawn)[:, 0]
         losses = -logits.log_softmax(-1).flatten(0, 1)[torch.arange(len(labels)), labels]
-        (gradient,) = torch.autograd.grad(losses.sum(), seen["output"])
-        for sample, by_head in zip(seen["input"].detach().double(), gradient.double(), strict=True):
+        gradients = torch.autograd.grad(losses.sum(), [seen[layer][1] for layer in readers.layers])
+        inputs = torch.cat([seen[layer][0] for layer in readers.inputs], dim=-1).detach().double()
+        for sample, *by_layer in zip(inputs, *(gradient.double() for gradient in gradients), strict=True):
             held.tokens += len(sample)
             held.input_sum += sample.sum(0)
             held.input_moment += sample.T @ sample
-            _, keys, values = by_head.view(-1, HEADS, 3, HIDDEN // HEADS).unbind(2)
-            both = torch.cat([keys.flatten(1), values.flatten(1)], dim=1)
+            parts = [by_head.view(-1, HEADS, 3, HIDDEN // HEADS) for by_head in by_layer]
+            both = torch.cat([part[:, :, kind].flatten(1) for kind in (1, 2) for part in parts], dim=1)
             weight_gradient = sum(torch.outer(g, h) for g, h in zip(both, sample, strict=True))
             with_bias = torch.cat([weight_gradient, both.sum(0)[:, None]], dim=1)
             held.column_moment += with_bias.T @ with_bias
@@ -69,13 +75,18 @@ def assert_same(got: LayerStatistics, expected: LayerStatistics, rtol: float) ->
         torch.testing.assert_close(getattr(got, name), value, rtol=rtol, atol=rtol * float(value.abs().max()))
 
 
-def test_moments_are_those_of_plain_hooks_and_autograd(model, text):
-    batch_size = 3
-    found = gather(model, text, batch_size=batch_size, seed=5)
-    for layer, held in found.items():
+@pytest.mark.parametrize(
+    "contexts",
+    [[Readers((0,)), Readers((1, 2))], [Readers((0,), True), Readers((1, 2), True)]],
+    ids=["layers", "and the embedding"],
+)
+def test_moments_are_those_of_plain_hooks_and_autograd(contexts, model, text):
+    found = collect(model, text, contexts, batch_size=3, seed=5, progress=False)
+    assert list(found) == contexts
+    for readers, held in found.items():
         assert held.tokens == text.num_tokens == 84
         assert held.row_moment.norm() > 0 and held.column_moment.norm() > 0
-        assert_same(held, plain_moments(model, text, layer, batch_size, seed=5), rtol=1e-4)
+        assert_same(held, plain_moments(model, text, readers, 3, seed=5), rtol=1e-4)
 
 
 def test_layers_in_one_pass_or_in_groups_are_equal_to_the_bit(model, text):
@@ -139,7 +150,7 @@ def test_weights_get_no_gradients_and_keep_whether_they_want_them(model, text):
 
 
 def test_an_interrupted_pass_leaves_no_hooks_and_no_frozen_weights(model):
-    with pytest.raises(KeyboardInterrupt), observed(model, {1: LayerStatistics.zeros(HIDDEN)}):
+    with pytest.raises(KeyboardInterrupt), observed(model, {Readers((1,)): LayerStatistics.zeros(HIDDEN)}):
         raise KeyboardInterrupt
     assert not any(module.training for module in model.modules()) and not model.is_gradient_checkpointing
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -237,7 +248,7 @@ def test_statistics_of_nothing_have_finite_factors(nothing):
 
 def test_the_bytes_that_a_conversion_plans_for_are_those_of_a_layers_statistics():
     held = sum(value.nbytes for value in vars(LayerStatistics.zeros(HIDDEN)).values())
-    assert held == pytest.approx(compress.STATISTICS_BYTES * HIDDEN**2, rel=0.01)
+    assert held == pytest.approx(Readers((1,)).statistics_bytes(HIDDEN), rel=0.01)
 
 
 def test_every_weighting_can_be_asked_for():

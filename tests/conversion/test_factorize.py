@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 
-from context_pythia.conversion.calibrate import LayerStatistics
-from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer, allocate, exact_factors, symmetric_root
+from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics
+from context_pythia.conversion.compress import allocate
+from context_pythia.conversion.factorize import KeysAndValues, LayerFactorizer, exact_factors, symmetric_root
 from context_pythia.model.attention import RotaryUp
 
 HIDDEN, HEADS, ROTARY = 32, 4, 4
@@ -240,7 +241,9 @@ def test_the_gradients_weighting_is_the_best_of_the_three_under_its_metric(rival
     )
     turned = averaged(layer, metric)
     for pairs, latent in (([4, 4], 4), ([3, 2], 6), ([1, 1], 10)):
-        ours, other = (held.factorizer(layer, name).factors(pairs, latent) for name in ("gradients", rival))
+        ours, other = (
+            LayerFactorizer(layer, *WEIGHTINGS[name](held)).factors(pairs, latent) for name in ("gradients", rival)
+        )
         assert brute_force(layer, ours, inputs, turned) < 0.9 * brute_force(layer, other, inputs, turned)
 
 

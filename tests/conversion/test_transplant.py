@@ -47,7 +47,7 @@ def exact_on_disk(original: GPTNeoXForCausalLM, folder):
     config, layers = original.config, range(original.config.num_hidden_layers)
     frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
     pairs = [[config.num_attention_heads] * frequencies for _ in layers]
-    made = context_config(config, config.hidden_size, pairs, [config.hidden_size for _ in layers])
+    made = context_config(config, pairs, [config.hidden_size for _ in layers])
     factors = (exact_factors(keys_and_values(original, layer)) for layer in layers)
     return transplant(original, factors, made, folder, original.dtype)
 
@@ -188,8 +188,8 @@ def test_a_model_in_half_precision_stays_so(ids, exact):
 def test_widths_of_layers_are_written_down_only_where_they_differ():
     original = make_original()
     pairs = [[4, 4]] * 3
-    assert context_config(original.config, 64, pairs, [64, 64, 64]).layer_context_dims is None
-    config = context_config(original.config, 40, pairs, [32, 48, 40])
+    assert context_config(original.config, pairs, [64, 64, 64]).layer_context_dims is None
+    config = context_config(original.config, pairs, [32, 48, 40])
     assert config.layer_context_dims == [32, 48, 40] and config.context_dim == 40
     assert config.model_type == "context_pythia" and config.num_hidden_layers == 3
 
@@ -203,7 +203,7 @@ def test_a_weight_without_a_place_is_an_error(exact):
 
 def test_too_few_factors_are_an_error(tmp_path):
     original = make_original()
-    config = context_config(original.config, 64, [[4, 4]] * 3, [64] * 3)
+    config = context_config(original.config, [[4, 4]] * 3, [64] * 3)
     factors = [exact_factors(keys_and_values(original, layer)) for layer in (0, 1)]
     with pytest.raises(RuntimeError, match=r"weight .*layers\.2\.attention\.context\.bias is missing"):
         transplant(original, factors, config, tmp_path, torch.float32)

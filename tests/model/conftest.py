@@ -37,6 +37,15 @@ SOURCES = {
         context_dim=23,
         cache_token_ids=True,
     ),
+    "layer, token ids and rotary pairs": dict(
+        context_source="layer",
+        context_layers=[0, 1, 1],
+        layer_context_dims=[4, 23, 0],
+        context_dim=23,
+        rotary_pairs=[[1, 1], [2, 1], [2, 1]],
+        cache_token_ids=True,
+        context_bias=True,
+    ),
     "grouped": dict(context_source="grouped", key_value_heads=2),
     "grouped, shared by 2": dict(context_source="grouped", context_sharing=2),
     "layer, rotary pairs": dict(

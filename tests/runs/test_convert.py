@@ -98,15 +98,32 @@ def test_layers_of_equal_width_that_is_no_multiple_of_eight(convert, original, t
     assert measure_generated_cache(converted, 10).filled == 21 * LAYERS * 10 * 4
 
 
-def test_wider_contexts_are_nearer_to_the_original(original, quarter, below, tokenizer, corpus):
+def divergence(folder, original, tokenizer, corpus) -> float:
+    """Of a model's predictions from the original's, in nats per token."""
     ids = torch.tensor(tokenizer(next(corpus.iterdir()).read_text())["input_ids"][:640]).view(-1, 16)
     with torch.no_grad():
-        expected = load(original)(ids).logits.log_softmax(-1)
-        near, far = (
-            float((expected.exp() * (expected - load(folder)(ids).logits.log_softmax(-1))).sum(-1).mean())
-            for folder in (below, quarter)
-        )
-    assert 0 < near < far
+        expected, got = (load(model)(ids).logits.log_softmax(-1) for model in (original, folder))
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+def test_wider_contexts_are_nearer_to_the_original(original, quarter, below, tokenizer, corpus):
+    assert 0 < divergence(below, original, tokenizer, corpus) < divergence(quarter, original, tokenizer, corpus)
+
+
+def test_contexts_by_layers_and_token_ids_are_nearer_at_a_tenth_of_the_cache(
+    convert, original, tokenizer, corpus, tmp_path
+):
+    tenth = ("--kv-reduction", 0.9, "--calibration-tokens", 256)
+    assert convert(original, tmp_path / "plain", *tenth) == 0
+    assert convert(original, tmp_path / "ids", *tenth, "--cache-token-ids", "--context-layers", "0,1,1", card=True) == 0
+    converted, record = load(tmp_path / "ids"), record_of(tmp_path / "ids")
+    assert converted.config.context_layers == [0, 1, 1] and converted.config.cache_token_ids
+    widths = [layer["width"] for layer in record["layers"]]
+    assert record["cache"]["numbers_per_token"] == sum(widths) + 2 == 6 * LAYERS and widths[2] == 0
+    assert measure_generated_cache(converted, 10).filled == 6 * LAYERS * 10 * 4
+    assert "90.6% less cache" in (tmp_path / "ids" / "README.md").read_text()
+    near, far = (divergence(tmp_path / name, original, tokenizer, corpus) for name in ("ids", "plain"))
+    assert 0 < near < 0.8 * far
 
 
 def test_shipped_code_loads_where_the_package_is_absent(healed, tmp_path, ids):

@@ -15,7 +15,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.config.convert import ConvertOptions
-from context_pythia.conversion.compress import checked_width, compressed
+from context_pythia.conversion.compress import checked_form, compressed
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 
@@ -67,8 +67,8 @@ def convert(kv_reduction: float, folder: Path) -> ContextPythiaForCausalLM:
     text = np.random.default_rng(0).integers(1, SIZE["vocab_size"], (16, 33), dtype=np.uint16)
     packed = PackedData(PackedDataset(text), PackedDataset(text), None, {})
     options = ConvertOptions(kv_reduction=kv_reduction, calibration_tokens=512)
-    width = checked_width(options, original)
-    model, _ = compressed(original, width, options, None if kv_reduction == 0.5 else packed, folder, progress=False)
+    form = checked_form(options, original)
+    model, _ = compressed(original, form, options, None if kv_reduction == 0.5 else packed, folder, progress=False)
     return model.eval()
 
 
