@@ -78,6 +78,7 @@ class ArchitectureOptions(Options):
         flag=True,
     )
     attention_dropout: float = option(0.0, "dropout of attention weights", bounds=">= 0 and < 1")
+    initializer_range: float = option(0.02, "standard deviation of the initial weights", bounds="> 0")
     match_parameters: bool = option(
         False, "give each model as many parameters as the baseline by another width of its MLP"
     )

@@ -129,7 +129,7 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
 def _associations(options: DataOptions) -> PackedData:
     length, splits = options.sequence_length, options.split_sizes(options.samples)
     train, validation = (
-        PackedDataset(*associations.associations(rows, length, options.vocab_size, seed))
+        PackedDataset(*associations.associations(rows, length, options.vocab_size, seed, mixed=seed == 0))
         for seed, rows in enumerate(splits)
     )
     tokenizer = associations.tokenizer_of_numbers(options.vocab_size)

@@ -12,13 +12,15 @@ OPTIONS = DataOptions(data="recall", vocab_size=300, samples=40, sequence_length
 def test_each_value_that_is_asked_for_was_told_before_and_nothing_else_has_a_label():
     data = load_data(OPTIONS)
     assert (len(data.train), len(data.validation)) == (30, 10)
-    for sample in data.train:
+    sizes = []
+    for sample in (*data.train, *data.validation):
         ids, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
-        told = dict(zip(ids[:12:2], ids[1:12:2], strict=True))
         asked = [t for t, label in enumerate(labels) if label != -100]
-        assert sorted(ids[t] for t in asked) == sorted(told) and len(told) == 50 // 8
-        assert min(asked) >= 12 and all(labels[t] == told[ids[t]] for t in asked)
-        assert max(told) < min(told.values()) < 300
+        told = dict(zip(ids[: asked[0] : 2], ids[1 : asked[0] : 2], strict=True))
+        assert asked == list(range(2 * len(told), 50, 2)) and all(labels[t] == told[ids[t]] for t in asked)
+        assert len(set(told.values())) == len(told) and max(told) < min(told.values()) < 300
+        sizes.append(len(told))
+    assert set(sizes[:30]) == {1, 2, 3, 4, 5, 6} and sizes[30:] == [50 // 8] * 10
 
 
 def test_samples_are_the_same_at_each_call_and_new_in_each_split():
