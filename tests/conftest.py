@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from context_pythia.cli.reported import compare
+from context_pythia.cli.command import reported
 from context_pythia.config.recipe import Recipe
 from context_pythia.config.recipe_files import recipe_from_dict
 
@@ -68,6 +68,9 @@ def tiny_recipe(folder, **sections) -> Recipe:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, own_cache):
+    from context_pythia.runs.train import compare  # takes seconds, and half of the tests need no training
+
     folder = tmp_path_factory.mktemp("comparison")
-    compare(tiny_recipe(folder), folder / "run", lang="ja", progress=False)
+    with reported(folder / "run", "ja"):
+        compare(tiny_recipe(folder), folder / "run", progress=False)
     return folder / "run"

@@ -101,7 +101,7 @@ def test_imports_point_strictly_down(path):
         ("from context_pythia import runs", "training/phase1.py", True),
         ("from context_pythia.report import report", "runs/train.py", True),
         ("from context_pythia.config.recipe import Recipe", "report/run.py", True),
-        ("from context_pythia.report import report", "cli/reported.py", False),
+        ("from context_pythia.report import report", "cli/command.py", False),
         ("from .modeling import x", "model/cache.py", True),
         ("from . import cache", "model/context.py", True),
         ("from ..data import packing", "model/modeling.py", True),

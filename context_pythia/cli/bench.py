@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from context_pythia.bench.options import SIZES, BenchOptions, ServeOptions, parse_sources
-from context_pythia.cli.command import Command, Report
+from context_pythia.cli.command import Command, Report, reported
 from context_pythia.config.options import option
 from context_pythia.config.recipe import OF_A_RECIPE
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
@@ -41,46 +42,28 @@ class Bench(Report, Command):
     out: Path | None = option(None, "folder for figures, report and pictures (default: none)", metavar="DIR")
 
     def run(self) -> None:
-        if self.serve:
-            self._serve()
-            return
-        if served := self.values_of("serve"):
-            raise UsageError(f"bench: serve.{next(iter(served))} needs --serve")
         name = "report" if self.train and self.recipe is None else self.recipe
-        if sum([bool(self.models), name is not None, self.size is not None]) != 1:
+        other = "bench" if self.serve else "serve"
+        if foreign := self.values_of(other):
+            with_serve = "does not go with" if self.serve else "needs"
+            raise UsageError(f"bench: {other}.{next(iter(foreign))} {with_serve} --serve")
+        if sum([bool(self.models), name is not None, self.size is not None]) != 1 or (self.serve and name is not None):
             one = "a recipe alone" if self.train else "either MODELs, --recipe RECIPE or --size SIZE"
-            raise UsageError(f"bench: give {one}")
+            raise UsageError("bench --serve: give either MODELs or --size SIZE" if self.serve else f"bench: give {one}")
         if self.sources is not None and self.size is None:
             raise UsageError("bench: --sources needs --size")
-        of_recipe = {path: value for path, value in self.values.items() if not path.startswith("bench.")}
+        of_recipe = {path: value for path, value in self.values.items() if not path.startswith(("bench.", "serve."))}
         if name is None and (of_recipe or self.only):
             raise UsageError("bench: options of a recipe need --recipe")
         recipe = None if name is None else load_recipe(name, of_recipe, self.only)
         sources = None if self.sources is None else parse_sources(self.sources)
-        options = BenchOptions(**self.values_of("bench"))
-        from context_pythia.cli.reported import bench
+        of_bench, of_serve = BenchOptions(**self.values_of("bench")), ServeOptions(**self.values_of("serve"))
+        from context_pythia.bench import run, serve
+        from context_pythia.report.report import show
 
-        bench(
-            models=self.models,
-            recipe=recipe,
-            size=self.size,
-            sources=sources,
-            options=options,
-            train=self.train,
-            out=self.out,
-            lang=self.lang,
-            progress=not self.quiet,
-        )
-
-    def _serve(self) -> None:
-        others = [path for path in self.values if not path.startswith("serve.")]
-        if others or self.recipe or self.only or self.train:
-            what = others[0] if others else next(n for n in ("recipe", "only", "train") if getattr(self, n))
-            raise UsageError(f"bench --serve: takes MODELs or --size and --set serve.NAME=VALUE, not {what}")
-        if bool(self.models) == bool(self.size):
-            raise UsageError("bench --serve: give either MODELs or --size SIZE")
-        sources = None if self.sources is None else parse_sources(self.sources)
-        options = ServeOptions(**self.values_of("serve"))
-        from context_pythia.cli.reported import serve
-
-        serve(self.models, self.size, sources, options, out=self.out, lang=self.lang, progress=not self.quiet)
+        common: dict[str, Any] = {"out": self.out, "progress": not self.quiet, "show": show}
+        with reported(self.out, self.lang):
+            if self.serve:
+                serve.serve(self.models, self.size, sources, of_serve, **common)
+            else:
+                run.bench(self.models, recipe, self.size, sources, of_bench, train=self.train, **common)

@@ -6,16 +6,18 @@ inside `run`, because `--help` must answer without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from context_pythia import processes
 from context_pythia.config.options import Options, option
 from context_pythia.config.recipe import OF_A_RECIPE, Recipe
 from context_pythia.config.recipe_files import load_recipe, packaged_recipes
-
-LANGUAGES = ("en", "ja")
+from context_pythia.errors import UsageError
+from context_pythia.report.texts import LANGUAGES
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,31 @@ class Report(Options):
 
     lang: str = option("en", "language of a second report, beside the English one", LANGUAGES)
     quiet: bool = option(False, "show no progress bars")
+
+
+@contextlib.contextmanager
+def reported(out: Path | None, lang: str = "en") -> Iterator[None]:
+    """Write the report of the folder `out`, in English and in `lang`, after the work in the `with` block.
+
+    After a failure or an interruption too, because the folder has the figures so far; but not if the command was
+    refused. The work knows nothing of reports, and reports read only its JSON files.
+    """
+    try:
+        yield
+    except (UsageError, OSError):
+        raise
+    except BaseException:
+        _write_report(out, lang)
+        raise
+    _write_report(out, lang)
+
+
+def _write_report(out: Path | None, lang: str) -> None:
+    records = ("metrics.json", "provenance.json")
+    if out is not None and processes.is_main() and all((out / record).exists() for record in records):
+        from context_pythia.report.report import write_report
+
+        print("\n" + "\n".join(f"wrote {path}" for path in write_report(out, *dict.fromkeys(("en", lang)))))
 
 
 def required(help: str, **declared: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from context_pythia.cli.command import RecipeCommand, Report, folder_of, required
+from context_pythia.cli.command import RecipeCommand, Report, folder_of, reported, required
 from context_pythia.config.options import option
 
 
@@ -25,9 +24,11 @@ class Compare(Report, RecipeCommand):
 
     def run(self) -> None:
         recipe = self.load_recipe(self.models)
-        from context_pythia.cli.reported import compare
+        out = folder_of(recipe, self.out)
+        from context_pythia.runs.train import compare
 
-        compare(recipe, folder_of(recipe, self.out), lang=self.lang, progress=not self.quiet)
+        with reported(out, self.lang):
+            compare(recipe, out, progress=not self.quiet)
 
 
 @dataclass(kw_only=True)
@@ -43,11 +44,8 @@ class Train(RecipeCommand):
     def run(self) -> None:
         from context_pythia.runs.train import compare
 
-        self._run(compare)
-
-    def _run(self, work: Callable[..., None]) -> None:
         recipe = self.load_recipe([self.model])
-        work(recipe, folder_of(recipe, self.out), progress=not self.quiet)
+        compare(recipe, folder_of(recipe, self.out), progress=not self.quiet)
 
 
 @dataclass(kw_only=True)
@@ -58,4 +56,5 @@ class Phase1(Train):
     def run(self) -> None:
         from context_pythia.runs.train import run_phase1
 
-        self._run(run_phase1)
+        recipe = self.load_recipe([self.model])
+        run_phase1(recipe, folder_of(recipe, self.out), progress=not self.quiet)

@@ -38,9 +38,10 @@ class Convert(Command):
         options = ConvertOptions(**given)
         data = DataOptions(**{"tokenizer": self.model} | self.values_of("data"))
         healing = HealOptions(**self.values_of("heal"))
-        from context_pythia.cli.reported import convert
+        from context_pythia.report.card import write_card
+        from context_pythia.runs.convert import Conversion
 
-        convert(
+        conversion = Conversion(
             self.model,
             self.out,
             options=options,
@@ -50,3 +51,5 @@ class Convert(Command):
             control=self.control,
             progress=not self.quiet,
         )
+        conversion.run()
+        write_card(self.out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from context_pythia.cli.command import Command, Report, required
+from context_pythia.cli.command import Command, Report, reported, required
 from context_pythia.config.options import option
 from context_pythia.config.recipe import PRECISIONS, DataOptions
 
-CACHES = ("none", "int8", "int4")
+CACHES = ("int8", "int4")
 
 
 @dataclass(kw_only=True)
@@ -40,20 +40,22 @@ class Evaluate(Report, Command):
 
     def run(self) -> None:
         data = DataOptions(**{"tokenizer": self.models[0]} | self.values_of("data"))
-        from context_pythia.cli.reported import evaluate
+        from context_pythia.report.report import show
+        from context_pythia.runs.evaluate import evaluate
 
-        evaluate(
-            models=self.models,
-            data=data,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            cached_tokens=self.cached_tokens,
-            caches=[cache for cache in dict.fromkeys(self.cache) if cache != "none"],
-            tasks=self.tasks,
-            tasks_path=self.tasks_path,
-            limit=self.limit,
-            recall_samples=self.recall,
-            out=self.out,
-            lang=self.lang,
-            progress=not self.quiet,
-        )
+        with reported(self.out, self.lang):
+            metrics = evaluate(
+                models=self.models,
+                data=data,
+                dtype=self.dtype,
+                batch_size=self.batch_size,
+                cached_tokens=self.cached_tokens,
+                caches=list(dict.fromkeys(self.cache)),
+                tasks=self.tasks,
+                tasks_path=self.tasks_path,
+                limit=self.limit,
+                recall_samples=self.recall,
+                out=self.out,
+                progress=not self.quiet,
+            )
+            show(metrics)

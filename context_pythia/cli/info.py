@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from context_pythia.cli.command import Command
 from context_pythia.config.options import option
@@ -30,6 +33,29 @@ class Info(Command):
         if self.recipe is None and self.values:
             raise UsageError("info: options of a recipe need --recipe; a saved MODEL has its own")
         recipe = None if self.recipe is None else load_recipe(self.recipe, self.values)
-        from context_pythia.cli.reported import info
+        from context_pythia.runs.info import info
 
-        info(recipe=recipe, model=self.model, length=self.length, dtype=self.dtype, as_json=self.json)
+        models = info(recipe, self.model, self.length, self.dtype)
+        print(json.dumps({"models": models}, indent=2) if self.json else info_table(models))
+
+
+def info_table(models: Sequence[dict[str, Any]]) -> str:
+    """Parameters and cache bytes for the console."""
+    from context_pythia.report.document import Table, to_console
+    from context_pythia.report.formats import DASH, integer, kilobytes
+
+    head = ["model", "parameters", "trainable", "numbers/token", "by formula", "measured", "slack"]
+    rows = [
+        [
+            model["name"],
+            *(integer(model[key]) for key in ("parameters", "trainable_parameters", "cached_numbers_per_token")),
+            *(kilobytes(model["cache"][key]) for key in ("bytes_formula", "bytes_measured", "bytes_slack")),
+        ]
+        for model in models
+    ]
+    cache = models[0]["cache"]
+    lines = [f"cache of one sequence of {cache['length']} tokens in {cache['dtype']} (1 KB = 1,024 bytes)", ""]
+    lines.append(to_console([Table(head, rows)]))
+    if any(model["parameters"] is None for model in models):
+        lines += ["", f"{DASH}: the conversion of the trained baseline decides it"]
+    return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from context_pythia.cli.command import RecipeCommand, Report, required
+from context_pythia.cli.command import RecipeCommand, Report, reported, required
 from context_pythia.config.options import option
 from context_pythia.sweep.options import SAMPLERS, SweepPlan, parse_over
 
@@ -33,6 +33,7 @@ class Sweep(Report, RecipeCommand):
         recipe = self.load_recipe(self.models)
         seeds = [recipe.seed] if self.seeds is None else self.seeds
         plan = SweepPlan(recipe, [parse_over(text) for text in self.over], seeds, self.sampler, self.trials)
-        from context_pythia.cli.reported import sweep
+        from context_pythia.sweep.worker import sweep
 
-        sweep(plan, self.out, storage=self.storage, lang=self.lang, progress=not self.quiet)
+        with reported(self.out, self.lang):
+            sweep(plan, self.out, storage=self.storage, progress=not self.quiet)

@@ -33,6 +33,7 @@ class Option:
         help: one line for the command line's help.
         choices: the valid values; empty if any value is valid.
         bounds: comparisons that a number must pass, as a user reads them: `"> 0 and <= 1"`.
+        sources: the context sources whose models the option affects; empty if it affects all.
         free: the option changes results by rounding at most, so work may resume with another value.
         flag: commands that take a recipe have a flag for it; other options are set by `--set`.
         metavar: the placeholder of the value in the help; by default it follows from the kind.
@@ -46,6 +47,7 @@ class Option:
     help: str
     choices: tuple[str, ...] = ()
     bounds: str = ""
+    sources: tuple[str, ...] = ()
     free: bool = False
     flag: bool = False
     metavar: str = ""
@@ -81,7 +83,9 @@ class Option:
 
 
 def option(default: Any, help: str, choices: Iterable[str] = (), bounds: str = "", **declared: Any) -> Any:
-    """A dataclass field that declares an `Option`."""
+    """A dataclass field that declares an `Option`; the help ends with its sources."""
+    if sources := declared.get("sources"):
+        help += f" (source {', '.join(sources)})"
     return field(
         default=default, metadata={"option": Option(help, tuple(choices), bounds, default=default, **declared)}
     )

@@ -16,6 +16,7 @@ from context_pythia.config.options import Options, default_of, option
 from context_pythia.errors import UsageError
 
 CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
+RECURRENT = ("input", "shared")  # the sources with a ContextBlock
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16", "float16")
 HEALED_PARAMETERS = ("attention", "all")
@@ -197,24 +198,24 @@ class ModelOptions(Options):
 
     name: str = option("Pythia", "name in tables and of the model's folder")
     context_source: str | None = option(None, "what computes the context; empty for the baseline", CONTEXT_SOURCES)
-    context_dim: int = option(256, "width of the context", flag=True)
-    context_block_layers: int = option(1, "layers of the ContextBlock (sources input and shared)", bounds=">= 1")
+    context_dim: int = option(256, "width of the context", sources=("input", "shared", "layer"), flag=True)
+    context_block_layers: int = option(1, "layers of the ContextBlock", bounds=">= 1", sources=RECURRENT)
     context_sharing: int = option(
-        1, "consecutive layers that attend to one context, or one layer's keys (sources layer, grouped)", bounds=">= 1"
+        1, "consecutive layers with one context, or one layer's keys", bounds=">= 1", sources=("layer", "grouped")
     )
     context_layers: list[int] | None = option(
-        None, "for each layer the one whose context it attends to, itself or as the layer before (source layer)"
+        None, "for each layer the one whose context it attends to, itself or as the layer before", sources=("layer",)
     )
-    layer_context_dims: list[int] | None = option(None, "width of each layer's context (source layer)")
+    layer_context_dims: list[int] | None = option(None, "width of each layer's context", sources=("layer",))
     cache_token_ids: bool = option(
-        False, "cache token ids too; keys and values are also rebuilt from the tokens' embeddings (source layer)"
+        False, "cache token ids too; keys and values are also rebuilt from the tokens' embeddings", sources=("layer",)
     )
-    key_value_heads: int = option(1, "heads of keys and values, 1 is multi-query (source grouped)", bounds=">= 1")
+    key_value_heads: int = option(1, "heads of keys and values, 1 is multi-query", bounds=">= 1", sources=("grouped",))
     num_rotary_keys: int = option(
-        1, "rotary keys in a layer's context: 1, shared by the heads, or one a head (source layer)", bounds=">= 1"
+        1, "rotary keys in a context: 1, shared by the heads, or one a head", bounds=">= 1", sources=("layer",)
     )
-    phase1: bool = option(True, "train the ContextBlock by OACD first (sources input and shared)", flag=True)
-    freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2", flag=True)
+    phase1: bool = option(True, "train the ContextBlock by OACD first", sources=RECURRENT, flag=True)
+    freeze_context_block: bool = option(True, "keep the ContextBlock fixed in phase 2", sources=RECURRENT, flag=True)
     from_baseline: bool = option(False, "convert the run's trained baseline and heal it (source layer)")
 
     @property

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
 from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import Panel, Points, draw_panels
-from context_pythia.report.formats import DASH, change, integer, number, percent
+from context_pythia.report.figures import Panel, draw_panels
+from context_pythia.report.formats import DASH, change, integer, megabytes, number, percent
 from context_pythia.report.sections import failures, provenance, table
 from context_pythia.report.texts import Texts
 
-_MEGABYTE = 2**20
 Row = dict[str, Any]
 
 
@@ -46,26 +46,36 @@ class BenchReport:
         raise NotImplementedError
 
     def newest(self) -> Iterator[Block]:
-        """The tables that the console shows when there are new figures."""
-        raise NotImplementedError
+        """What the console shows when there are new figures."""
+        return self.figures()
 
 
 class DecodeReport(BenchReport):
     """Prefill, decoding and memory."""
 
+    def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
+        super().__init__(metrics, record, text)
+        # The first GPT-NeoX with each kind of cache.
+        self.peers: dict[str, Row] = {one["cache"]: one for one in reversed(metrics["models"]) if one["peer"]}
+
     def figures(self) -> Iterator[Block]:
         text, metrics, settings = self.text, self.metrics, self.metrics["settings"]
-        curves = {batch: self._curves(batch) for batch in sorted({cell["batch_size"] for cell in metrics["cells"]})}
-        if any(points for by_name in curves.values() for points in by_name.values()):
-            y = "generate(), ms/token"
-            panels = [Panel(f"Batch {n}", "tokens in the cache", by, y, scaled="xy") for n, by in curves.items()]
+        curves: dict[int, dict[str, list[tuple[float, float]]]] = {}
+        for cell in sorted(metrics["cells"], key=itemgetter("batch_size", "length")):
+            of_batch = curves.setdefault(cell["batch_size"], {})
+            for row in cell["rows"]:
+                if row["generate"]:
+                    of_batch.setdefault(row["name"], []).append((cell["length"], 1000 * median(row["generate"])))
+        if any(curves.values()):
+            x, y = "tokens in the cache", "generate(), ms/token"
+            panels = [Panel(f"Batch {batch}", x, of_batch, y, scaled="xy") for batch, of_batch in curves.items()]
             peers = {entry["name"]: entry["peer"] for entry in metrics["models"]}
             yield Picture("decode.png", text("decode_caption"), partial(draw_panels, panels, peers))
         for cell in metrics["cells"]:
             yield from self._cell(cell)
         if metrics["cells"]:
             attention = ", ".join(sorted({one["attention"] for one in metrics["models"]}))
-            peer = self._first_peer("dynamic")["name"].rpartition(", ")[0]
+            peer = self.peers["dynamic"]["name"].rpartition(", ")[0]
             yield Paragraph(text("cell_note", **settings | {"peer": peer, "attention": attention}))
         yield from self._memory()
         yield Paragraph(text("memory_note", gb=f"{settings['memory_gb']:g}"))
@@ -81,89 +91,69 @@ class DecodeReport(BenchReport):
 
     def cell(self, cell: Row) -> Table:
         """Decoding, prefill and memory at one batch size and length, and the ratios to the peers."""
-        dynamic, static = self._peers(cell)
+        by_name = {row["name"]: row for row in cell["rows"]}
+        dynamic, static = (by_name.get(self.peers.get(kind, {}).get("name")) for kind in ("dynamic", "static"))
         base = dynamic and dynamic["cache"] and dynamic["cache"]["filled"]
         weights = {entry["name"]: entry["weight_bytes"] for entry in self.metrics["models"]}
         rows = []
         for row in cell["rows"]:
-            filled, peak = row["cache"] and row["cache"]["filled"], row["peak_bytes"]
-            rate = f"{cell['batch_size'] / median(row['generate']):,.1f}" if row["generate"] else DASH
+            seconds, filled, peak = row["generate"], row["cache"] and row["cache"]["filled"], row["peak_bytes"]
             rows.append(
                 {
                     "model": row["name"],
-                    "generate": _spread(row["generate"], 1000),
+                    "generate": _spread(seconds, 1000),
                     "dynamic": _times(dynamic, row, "generate"),
                     "static": _times(static, row, "generate"),
-                    "rate": rate,
+                    "rate": f"{cell['batch_size'] / median(seconds):,.1f}" if seconds else DASH,
                     "prefill": _spread(row["prefill"]),
                     "prefill_ratio": _times(row, dynamic, "prefill"),
-                    "cache": _megabytes(filled),
+                    "cache": megabytes(filled),
                     "reduction": percent(1 - filled / base if filled and base else None),
-                    "peak": _megabytes(None if peak is None else peak + weights[row["name"]]),
+                    "peak": megabytes(None if peak is None else peak + weights[row["name"]]),
                 }
             )
         return table(rows, self.text)
 
-    def _peers(self, cell: Row) -> list[Row | None]:
-        """The rows of GPT-NeoX with a dynamic and with a static cache; None for a missing one."""
-        rows = {row["name"]: row for row in cell["rows"]}
-        return [rows.get((self._first_peer(kind) or {}).get("name")) for kind in ("dynamic", "static")]
-
-    def _curves(self, batch: int) -> dict[str, Points]:
-        """Each row's (length, median ms a token through `generate()`) at a batch size."""
-        curves: dict[str, Any] = {entry["name"]: [] for entry in self.metrics["models"]}
-        for cell in sorted(self.metrics["cells"], key=lambda cell: cell["length"]):
-            for row in cell["rows"]:
-                if cell["batch_size"] == batch and row["generate"]:
-                    curves[row["name"]].append((cell["length"], 1000 * median(row["generate"])))
-        return curves
-
     def _memory(self) -> Iterator[Block]:
-        lengths = [model["conversation"]["length"] for model in self.metrics["models"] if model["conversation"]]
-        base = (self._first_peer("dynamic")["conversation"] or {}).get("fit")
+        models = self.metrics["models"]
+        base = (self.peers["dynamic"]["conversation"] or {}).get("fit")
         rows = []
-        for entry in self.metrics["models"]:
+        for entry in models:
             one = entry["conversation"] or {}
             rows.append(
                 {
                     "model": entry["name"],
                     "parameters": integer(entry["parameters"]),
-                    "weights": _megabytes(entry["weight_bytes"]),
-                    "conversation": _megabytes(one.get("bytes")),
-                    "slack": _megabytes(one.get("slack")),
+                    "weights": megabytes(entry["weight_bytes"]),
+                    "conversation": megabytes(one.get("bytes")),
+                    "slack": megabytes(one.get("slack")),
                     "fit": integer(one.get("fit")),
-                    "fit_ratio": f"{one['fit'] / base:.2f}" if one and base else DASH,
+                    "fit_ratio": _ratio(one.get("fit"), base),
                     "fit_with_slack": integer(one.get("fit_with_slack")),
                 }
             )
+        length = max((one["conversation"]["length"] for one in models if one["conversation"]), default=0)
         gb = f"{self.metrics['settings']['memory_gb']:g}"
-        yield Heading(self.text("memory", gb=gb, length=integer(max(lengths, default=0))))
+        yield Heading(self.text("memory", gb=gb, length=integer(length)))
         yield table(rows, self.text)
-
-    def _first_peer(self, cache: str) -> Any:
-        """The entry of the first GPT-NeoX with this kind of cache; None if there is none."""
-        return next((entry for entry in self.metrics["models"] if entry["peer"] and entry["cache"] == cache), None)
 
 
 class TrainReport(BenchReport):
     """Training steps, whole and by part."""
 
     def figures(self) -> Iterator[Block]:
-        text, metrics = self.text, self.metrics
-        yield from self.newest()
-        plain = self._plain()
+        text, metrics, plain = self.text, self.metrics, self._plain()
+        yield self.steps()
+        yield Heading(text("parts"))
+        yield self._parts()
+        yield from failures({row["name"]: row["error"] for row in metrics["rows"]}, text)
         shown = {"recipe": metrics["recipe"]["name"], "tokens": integer(metrics["tokens_per_step"])}
         # In older records each model has its own process.
         key = "train_peak_of_process" if "process_bytes" in plain else "train_peak"
-        peak = text(key, empty=_megabytes(plain.get("process_bytes")))
-        yield Paragraph(text("train_note", plain=plain["name"], rates=self._rates(), peak=peak, **shown))
+        peak = text(key, empty=megabytes(plain.get("process_bytes")))
+        rates = [f"{dtype} {median(found) / 1e9:,.1f} GFLOP/s" for dtype, found in metrics["rates"].items() if found]
+        yield Paragraph(text("train_note", plain=plain["name"], rates=", ".join(rates), peak=peak, **shown))
         yield Paragraph(text("parts_note"))
-
-    def newest(self) -> Iterator[Block]:
-        yield self.steps()
-        yield Heading(self.text("parts"))
-        yield self._parts()
-        yield from failures({row["name"]: row["error"] for row in self.metrics["rows"]}, self.text)
 
     def steps(self) -> Table:
         plain, peer = self._plain(), next((row for row in self.metrics["rows"] if row["peer"]), None)
@@ -182,7 +172,7 @@ class TrainReport(BenchReport):
                     "speed": number(paired_ratio(_by_round(plain), seconds), 2),
                     "overhead": DASH if overhead is None or row is peer or row["plain"] else change(overhead - 1),
                     "share": percent(share),
-                    "peak": _megabytes(row["peak_bytes"]),
+                    "peak": megabytes(row["peak_bytes"]),
                     "parameters": integer(row.get("parameters")),
                 }
             )
@@ -201,9 +191,66 @@ class TrainReport(BenchReport):
     def _plain(self) -> Row:
         return next(row for row in self.metrics["rows"] if row["plain"])
 
-    def _rates(self) -> str:
-        rates = self.metrics["rates"].items()
-        return ", ".join(f"{dtype} {median(found) / 1e9:,.1f} GFLOP/s" for dtype, found in rates if found)
+
+class ServeReport(BenchReport):
+    """Conversations on one engine beside GPT-NeoX with the same memory, one row per model: medians over the rounds."""
+
+    how = "serve_how"
+
+    def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
+        super().__init__(metrics, record, text)
+        served = [row for row in metrics["rows"] if row["rounds"]]
+        self.rows: list[Row] = [row | {key: _median(row["rounds"], key) for key in row["rounds"][0]} for row in served]
+        self.peer: Row = next((row for row in self.rows if row["peer"]), {})
+
+    def figures(self) -> Iterator[Block]:
+        settings = self.metrics["settings"]
+        yield self._room()
+        yield self._speed()
+        yield from failures({row["name"]: row["error"] for row in self.metrics["rows"]}, self.text)
+        yield Paragraph(self.text("serve_note", **settings | {"length": settings["prompt_tokens"]}))
+        if self.rows:
+            curves = {row["name"]: list(enumerate(row["first_token_seconds"], 1)) for row in self.rows}
+            title, x, y = "How long conversations wait", "conversations with a first token", "seconds since all asked"
+            peers = {row["name"]: row["peer"] for row in self.rows}
+            draw = partial(draw_panels, [Panel(title, x, curves, y)], peers)
+            yield Picture("first-tokens.png", self.text("serve_caption"), draw)
+
+    def _room(self) -> Table:
+        rows = [
+            {
+                "model": row["name"],
+                "serve_fit": integer(row["tokens_fit"]),
+                "serve_times": _ratio(row["tokens_fit"], self.peer.get("tokens_fit")),
+                "serve_conversations": number(row["conversations_fit"], 1),
+                "serve_mean": number(row["mean_running"], 1),
+                "serve_preemptions": integer(row["preemptions"]),
+                "serve_hits": integer(row["prompt_tokens_cached"]),
+                "serve_steps": integer(row["steps"]),
+            }
+            for row in self.rows
+        ]
+        return table(rows, self.text)
+
+    def _speed(self) -> Table:
+        conversations, answer = (self.metrics["settings"][key] for key in ("conversations", "answer_tokens"))
+        rows = []
+        for row in self.rows:
+            seconds, first = row["seconds"], sorted(row["first_token_seconds"])
+            rows.append(
+                {
+                    "model": row["name"],
+                    "serve_seconds": number(seconds, 1),
+                    "serve_processor": number(row["processor_seconds"], 1),
+                    "serve_requests": number(conversations / seconds, 3),
+                    "serve_times": _ratio(self.peer.get("seconds"), seconds),
+                    "serve_by_processor": _ratio(self.peer.get("processor_seconds"), row["processor_seconds"]),
+                    "serve_tokens": number(conversations * answer / seconds, 1),
+                    "serve_first": number(median(first), 1),
+                    "serve_last": number(first[min(len(first) - 1, int(0.99 * len(first)))], 1),
+                }
+            )
+        return table(rows, self.text)
 
 
 def paired_ratio(own: Sequence[float], peer: Sequence[float]) -> float | None:
@@ -231,5 +278,11 @@ def _spread(seconds: Sequence[float], unit: float = 1.0) -> str:
     return f"{middle} ({least}–{most})"
 
 
-def _megabytes(value: int | None) -> str:
-    return DASH if value is None else f"{value / _MEGABYTE:,.1f}"
+def _median(rounds: Sequence[Row], key: str) -> Any:
+    """The median over the rounds, of a number or of each element of a list."""
+    values = [one[key] for one in rounds]
+    return [median(column) for column in zip(*values, strict=True)] if isinstance(values[0], list) else median(values)
+
+
+def _ratio(first: float | None, second: float | None) -> str:
+    return number(None if first is None or not second else first / second, 2)

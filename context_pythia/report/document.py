@@ -1,20 +1,21 @@
 """A document as a list of blocks, written as Markdown, as one self-contained HTML page, or for the console.
 
-All forms come from the same blocks, so they always say the same. Texts are plain, and the renderers escape them,
+All forms come from the same blocks, so they always say the same. Texts are plain, and the templates escape them,
 because model names, paths and errors come from users.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup, escape
 
 from context_pythia.files import write_bytes
@@ -52,7 +53,6 @@ class Code:
     """Lines of code or of a log."""
 
     text: str
-    language: str = "text"
 
 
 @dataclass(frozen=True)
@@ -70,33 +70,42 @@ Block = Heading | Paragraph | Table | Code | Picture
 def write_documents(folder: Path, documents: Mapping[str, Sequence[Block]]) -> list[Path]:
     """Write the blocks of each language as report.md and report.html (Japanese: report.ja.md, ...), and the pictures.
 
+    The page loads nothing: its style is inline, and its pictures are data URIs.
+
     Returns:
         the paths of the new files.
     """
-    pictures: dict[str, bytes] = {}
-    texts: dict[str, bytes] = {}
+    drawn = {block.file: block.draw for blocks in documents.values() for block in blocks if isinstance(block, Picture)}
+    files = {name: png(draw) for name, draw in drawn.items()}
+    data = {name: base64.b64encode(picture).decode() for name, picture in files.items()}
     for lang, blocks in documents.items():
-        for block in blocks:
-            if isinstance(block, Picture) and block.file not in pictures:
-                pictures[block.file] = png(block.draw)
-        suffix = "" if lang == "en" else f".{lang}"
-        texts[f"report{suffix}.md"] = to_markdown(blocks).encode()
-        texts[f"report{suffix}.html"] = to_html(blocks, lang, pictures).encode()
-    return [write_bytes(folder / name, content) for name, content in (pictures | texts).items()]
+        name = "report" if lang == "en" else f"report.{lang}"
+        files[f"{name}.md"] = to_markdown(blocks).encode()
+        files[f"{name}.html"] = rendered("page.html", blocks=blocks, lang=lang, pictures=data).encode()
+    return [write_bytes(folder / name, content) for name, content in files.items()]
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
     """GitHub-flavoured Markdown; pictures are links to files in the document's own folder."""
-    return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
+    return rendered("page.md", blocks=blocks)
 
 
-def to_html(blocks: Sequence[Block], lang: str, pictures: Mapping[str, bytes]) -> str:
-    """One HTML page that loads nothing: the style is inline, and `pictures` (file -> PNG) become data URIs."""
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    pages.filters["unbroken"] = _unbroken
-    title = next((block.text for block in blocks if isinstance(block, Heading)), "")
-    data = {file: base64.b64encode(content).decode() for file, content in pictures.items()}
-    return pages.get_template("page.html").render(lang=lang, title=title, blocks=blocks, pictures=data)
+def rendered(template: str, **values: Any) -> str:
+    """A template of the folder `pages` with the values. In HTML `{{ }}` escapes texts, in Markdown `| text` does."""
+    return _templates().get_template(template).render(**values)
+
+
+@functools.cache
+def _templates() -> Environment:
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("pages")),
+        autoescape=select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"text": _markdown_text, "fence": _fence, "unbroken": _unbroken}
+    return templates
 
 
 def to_console(blocks: Iterable[Block]) -> str:
@@ -109,40 +118,25 @@ def _console_block(block: Heading | Paragraph | Table | Code) -> str:
         return textwrap.fill(block.text, 110)
     if not isinstance(block, Table):
         return block.text
-    lines = [block.head, *block.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(block.head))]
-    drawn = []
-    for line in lines:
-        cells = [
-            cell.ljust(w) if i < block.text_columns else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        drawn.append("  ".join(cells).rstrip())
-    return "\n".join([drawn[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *drawn[1:]])
-
-
-def _markdown_block(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"{'#' * level} {_markdown_text(text)}"
-        case Paragraph(text, role):
-            quoted = _markdown_text(text)
-            return {"plain": quoted, "lead": f"**{quoted}**"}.get(role, f"> {quoted}")
-        case Table(head, rows, text_columns):
-            rule = [":--" if column < text_columns else "--:" for column in range(len(head))]
-            lines = [map(_markdown_text, head), rule, *(map(_markdown_text, row) for row in rows)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        case Code(text, language):
-            longest = max((len(run) for run in re.findall("`+", text)), default=0)
-            fence = "`" * max(3, longest + 1)
-            return f"{fence}{language}\n{text}\n{fence}"
-        case Picture(file, caption):
-            return f"![{_markdown_text(caption)}]({file})"
+    widths = [max(map(len, column)) for column in zip(block.head, *block.rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < block.text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (block.head, *block.rows)
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
 def _markdown_text(text: str) -> str:
     text = re.sub(r"([\\`*\[\]<>|$~&])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word an underscore has no meaning in Markdown
+
+
+def _fence(code: str) -> str:
+    """A fence that is longer than any in the code."""
+    return "`" * max([2, *map(len, re.findall("`+", code))]) + "`"
 
 
 def _unbroken(figure: str) -> Markup:

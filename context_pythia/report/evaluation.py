@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from context_pythia.report import sections
 from context_pythia.report.document import Block, Heading, Paragraph, Table
+from context_pythia.report.figures import Series
 from context_pythia.report.formats import DASH, change, integer, kilobytes, percent
-from context_pythia.report.sections import (
-    Series,
-    cache_table,
-    data_facts,
-    facts,
-    failures,
-    frontier,
-    headline,
-    positions,
-    provenance,
-    table,
-)
 from context_pythia.report.texts import Texts
 
 Row = dict[str, Any]
@@ -52,38 +42,41 @@ class EvaluationReport:
     def blocks(self) -> Iterator[Block]:
         text = self.text
         yield Heading(text("title"), level=1)
-        yield headline(self.series, text)
+        yield sections.headline(self.series, text)
         for note in self.metrics["notes"]:
             yield Paragraph(note, "note")
         yield from self.newest()
         yield Heading(text("bytes"))
-        yield cache_table({name: row["cache"] for name, row in self.rows.items() if row["cache"]}, text)
+        yield sections.cache_table({name: row["cache"] for name, row in self.rows.items() if row["cache"]}, text)
         yield Heading(text("settings"))
         data, settings = self.metrics["data"], self.metrics["settings"]
         shown = {"train.precision": settings["dtype"], "train.batch_size": str(settings["batch_size"])}
-        yield facts(data_facts(data, text) | shown, text)
-        yield from provenance({"data_fingerprint": data["fingerprint"], **self.provenance}, text)
+        yield sections.facts(sections.data_facts(data, text) | shown, text)
+        yield from sections.provenance({"data_fingerprint": data["fingerprint"], **self.provenance}, text)
 
     def newest(self) -> Iterator[Block]:
         """All figures, which the console shows too."""
-        text, setup = self.text, self._setup()
+        text, first, rows = self.text, self.first_row, self.rows
+        setup = {
+            "first": self.first,
+            "tokens": integer(first["tokens"]),
+            "cached_tokens": integer(first["cached"]["tokens"]),
+            "length": integer(first["cache"]["length"]),
+            "dtype": first["cache"]["dtype"],
+        }
         yield self._results()
         yield Paragraph(text("note", **setup))
-        disagreement = ", ".join(
-            f"{name} {row['cached']['parallel_perplexity']:.6g} / {row['cached']['perplexity']:.6g}"
-            for name, row in self.rows.items()
-            if row["cached"] and row["cached"]["agrees"] is False
+        found = ", ".join(
+            f"{name} {cached['parallel_perplexity']:.6g} / {cached['perplexity']:.6g}"
+            for name, row in rows.items()
+            if (cached := row["cached"]) and cached["agrees"] is False
         )
-        if disagreement:
-            yield Paragraph(text("disagree", found=disagreement, **setup), "alert")
-        else:
-            yield Paragraph(text("agree", **setup))
-        caches = [row["cache"] for row in self.quantized if row["cache"]]
-        if caches:
+        yield Paragraph(text("disagree", found=found, **setup), "alert") if found else Paragraph(text("agree", **setup))
+        if caches := [row["cache"] for row in self.quantized if row["cache"]]:
             yield Paragraph(text("quantised", residual=caches[0]["residual_length"]))
-        yield from failures({name: row["error"] for name, row in self.rows.items()}, text)
-        yield from frontier(self.series, text("quantised_caption" if self.quantized else "caption", **setup))
-        yield from positions(self.series, text)
+        yield from sections.failures({name: row["error"] for name, row in rows.items()}, text)
+        yield from sections.frontier(self.series, text("quantised_caption" if self.quantized else "caption", **setup))
+        yield from sections.positions(self.series, text)
         yield from self._recall()
         yield from self._tasks()
 
@@ -107,17 +100,7 @@ class EvaluationReport:
                     "difference": DASH if difference is None else f"{difference:.2g}",
                 }
             )
-        return table(rows, self.text)
-
-    def _setup(self) -> dict[str, str]:
-        first = self.first_row
-        return {
-            "first": self.first,
-            "tokens": integer(first["tokens"]),
-            "cached_tokens": integer(first["cached"]["tokens"]),
-            "length": integer(first["cache"]["length"]),
-            "dtype": first["cache"]["dtype"],
-        }
+        return sections.table(rows, self.text)
 
     def _recall(self) -> Iterator[Block]:
         """How often each model found a word so many tokens back."""

@@ -7,10 +7,12 @@ interface, which needs no window system and no global figure. It imports matplot
 from __future__ import annotations
 
 import io
+import itertools
+import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,11 +23,12 @@ _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the p
 _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
-_CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans JP", "Hiragino Sans", "Yu Gothic", "IPAexGothic", "IPAGothic")
 _FAR = 4.0  # beyond so many times the range of the unbeaten models, an arrow replaces a model's point
 _LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
 _MARKERS_AT_MOST = 30  # on a curve
 _ROWS_AT_MOST = 30  # in a picture with one line per setting
+# Where a point's label may stand: points to the right and up, the nearest first.
+_PLACES = [(x, y) for d in range(9, 90, 7) for x in (0, d, -d) for y in (0, d, -d) if (x or y) and (y or d < 20)]
 
 Points = Sequence[tuple[float, float]]
 
@@ -49,17 +52,27 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A model, or a setting of it, with a cache of `size` bytes; `low` and `high` are the ends of its whiskers."""
+class Series:
+    """The figures of a model, or of one of its settings in a sweep.
+
+    Attributes:
+        name: the model's, with the setting.
+        perplexity, cache_bytes: 0 if there is no figure.
+        positions: the bands of `perplexity_by_position`.
+        model, setting: in a sweep, the name and the setting for pictures.
+        seeds: the perplexities whose mean `perplexity` is.
+        group: only figures of the same group are compared.
+    """
 
     name: str
-    model: str
-    size: float
+    baseline: bool
     perplexity: float
-    label: str
-    low: float | None = None
-    high: float | None = None
-    group: str = ""  # only points of the same group are compared
+    cache_bytes: float
+    positions: Sequence[Mapping[str, float]] = ()
+    model: str = ""
+    setting: str = ""
+    seeds: Sequence[float] = ()
+    group: str = ""
 
 
 def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figure:
@@ -69,12 +82,11 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
         baselines: whether each model, by name, is a baseline. Baselines are grey and dashed.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import MaxNLocator
 
     colors = model_colors(baselines)
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": color, "marker": "o", "markersize": 5, "linewidth": 1.8, "linestyle": "--" if grey else "-"}
-        for (name, color), grey in zip(colors.items(), baselines.values(), strict=True)
+        name: {"color": colors[name], "marker": "o", "linestyle": "--" if grey else "-"}
+        for name, grey in baselines.items()
     }
     names = [name for name in baselines if any(panel.curves.get(name) for panel in panels)]
     columns = max(1, min(3, 66 // (7 + max(len(short(name)) for name in names))))
@@ -90,113 +102,99 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
             ax.plot(*point, marker="*", markersize=15, color=colors[name], markeredgecolor="white", zorder=4)
         ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         if "x" not in panel.scaled:
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            ax.locator_params(axis="x", integer=True, min_n_ticks=1)
         for axis in panel.scaled:
             _scale(ax, axis, [point["xy".index(axis)] for _, points in drawn for point in points])
     return figure
 
 
-def draw_frontier(points: Sequence[Point], baselines: Mapping[str, bool], title: str) -> Figure:
+def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     """Perplexity against measured cache, with a line through the points that no other of their group beats in both.
 
-    In a picture without whiskers, an arrow at the upper edge with the perplexity replaces a point far above the line.
-    Otherwise it would squeeze the other points together.
+    In a picture without seeds, an arrow at the upper edge with the perplexity replaces a point far above the line.
+    Otherwise it would squeeze the other points together. In a sweep only the points on the line have their setting.
     """
-    colors, figure = model_colors(baselines), _figure(4.9)
+    colors, figure = model_colors({one.model or one.name: one.baseline for one in series}), _figure(4.9)
     ax = figure.subplots()
-    lines = [unbeaten([point for point in points if point.group == group]) for group in {p.group: 0 for p in points}]
+    points = [one for one in series if one.perplexity and one.cache_bytes]
+    lines = [unbeaten([one for one in points if one.group == group]) for group in {one.group: 0 for one in points}]
     ceiling = math.inf
-    if len(lines) == 1 and len(lines[0]) > 1 and all(point.low is None for point in points):
+    if len(lines) == 1 and len(lines[0]) > 1 and not any(one.seeds for one in points):
         worst, best = lines[0][0].perplexity, lines[0][-1].perplexity
         ceiling = best + _FAR * (worst - best)
     for line in lines:
-        xy = [(point.size / 1024, point.perplexity) for point in line]
+        xy = [(one.cache_bytes / 1024, one.perplexity) for one in line]
         ax.plot(*zip(*xy, strict=True), color=_LINE, linestyle="--", linewidth=1.2, zorder=1)
     labels = []
-    for point in points:
-        x, y, label = point.size / 1024, min(point.perplexity, ceiling), short(point.label)
-        marker = "D" if baselines[point.model] else "o"
-        if point.perplexity > ceiling:
-            label, marker = f"{label}: {point.perplexity:,.4g}", "^"
-        if point.low is not None and point.high is not None:
-            ax.vlines(x, point.low, point.high, color=colors[point.model], linewidth=1.2)
-        ax.plot(x, y, marker=marker, markersize=8, color=colors[point.model], zorder=3)
-        labels.append((label, colors[point.model], x, y))
+    for one in points:
+        x, y, color = one.cache_bytes / 1024, min(one.perplexity, ceiling), colors[one.model or one.name]
+        label = short(one.name if not one.model else one.setting if any(one in line for line in lines) else "")
+        marker = _marker(one)
+        if one.perplexity > ceiling:
+            label, marker = f"{label}: {one.perplexity:,.4g}", "^"
+        if one.seeds:
+            ax.vlines(x, min(one.seeds), max(one.seeds), color=color, linewidth=1.2)
+        ax.plot(x, y, marker=marker, markersize=8, color=color, zorder=3)
+        labels.append((label, color, x, y))
     _scale(ax, "x", [x for *_, x, _ in labels])
     _scale(ax, "y", [y for *_, y in labels])
     ax.margins(0.18)
     ax.set(title=title, xlabel="measured KV cache (KB)", ylabel="best validation perplexity")
-    if any(point.label != point.model for point in points):
-        for name, color in colors.items():
-            ax.plot([], [], "D" if baselines[name] else "o", color=color, label=short(name))
+    if models := {one.model: one for one in series if one.model}:
+        for name, one in models.items():
+            ax.plot([], [], _marker(one), color=colors[name], label=short(name))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     figure.draw_without_rendering()  # fixes the axes, on which the space for labels depends
     _label_points(ax, labels)
     return figure
 
 
-def unbeaten(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both perplexity and size, the smallest cache first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.size, point.perplexity)):
-        if not best or point.perplexity < best[-1].perplexity:
-            best.append(point)
+def unbeaten(points: Sequence[Series]) -> list[Series]:
+    """The points that no other beats in both perplexity and cache, the smallest cache first."""
+    best: list[Series] = []
+    for one in sorted(points, key=lambda one: (one.cache_bytes, one.perplexity)):
+        if not best or one.perplexity < best[-1].perplexity:
+            best.append(one)
     return best
 
 
-def draw_settings(
-    points: Sequence[Point], seeds: Sequence[Sequence[float]], baselines: Mapping[str, bool], title: str
-) -> Figure:
+def draw_settings(series: Sequence[Series], title: str) -> Figure:
     """The best settings of a sweep, one per line: the mean perplexity, and a small dot for each seed."""
-    shown, colors = points[:_ROWS_AT_MOST], model_colors(baselines)
-    baseline = next((point for point in points if baselines[point.model]), None)
+    shown, colors = series[:_ROWS_AT_MOST], model_colors({one.model: one.baseline for one in series})
+    baseline = next((one for one in series if one.baseline), None)
     figure = _figure(1.2 + 0.3 * len(shown))
     ax = figure.subplots()
     if baseline:
         ax.axvline(baseline.perplexity, color=_GREYS[0], linestyle=":", linewidth=1.2, zorder=1)
-    for y, point in enumerate(shown):
-        color = colors[point.model]
-        ax.plot(seeds[y], [y] * len(seeds[y]), "o", color=color, markersize=4, alpha=0.5, zorder=2)
-        ax.plot(point.perplexity, y, "D" if baselines[point.model] else "o", color=color, markersize=8, zorder=3)
-    ax.set_yticks(range(len(shown)), [short(point.name) for point in shown])
+    for y, one in enumerate(shown):
+        color = colors[one.model]
+        ax.plot(one.seeds, [y] * len(one.seeds), "o", color=color, markersize=4, alpha=0.5, zorder=2)
+        ax.plot(one.perplexity, y, _marker(one), color=color, markersize=8, zorder=3)
+    ax.set_yticks(range(len(shown)), [short(": ".join(filter(None, (one.model, one.setting)))) for one in shown])
     ax.set_ylim(len(shown) - 0.5, -0.5)
-    _scale(ax, "x", [value for values in seeds[: len(shown)] for value in values])
-    ax.set_title(title if len(shown) == len(points) else f"{title} (best {len(shown)} of {len(points)})")
+    _scale(ax, "x", [value for one in shown for value in one.seeds])
+    ax.set_title(title if len(shown) == len(series) else f"{title} (best {len(shown)} of {len(series)})")
     ax.set_xlabel("mean, and each seed (small)" + ("; dotted: the baseline's best" if baseline else ""))
     return figure
 
 
+def _marker(one: Series) -> str:
+    return "D" if one.baseline else "o"
+
+
 def png(draw: Callable[[], Figure]) -> bytes:
     """The figure that `draw` returns, as a PNG file with few colors, a third as large as one with all colors."""
+    import matplotlib.style
+    import numpy
     from PIL import Image  # a dependency of matplotlib
 
-    drawn, reduced = io.BytesIO(), io.BytesIO()
-    with _drawing_style():
-        draw().savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(96).save(reduced, format="png", optimize=True)
-    return reduced.getvalue()
-
-
-@contextmanager
-def _drawing_style() -> Iterator[None]:
-    import matplotlib
-    from matplotlib.font_manager import get_font_names
-
-    installed = set(get_font_names())
-    settings: dict[Any, Any] = {
-        "font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)],
-        "font.size": 12,
-        "axes.titlesize": 13,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#8a93a3",
-        "axes.grid": True,
-        "grid.color": "#e6e9ee",
-        "text.parse_math": False,  # a model's name may contain a dollar sign
-    }
-    with matplotlib.rc_context(settings):
-        yield
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # of the fonts only one must be installed
+    with matplotlib.style.context(Path(__file__).parent / "pages" / "pictures.mplstyle"):
+        canvas: Any = draw().canvas
+        canvas.draw()
+    content = io.BytesIO()
+    Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").quantize(96).save(content, "png", optimize=True)
+    return content.getvalue()
 
 
 def _figure(height: float) -> Figure:
@@ -204,17 +202,17 @@ def _figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # measures texts
     return figure
 
 
 def model_colors(baselines: Mapping[str, bool]) -> dict[str, str]:
-    """A color for each model's name, the same in all pictures; baselines are grey."""
+    """A color for each model, by name; baselines are grey."""
     colors: dict[str, str] = {}
     for kind, palette in ((True, _GREYS), (False, _COLORS)):
-        names = [name for name, baseline in baselines.items() if baseline == kind]
-        colors |= {name: palette[i % len(palette)] for i, name in enumerate(names)}
-    return {name: colors[name] for name in baselines}
+        names = sorted(name for name, baseline in baselines.items() if baseline == kind)
+        colors |= dict(zip(names, itertools.cycle(palette), strict=False))
+    return colors
 
 
 def short(name: str) -> str:
@@ -245,18 +243,13 @@ def _label_points(ax: Axes, points: Sequence[tuple[str, str, float, float]]) -> 
     for name, color, x, y in points:
         label = ax.annotate(name, (x, y), (0, 0), textcoords="offset points", color=color, fontsize=11)
         label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible where it crosses the line
-        for dx, dy, horizontal, vertical in _places():
-            label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
+        for right, up in _PLACES:
+            label.set(
+                position=(right, up),
+                horizontalalignment="center" if not right else "left" if right > 0 else "right",
+                verticalalignment="center" if not up else "bottom" if up > 0 else "top",
+            )
             box = label.get_window_extent()
             if room.containsx(box.x0) and room.containsx(box.x1) and not box.count_overlaps(taken):
                 break
         taken.append(label.get_window_extent())
-
-
-def _places() -> Iterator[tuple[float, float, str, str]]:
-    """Offsets in points, and the label's alignment at each; the nearest first."""
-    for distance in range(9, 90, 7):
-        for x, horizontal in ((0, "center"), (distance, "left"), (-distance, "right")):
-            for y, vertical in ((0, "center"), (distance, "bottom"), (-distance, "top")):
-                if (x or y) and (y or distance < 20):
-                    yield x, y, horizontal, vertical

@@ -48,3 +48,8 @@ def perplexity(value: float | None, digits: int | None = None) -> str:
 def kilobytes(value: float | None) -> str:
     """Bytes in KB; 1 KB is 1,024 bytes."""
     return DASH if value is None else f"{value / 1024:,.1f} KB"
+
+
+def megabytes(value: float | None) -> str:
+    """Bytes in MB, without the unit; 1 MB is 1,024 KB."""
+    return DASH if value is None else f"{value / 2**20:,.1f}"

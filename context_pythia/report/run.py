@@ -10,24 +10,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from context_pythia.report import sections
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import Panel, draw_panels
+from context_pythia.report.figures import Panel, Series, draw_panels
 from context_pythia.report.formats import DASH, change, finite, integer, kilobytes, number, pair, percent, perplexity
-from context_pythia.report.sections import (
-    Series,
-    baselines,
-    cache_table,
-    data_facts,
-    difference,
-    facts,
-    failures,
-    frontier,
-    headline,
-    positions,
-    provenance,
-    recipe_facts,
-    table,
-)
 from context_pythia.report.texts import Texts
 
 Model = dict[str, Any]
@@ -66,7 +52,7 @@ class RunReport:
     def blocks(self) -> Iterator[Block]:
         text = self.text
         yield Heading(text("title", recipe=self.recipe["name"]), level=1)
-        yield headline(self.series, text)
+        yield sections.headline(self.series, text)
         failed = len([model for model in self.models if model["error"] is not None])
         if failed or self.pending:
             counts = {"done": len(self.done), "failed": failed, "pending": len(self.pending)}
@@ -81,20 +67,20 @@ class RunReport:
             yield Paragraph(text("healed_note", baseline=origin, steps=self.recipe["heal"]["steps"]), "note")
         if self.control:
             yield Paragraph(text("control_note", control=self.control["name"], baseline=origin), "note")
-        yield from failures({model["name"]: model["error"] for model in self.models}, text)
+        yield from sections.failures({model["name"]: model["error"] for model in self.models}, text)
         if any(model["context_source"] == "input" for model in self.models):
             yield Paragraph(text("input_note"), "note")
-        yield from frontier(self.series, text("frontier_caption"))
+        yield from sections.frontier(self.series, text("frontier_caption"))
         if caches:
             yield Heading(text("bytes"), level=3)
-            yield cache_table(caches, text)
+            yield sections.cache_table(caches, text)
             yield Paragraph(text("cache_note"))
-        yield from positions(self.series, text)
+        yield from sections.positions(self.series, text)
         yield from self._curves()
         yield from self._phase1()
         yield Heading(text("settings"))
-        yield facts(self._settings(), text)
-        yield from provenance(self.provenance, text)
+        yield sections.facts(self._settings(), text)
+        yield from sections.provenance(self.provenance, text)
 
     def _change(self, model: Model, base: Model | None) -> str:
         if base is None or model is base or not finite(model["best_val_ppl"]):
@@ -104,27 +90,25 @@ class RunReport:
     def _results(self) -> Table:
         rows = []
         for model in self.models + self.pending:
-            ppl, cache = perplexity(model["best_val_ppl"]), model["cache"]
-            if model in self.pending:
-                ppl = self.text("pending")
-            elif model["error"] is not None:
-                ppl = self.text("failed")
-            row = {"model": model["name"], "context": self._context(model), "best_ppl": ppl}
-            row["change"] = self._change(model, self.baseline)
-            if self.control:
-                row["change_to_control"] = self._change(model, self.control)
-            rows.append(
-                row
-                | {
-                    "kb": kilobytes(cache.get("bytes_measured")),
-                    "reduction": percent(cache.get("reduction_measured")),
-                    "parameters": pair(model["trainable_parameters"], model["parameters"]),
-                    "best_epoch": self._best_epoch(model),
-                    "accuracy": percent(model["val_accuracy"]),
-                    "seconds_epoch": self._seconds(model),
-                }
-            )
-        return table(rows, self.text, text_columns=2)
+            cache = model["cache"]
+            state = "pending" if model in self.pending else "failed" if model["error"] is not None else ""
+            row = {
+                "model": model["name"],
+                "context": self._context(model),
+                "best_ppl": self.text(state) if state else perplexity(model["best_val_ppl"]),
+                "change": self._change(model, self.baseline),
+                "change_to_control": self._change(model, self.control),
+                "kb": kilobytes(cache.get("bytes_measured")),
+                "reduction": percent(cache.get("reduction_measured")),
+                "parameters": pair(model["trainable_parameters"], model["parameters"]),
+                "best_epoch": self._best_epoch(model),
+                "accuracy": percent(model["val_accuracy"]),
+                "seconds_epoch": self._seconds(model),
+            }
+            if not self.control:
+                del row["change_to_control"]
+            rows.append(row)
+        return sections.table(rows, self.text, text_columns=2)
 
     def _context(self, model: Model) -> str:
         source, dim, layers = model["context_source"], model["context_dim"], model["context_sharing"] or 1
@@ -156,10 +140,9 @@ class RunReport:
         return shown
 
     def _curves(self) -> Iterator[Block]:
-        panels = self.panels()
-        if panels:
+        if panels := self.panels():
             yield Heading(self.text("curves"))
-            draw = partial(draw_panels, panels, baselines(self.series))
+            draw = partial(draw_panels, panels, sections.baselines(self.series))
             yield Picture("curves.png", self.text("curves_caption"), draw)
         for model in self.models:
             if model["history"]:
@@ -168,31 +151,27 @@ class RunReport:
 
     def panels(self) -> list[Panel]:
         """Validation perplexity, its difference to the baseline's, training loss, and phase 1's convergence."""
-        panels = []
         ppl = {model["name"]: self._curve(model, "val_ppl") for model in self.models}
-        if any(ppl.values()):
-            stars = {  # of each model the last entry that was the best
-                model["name"]: (self._when(model, entry), entry["val_ppl"])
-                for model in self.models
-                for entry in model["history"]
-                if entry["best"]
-            }
-            panels.append(Panel("Validation perplexity (star: best)", self.unit, ppl, stars=stars, scaled="y"))
-            panels += difference(ppl, self.series, " at the same time", self.unit)
+        stars = {  # of each model the last entry that was the best
+            model["name"]: (self._when(model, entry), entry["val_ppl"])
+            for model in self.models
+            for entry in model["history"]
+            if entry["best"]
+        }
         # Healing has a different loss.
         loss = {model["name"]: self._curve(model, "train_loss") for model in self.models if not model["from_baseline"]}
-        if any(loss.values()):
-            panels.append(Panel("Training loss", self.unit, loss))
         converged = {
-            model["name"]: [
-                (entry["iteration"], 100 * entry["convergence_rate"]) for entry in model["phase1"]["history"]
-            ]
+            model["name"]: [(row["iteration"], 100 * row["convergence_rate"]) for row in model["phase1"]["history"]]
             for model in self.models
             if model["phase1"]
         }
-        if converged:
-            panels.append(Panel("Phase 1: converged tokens (%)", "iteration", converged))
-        return panels
+        panels = [
+            Panel("Validation perplexity (star: best)", self.unit, ppl, stars=stars, scaled="y"),
+            *sections.difference(ppl, self.series, " at the same time", self.unit),
+            Panel("Training loss", self.unit, loss),
+            Panel("Phase 1: converged tokens (%)", "iteration", converged),
+        ]
+        return [panel for panel in panels if any(panel.curves.values())]
 
     def _curve(self, model: Model, key: str) -> list[tuple[float, float]]:
         return [(self._when(model, entry), entry[key]) for entry in model["history"] if finite(entry[key])]
@@ -215,33 +194,29 @@ class RunReport:
 
     def _phase1(self) -> Iterator[Block]:
         wanted = self.recipe["phase1"]["convergence_rate"]
-        rows = []
-        for model in self.models:
-            if phase1 := model["phase1"]:
-                rank = number(phase1["effective_rank"], 1)
-                rows.append(
-                    {
-                        "model": model["name"],
-                        "met": self.text("yes" if phase1["convergence_rate"] >= wanted else "no"),
-                        "reached": percent(phase1["convergence_rate"]),
-                        "wanted": percent(wanted),
-                        "iterations": integer(phase1["iterations"]),
-                        "rank": self.text("rank_value", rank=rank, dim=integer(model["context_dim"])),
-                        "seconds": number(phase1["seconds"], 1),
-                    }
-                )
-        if not rows:
-            return
-        yield Heading(self.text("phase1"))
-        yield Paragraph(self.text("phase1_intro"))
-        yield table(rows, self.text, text_columns=2)
+        rows = [
+            {
+                "model": model["name"],
+                "met": self.text("yes" if phase1["convergence_rate"] >= wanted else "no"),
+                "reached": percent(phase1["convergence_rate"]),
+                "wanted": percent(wanted),
+                "iterations": integer(phase1["iterations"]),
+                "rank": self.text("rank_value", rank=number(phase1["effective_rank"], 1), dim=model["context_dim"]),
+                "seconds": number(phase1["seconds"], 1),
+            }
+            for model in self.models
+            if (phase1 := model["phase1"])
+        ]
+        if rows:
+            yield Heading(self.text("phase1"))
+            yield Paragraph(self.text("phase1_intro"))
+            yield sections.table(rows, self.text, text_columns=2)
 
     def _settings(self) -> dict[str, str]:
         """The settings of data, model and training, by the keys of the texts."""
-        unused = {"phase1"} if not any(model["phase1"] for model in self.models) else set()
-        unused |= set() if self.healed else {"heal"}
-        recipe = {section: values for section, values in self.recipe.items() if section not in unused}
-        return data_facts(self.data, self.text) | recipe_facts(recipe, self.text)
+        used = {"phase1": any(model["phase1"] for model in self.models), "heal": bool(self.healed)}
+        recipe = {section: values for section, values in self.recipe.items() if used.get(section, True)}
+        return sections.data_facts(self.data, self.text) | sections.recipe_facts(recipe, self.text)
 
 
 def _filled(model: Mapping[str, Any]) -> Model:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import Panel, Point, Points, draw_frontier, draw_panels, short
+from context_pythia.report.figures import Panel, Points, Series, draw_frontier, draw_panels, short
 from context_pythia.report.formats import DASH, change, integer, kilobytes, pair, percent, perplexity, plain
 from context_pythia.report.texts import Texts
-
-Bands = Sequence[Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class Series:
-    """A model's figures for tables and pictures.
-
-    Attributes:
-        perplexity, cache_bytes: 0 if there is no figure.
-        positions: the bands of `perplexity_by_position`.
-    """
-
-    name: str
-    baseline: bool
-    perplexity: float
-    cache_bytes: float
-    positions: Bands = ()
 
 
 def table(rows: Sequence[Mapping[str, str]], text: Texts, text_columns: int = 1) -> Table:
@@ -43,27 +25,23 @@ def headline(series: Sequence[Series], text: Texts) -> Paragraph:
     if not done:
         return Paragraph(text("nothing"), "lead")
     base = next((one for one in done if one.baseline), None)
-    best = min(done, key=lambda one: one.perplexity)
-    if base is None:
-        shown = {"ppl": perplexity(best.perplexity), "kb": kilobytes(best.cache_bytes)}
-        return Paragraph(text("no_baseline", name=best.name, **shown), "lead")
+    smaller = [one for one in done if base and one.cache_bytes < base.cache_bytes]
+    best = min(smaller or done, key=attrgetter("perplexity"))
 
-    def compared(one: Series) -> dict[str, str]:
+    def compared(one: Series, other: Series = base or best) -> dict[str, str]:
         return {
             "name": one.name,
             "ppl": perplexity(one.perplexity),
-            "change": change(one.perplexity / base.perplexity - 1),
+            "change": change(one.perplexity / other.perplexity - 1),
             "kb": kilobytes(one.cache_bytes),
-            "reduction": percent(1 - one.cache_bytes / base.cache_bytes),
+            "reduction": percent(1 - one.cache_bytes / other.cache_bytes),
         }
 
-    shown = {f"base_{key}": value for key, value in compared(base).items()}
-    smaller = [one for one in done if one.cache_bytes < base.cache_bytes]
-    if not smaller:
-        return Paragraph(text("none_smaller", **shown), "lead")
-    best = min(smaller, key=lambda one: one.perplexity)
-    smallest = min(smaller, key=lambda one: one.cache_bytes)
-    sentences = [text("best", **shown, **compared(best))]
+    if base is None or not smaller:
+        return Paragraph(text("none_smaller", **compared(best)), "lead")
+    of_base = {f"base_{key}": value for key, value in compared(base).items()}
+    sentences = [text("best", **of_base, **compared(best))]
+    smallest = min(smaller, key=attrgetter("cache_bytes"))
     if smallest is not best:
         sentences.append(text("smallest", **compared(smallest)))
     return Paragraph(text("between_sentences").join(sentences), "lead")
@@ -71,14 +49,9 @@ def headline(series: Sequence[Series], text: Texts) -> Paragraph:
 
 def frontier(series: Sequence[Series], caption: str) -> Iterator[Picture]:
     """The picture of perplexity against the cache, if a model has both."""
-    points = [
-        Point(one.name, one.name, one.cache_bytes, one.perplexity, one.name)
-        for one in series
-        if one.perplexity and one.cache_bytes
-    ]
-    title = "Perplexity against cache (lower left is better)"
-    if points:
-        yield Picture("frontier.png", caption, partial(draw_frontier, points, baselines(series), title))
+    if any(one.perplexity and one.cache_bytes for one in series):
+        title = "Perplexity against cache (lower left is better)"
+        yield Picture("frontier.png", caption, partial(draw_frontier, series, title))
 
 
 def baselines(series: Sequence[Series]) -> dict[str, bool]:
@@ -100,30 +73,26 @@ def difference(
     yield Panel(f"Difference to {short(base)}{of} (%)", where, apart, scaled=scaled)
 
 
-def position_panels(series: Sequence[Series]) -> list[Panel]:
-    """Perplexity by position, one point at the end of each band, and the difference to the baseline."""
-    curves = {one.name: [(band["to"], band["perplexity"]) for band in one.positions] for one in series}
-    where = "end of the band of positions (tokens)"
-    first = Panel("Perplexity by position in the sample", where, curves, scaled="xy")
-    return [first, *difference(curves, series, "", where, scaled="x")]
+def positions(series: Sequence[Series], text: Texts) -> Iterator[Block]:
+    """The section on quality by position, of the models with the bands of the first one; empty if no model has bands.
 
-
-def positions(series: Sequence[Series], text: Texts, file: str = "positions.png") -> Iterator[Block]:
-    """The section on quality by position; empty if no model has the figures."""
-    measured = [one for one in series if one.positions]
+    In the picture a point stands at the end of its band.
+    """
+    ends = {one.name: [band["to"] for band in one.positions] for one in series if one.positions}
+    measured = [one for one in series if ends.get(one.name) == next(iter(ends.values()), ())]
     if not measured:
         return
     bands = measured[0].positions
     base = next((one for one in measured if one.baseline), None)
-    rows = []
+    rows: list[list[str]] = []
+    curves: dict[str, Points] = {}
     for one in measured:
-        cells = [perplexity(band["perplexity"]) for band in one.positions]
-        if base not in (None, one):
-            apart = (
-                change(band["perplexity"] / other["perplexity"] - 1)
-                for band, other in zip(one.positions, base.positions, strict=True)
-            )
-            cells = [f"{cell} ({difference})" for cell, difference in zip(cells, apart, strict=True)]
+        values = [band["perplexity"] for band in one.positions]
+        curves[one.name] = list(zip(ends[one.name], values, strict=True))
+        cells = list(map(perplexity, values))
+        if base and one is not base:
+            pairs = zip(values, base.positions, strict=True)
+            cells = [f"{perplexity(value)} ({change(value / band['perplexity'] - 1)})" for value, band in pairs]
         rows.append([one.name, *cells])
     rows.append([text("positions_tokens"), *(integer(band["tokens"]) for band in bands)])
     yield Heading(text("positions"))
@@ -131,8 +100,10 @@ def positions(series: Sequence[Series], text: Texts, file: str = "positions.png"
     yield Paragraph(text("positions_note"))
     if base and len(measured) > 1:
         yield Paragraph(text("positions_change", baseline=base.name))
-    draw = partial(draw_panels, position_panels(series), baselines(series))
-    yield Picture(file, text("positions_caption"), draw)
+    where = "end of the band of positions (tokens)"
+    panels = [Panel("Perplexity by position in the sample", where, curves, scaled="xy")]
+    panels += difference(curves, series, "", where, scaled="x")
+    yield Picture("positions.png", text("positions_caption"), partial(draw_panels, panels, baselines(series)))
 
 
 def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts) -> Table:

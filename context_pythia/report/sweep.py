@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
-from context_pythia.report.figures import Point, draw_frontier, draw_settings, short
+from context_pythia.report.figures import Series, draw_frontier, draw_settings, short
 from context_pythia.report.formats import DASH, change, kilobytes, percent, perplexity
-from context_pythia.report.sections import Series, facts, failures, headline, positions, provenance, table
+from context_pythia.report.sections import facts, failures, headline, positions, provenance, table
 from context_pythia.report.texts import Texts
 
 Row = dict[str, Any]
@@ -36,32 +36,32 @@ class SweepReport:
         }
 
     def blocks(self) -> Iterator[Block]:
-        text, metrics = self.text, self.metrics
-        trials, rows = metrics["trials"], self.rows
-        counts = {state: sum(trial["state"] == state for trial in trials) for state in ("complete", "failed")}
-        counts["unfinished"] = len(trials) - sum(counts.values())
-        frontier, all_settings = self._pictures()
+        text, metrics, rows = self.text, self.metrics, self.rows
+        states = [trial["state"] for trial in metrics["trials"]]
+        counts = {state: states.count(state) for state in ("complete", "failed")}
+        counts["unfinished"] = len(states) - sum(counts.values())
+        series = [self._series(row) for row in self.finished]
+        by = short(", ".join(map(_name, self.searched)))
         yield Heading(text("title", recipe=metrics["recipe"]["name"]), level=1)
-        comparable = [_series(row) for row in self.finished if _data(row) == _data(self.finished[0])]
-        yield headline(comparable, text)
-        yield Paragraph(text("counts", total=len(trials), settings=len(rows), **counts), "note")
-        if self.finished:
-            yield frontier
+        yield headline([one for one in series if one.group == series[0].group], text)
+        yield Paragraph(text("counts", total=len(states), settings=len(rows), **counts), "note")
+        if series:
+            title = "Lower left is better" + f" ({by})" * bool(by)
+            yield Picture("pareto.png", text("pareto"), partial(draw_frontier, series, title))
         if 0 < len(self.best_of_each) < len(rows):
             yield Heading(text("best_of_each"))
             yield self._table(self.best_of_each)
         if healed := [row["model"] for row in self.finished if row["model"] in self.healed]:
             yield Paragraph(text("healed", names=", ".join(dict.fromkeys(healed))), "note")
-        budgets = [f"{name} {sum(trial['model'] == name for trial in trials)}" for name in {r["model"] for r in rows}]
-        yield Paragraph(text("budget", budgets=", ".join(sorted(budgets))))
         yield Heading(text("all_settings"))
-        if self.finished:
-            yield all_settings
+        if series:
+            title = "Best validation perplexity" + f" by {by}" * bool(by)
+            yield Picture("perplexities.png", text("perplexities"), partial(draw_settings, series, title))
         yield self._table(rows)
         yield Paragraph(text("table_note"))
-        yield from failures({trial["folder"]: trial["error"] for trial in trials if trial["state"] == "failed"}, text)
-        for number, series in enumerate(self._comparable(), 1):
-            yield from positions(series, text, "positions.png" if number == 1 else f"positions-{number}.png")
+        errors = {trial["folder"]: trial["error"] for trial in metrics["trials"] if trial["state"] == "failed"}
+        yield from failures(errors, text)
+        yield from positions([self._series(row) for row in self.best_of_each], text)
         yield from self._importance()
         yield Heading(text("settings"))
         shown = {
@@ -76,45 +76,23 @@ class SweepReport:
         yield Heading(text("rest"))
         yield Code(yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True).rstrip())
 
-    def _pictures(self) -> tuple[Picture, Picture]:
-        """Perplexity against the cache, and the perplexity of each setting and seed."""
-        baselines = {row["model"]: row["baseline"] for row in sorted(self.finished, key=lambda row: row["model"])}
-        points, seeds = [], []
-        for row in self.finished:
-            values = row["setting"].values()
-            label = "" if set(values) <= {None} else ", ".join(map(_value, values))
-            points.append(
-                Point(
-                    name=": ".join(filter(None, (row["model"], label))),
-                    model=row["model"],
-                    size=row["cache_bytes"],
-                    perplexity=row["mean"],
-                    label=label if row["unbeaten"] else "",
-                    low=row["min"],
-                    high=row["max"],
-                    group=_data(row),
-                )
-            )
-            same = [trial for trial in self.metrics["trials"] if all(trial[k] == row[k] for k in ("model", "setting"))]
-            seeds.append([trial["val_ppl"] for trial in same if trial["state"] == "complete"])
-        by = short(", ".join(map(_name, self.searched)))
-        titles = ("Lower left is better" + f" ({by})" * bool(by), "Best validation perplexity" + f" by {by}" * bool(by))
-        return (
-            Picture("pareto.png", self.text("pareto"), partial(draw_frontier, points, baselines, titles[0])),
-            Picture(
-                "perplexities.png",
-                self.text("perplexities"),
-                partial(draw_settings, points, seeds, baselines, titles[1]),
-            ),
+    def _series(self, row: Row) -> Series:
+        # Options that do not affect the model are None. Older sweeps have no positions.
+        setting = row["setting"].items()
+        named = ", ".join(f"{_name(path)} {_value(value)}" for path, value in setting if value is not None)
+        trials = [one for one in self.metrics["trials"] if all(one[key] == row[key] for key in ("model", "setting"))]
+        return Series(
+            f"{row['model']} ({named})" if named else row["model"],
+            row["baseline"],
+            row["mean"],
+            row["cache_bytes"],
+            row.get("positions") or (),
+            row["model"],
+            ", ".join(_value(value) for _, value in setting) if named else "",
+            [one["val_ppl"] for one in trials if one["state"] == "complete"],
+            # Only figures on the same data are comparable.
+            repr({path: value for path, value in setting if path.startswith("data.")}),
         )
-
-    def _comparable(self) -> list[list[Series]]:
-        """The best rows, grouped by bands of positions, because samples of different lengths are not comparable."""
-        groups: dict[tuple[float, ...], list[Series]] = {}
-        for row in self.best_of_each:
-            series = _series(row)
-            groups.setdefault(tuple(band["to"] for band in series.positions), []).append(series)
-        return [series for bands, series in groups.items() if bands]
 
     def _table(self, rows: list[Row]) -> Table:
         lines = []
@@ -135,33 +113,21 @@ class SweepReport:
         return Table(head, [list(line.values()) for line in lines])
 
     def _importance(self) -> Iterator[Block]:
-        found = dict(self.metrics["importance"])
+        found = self.metrics["importance"]
         yield Heading(self.text("importance"))
         if "reason" in found:
             yield Paragraph(self.text("no_importance", **found), "note")
             return
-        rows = [{"setting": _name(path), "share": percent(share)} for path, share in found.pop("shares").items()]
-        yield table(rows, self.text)
+        yield table(
+            [{"setting": _name(path), "share": percent(share)} for path, share in found["shares"].items()], self.text
+        )
         yield Paragraph(self.text("importance_note", **found | {"quantile": percent(found["quantile"])}))
-
-
-def _series(row: Row) -> Series:
-    # Options that do not affect the model are None. Older sweeps have no positions.
-    setting = [f"{_name(path)} {_value(value)}" for path, value in row["setting"].items() if value is not None]
-    name = f"{row['model']} ({', '.join(setting)})" if setting else row["model"]
-    return Series(name, row["baseline"], row["mean"], row["cache_bytes"], row.get("positions") or ())
-
-
-def _data(row: Row) -> str:
-    """The searched options of the data. Only rows with equal ones are comparable."""
-    return repr({path: value for path, value in row["setting"].items() if path.startswith("data.")})
 
 
 def _around_model(row: Row) -> str:
     """A row's seeds, and its setting without the options of its model."""
-    return repr(
-        (row["seeds"], {path: value for path, value in row["setting"].items() if not path.startswith("model.")})
-    )
+    rest = {path: value for path, value in row["setting"].items() if not path.startswith("model.")}
+    return repr((row["seeds"], rest))
 
 
 def _name(path: str) -> str:

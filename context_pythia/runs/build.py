@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from context_pythia.config.recipe import HealOptions, ModelOptions, Recipe
+from context_pythia.config.recipe import RECURRENT, HealOptions, ModelOptions, Recipe
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import measure_generated_cache
@@ -90,7 +90,6 @@ CONTEXT_OPTIONS = (
     "key_value_heads",
     "num_rotary_keys",
 )
-RECURRENT = ("input", "shared")
 
 
 def _model(options: ModelOptions, body: dict[str, Any]) -> PreTrainedModel:

@@ -18,13 +18,12 @@ from filelock import FileLock, Timeout
 
 from context_pythia import processes
 from context_pythia.config.convert import ConvertOptions
-from context_pythia.config.recipe import ModelOptions, Recipe
+from context_pythia.config.recipe import RECURRENT, ModelOptions, Recipe
 from context_pythia.conversion.heal import training_options
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.runs.build import (
-    RECURRENT,
     best_device,
     build_model,
     describe_cache,

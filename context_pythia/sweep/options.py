@@ -22,19 +22,6 @@ from context_pythia.errors import UsageError
 
 SAMPLERS = ("grid", "tpe")
 MODEL = "model"  # the section of a model's options
-# The options of a model that only some context sources read.
-SOURCES_OF = {
-    "context_dim": ("input", "shared", "layer"),
-    "context_sharing": ("layer", "grouped"),
-    "key_value_heads": ("grouped",),
-    "num_rotary_keys": ("layer",),
-    "cache_token_ids": ("layer",),
-    "context_block_layers": ("input", "shared"),
-    "phase1": ("input", "shared"),
-    "freeze_context_block": ("input", "shared"),
-}
-
-
 # The options that `--over` takes, by path.
 KEYS = {
     path: declared
@@ -49,39 +36,35 @@ class Dimension(NamedTuple):
     Attributes:
         values: values to choose from, or the two ends of a range.
         ranged: whether `values` are the ends of a range (only for the sampler `tpe`).
-        log: whether numbers of the range are drawn on a logarithmic scale.
     """
 
     path: str
     values: tuple[Any, ...]
     ranged: bool = False
-    log: bool = False
+
+    @property
+    def log(self) -> bool:
+        """Whether numbers of the range are drawn on a logarithmic scale."""
+        return self.ranged and by_logarithm(KEYS[self.path])
 
 
 def parse_over(text: str) -> Dimension:
-    """Parse `"train.learning_rate=1e-4,1e-3"`; `"low..high"` and `"log:low..high"` are ranges.
+    """Parse `"train.learning_rate=1e-4,1e-3"`; `"low..high"` is a range.
 
     Raises:
         UsageError: the key is unknown, or the text has no valid values. `SweepPlan` checks the bounds of the option.
     """
     key, _, given = text.partition("=")
-    given = given.strip()
-    if not given:
+    if not given.strip():
         raise UsageError(f"--over {text!r}: give key=value,value or, with --sampler tpe, key=low..high")
-    if key.strip() == "seed":
-        raise UsageError("--over seed: seeds are given by --seeds 0,1,2")
     path = path_of(key, KEYS, "--over", "context-pythia sweep --set help")
     option = KEYS[path]
-    ends = re.fullmatch(r"(log:)?([^,:]+?)\.\.([^,]+)", given)
-    if not ends:
-        return Dimension(path, tuple(dict.fromkeys(option.parse(word.strip()) for word in given.split(","))))
-    low, high = (option.parse(word.strip()) for word in ends.groups()[1:])
-    log = bool(ends[1]) or by_logarithm(option)
-    if option.kind not in (int, float) or isinstance(low, str) or isinstance(high, str) or low >= high:
+    ends = re.fullmatch(r"([^,]+?)\.\.([^,]+)", given)
+    words = ends.groups() if ends else given.split(",")
+    values = tuple(dict.fromkeys(option.parse(word.strip()) for word in words))
+    if ends and (option.kind not in (int, float) or str in map(type, values) or values[0] >= values[-1]):
         raise UsageError(f"--over {path}: {given} must be two numbers, low..high")
-    if log and low <= 0:
-        raise UsageError(f"--over {path}: {given} must begin above 0")
-    return Dimension(path, (low, high), True, log)
+    return Dimension(path, values, bool(ends))
 
 
 def by_logarithm(option: Option) -> bool:
@@ -134,20 +117,21 @@ class SweepPlan:
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise UsageError(f"--over {twice}: is given twice, list all values in one --over")
         if self.sampler == "grid":
-            if ranged := next((one.path for one in self.dimensions if one.ranged), None):
-                raise UsageError(f"--over {ranged}: a range needs --sampler tpe; the grid takes values")
-            if self.trials is not None:
-                raise UsageError("--trials: is for --sampler tpe; the grid trains every combination")
+            of_tpe = [f"--over {one.path}=low..high" for one in self.dimensions if one.ranged]
+            of_tpe += [] if self.trials is None else ["--trials"]
+            if of_tpe:
+                raise UsageError(f"{of_tpe[0]}: needs --sampler tpe; the grid trains every combination of values")
         elif self.trials is None or self.trials % (share := len(models) * len(self.seeds)):
             raise UsageError(
                 f"--trials {self.trials}: --sampler tpe needs a multiple of {share} "
                 f"({len(models)} models x {len(self.seeds)} seeds), so each gets the same number"
             )
-        if healed := next((model.name for model in models if model.from_baseline), None):
-            if not any(model.is_baseline for model in models):
-                raise UsageError(f"{healed} starts from the trained baseline: name the baseline with --models too")
-            if self.sampler != "grid":
-                raise UsageError(f"{healed} starts from the trained baseline: sweep it with --sampler grid")
+        healed = next((model.name for model in models if model.from_baseline), None)
+        if healed and (self.sampler != "grid" or not any(model.is_baseline for model in models)):
+            raise UsageError(
+                f"{healed} starts from the trained baseline: "
+                "name the baseline with --models too, and sweep with --sampler grid"
+            )
         # Seed by seed, so an early report has all settings. Models that start from a trained baseline come last.
         asked = itertools.product(self.seeds, [model.name for model in models], list(self._combinations()))
         found = {one.name: one for one in (self.setting(model, values, seed) for seed, model, values in asked)}
@@ -211,11 +195,10 @@ def _concerns(path: str, model: ModelOptions) -> bool:
     if section == "heal":
         return model.from_baseline
     if section == "phase1":
-        return model.context_source in SOURCES_OF["phase1"] and model.phase1
+        return model.context_source in KEYS["model.phase1"].sources and model.phase1
     if section != MODEL:
         return True
     if model.from_baseline:
         return name == "context_dim" and model.context_source is not None
-    if name == "context_source":
-        return True
-    return model.context_source is not None and model.context_source in SOURCES_OF.get(name, (model.context_source,))
+    sources = KEYS[path].sources
+    return not sources or model.context_source in sources

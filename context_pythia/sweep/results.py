@@ -25,20 +25,19 @@ def trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable
         entry: the model's entry in the run folder; None if the trial has not ended.
         searched: paths of the searched options.
     """
-    row: dict[str, Any] = {
-        "state": "unfinished" if entry is None else "failed" if entry["error"] else "complete",
+    done = entry if entry and not entry["error"] else None
+    return {
+        "state": "unfinished" if entry is None else "failed" if done is None else "complete",
         "folder": setting.name,
         "model": setting.model.name,
         "baseline": setting.model.is_baseline,
         "setting": {path: setting.value(path) for path in searched},
         "seed": setting.recipe.seed,
         **{key: entry and entry.get(key) for key in KEPT},
-        **{"val_ppl": None, "cache_bytes": None, "phase1": None},
+        "val_ppl": done and done["best_val_ppl"],
+        "cache_bytes": done and done["cache"]["bytes_measured"],
+        "phase1": done and done["phase1"] and {key: x for key, x in done["phase1"].items() if key != "history"},
     }
-    if entry and not entry["error"]:
-        row |= {"val_ppl": entry["best_val_ppl"], "cache_bytes": entry["cache"]["bytes_measured"]}
-        row["phase1"] = entry["phase1"] and {key: x for key, x in entry["phase1"].items() if key != "history"}
-    return row
 
 
 def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,25 +55,7 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         groups.setdefault(repr((trial["model"], trial["setting"])), []).append(trial)
-    rows = []
-    for group in groups.values():
-        done = [trial for trial in group if trial["state"] == "complete"]
-        perplexities = [trial["val_ppl"] for trial in done]
-        rows.append(
-            {key: group[0][key] for key in ("model", "baseline", "setting")}
-            | {
-                "trials": len(group),
-                "n": len(done),
-                "seeds": sorted(trial["seed"] for trial in done),
-                "failed": sum(trial["state"] == "failed" for trial in group),
-                "mean": statistics.fmean(perplexities) if done else None,
-                "min": min(perplexities, default=None),
-                "max": max(perplexities, default=None),
-                "std": statistics.stdev(perplexities) if len(done) > 1 else None,
-                "cache_bytes": max((trial["cache_bytes"] for trial in done), default=None),
-                "positions": _mean_bands([trial.get("val_ppl_by_position") or [] for trial in done]),
-            }
-        )
+    rows = [_over_seeds(group) for group in groups.values()]
     by_data: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
@@ -82,6 +63,28 @@ def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     for comparable in by_data.values():
         _compare(comparable)
     return rows
+
+
+def _over_seeds(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    done = [trial for trial in trials if trial["state"] == "complete"]
+    perplexities = [trial["val_ppl"] for trial in done]
+    bands = [trial.get("val_ppl_by_position") or [] for trial in done]
+    return {
+        **{key: trials[0][key] for key in ("model", "baseline", "setting")},
+        "trials": len(trials),
+        "n": len(done),
+        "seeds": sorted(trial["seed"] for trial in done),
+        "failed": sum(trial["state"] == "failed" for trial in trials),
+        "mean": statistics.fmean(perplexities) if done else None,
+        "min": min(perplexities, default=None),
+        "max": max(perplexities, default=None),
+        "std": statistics.stdev(perplexities) if len(done) > 1 else None,
+        "cache_bytes": max((trial["cache_bytes"] for trial in done), default=None),
+        "positions": [
+            {**seeds[0], "perplexity": statistics.fmean(band["perplexity"] for band in seeds)}
+            for seeds in (zip(*bands, strict=True) if all(bands) else ())
+        ],
+    }
 
 
 def _compare(rows: Sequence[dict[str, Any]]) -> None:
@@ -93,15 +96,6 @@ def _compare(rows: Sequence[dict[str, Any]]) -> None:
             row["change"] = row["mean"] / baseline["mean"] - 1
             row["reduction"] = None if row["baseline"] else 1 - row["cache_bytes"] / baseline["cache_bytes"]
         row["unbeaten"] = bool(row["n"]) and not any(_beats(other, row) for other in finished)
-
-
-def _mean_bands(seeds: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
-    if not all(seeds):
-        return []
-    return [
-        {**bands[0], "perplexity": statistics.fmean(band["perplexity"] for band in bands)}
-        for bands in zip(*seeds, strict=True)
-    ]
 
 
 def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
@@ -120,15 +114,13 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
         `evaluator`, `quantile`, `trials` (their number) and `shares` (by option); only `reason` if there are no shares.
     """
     done = [trial for trial in trials if trial["state"] == "complete"]
+    given = [{"model": trial["model"]} | {path: trial["setting"][path] for path in searched} for trial in done]
+    values = {name: {params[name] for params in given} - {None} for name in ("model", *searched)}
+    ranges = {name: _distribution(name, sorted(found, key=str)) for name, found in values.items() if len(found) > 1}
     if len(done) < TRIALS_AT_LEAST:
         return {"reason": f"{len(done)} trials have a result, {TRIALS_AT_LEAST} at least are needed"}
-    if len({trial["val_ppl"] for trial in done}) == 1:
-        return {"reason": "all trials have the same perplexity"}
-    given = [{"model": trial["model"]} | {path: trial["setting"][path] for path in searched} for trial in done]
-    values = {name: {params[name] for params in given} - {None} for name in given[0]}
-    ranges = {name: _distribution(name, sorted(found, key=str)) for name, found in values.items() if len(found) > 1}
-    if not ranges:
-        return {"reason": "nothing was searched: each option has one value"}
+    if not ranges or len({trial["val_ppl"] for trial in done}) == 1:
+        return {"reason": "all trials have the same setting or the same perplexity"}
     import optuna
 
     study = optuna.create_study(direction="minimize")
@@ -145,13 +137,11 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
 
 
 def _distribution(name: str, values: Sequence[Any]) -> Any:
-    """Optuna's distribution of an option: the range of its numbers, or its choices."""
+    """Optuna's distribution of an option: the range of its numbers, or its values."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     option = KEYS.get(name)
     if option and all(type(value) in (int, float) for value in values):
         kind = IntDistribution if option.kind is int else FloatDistribution
         return kind(min(values), max(values), log=by_logarithm(option))
-    if option and option.choices:  # also those that no trial has, because the prior counts all
-        return CategoricalDistribution([None, *option.choices] if option.optional else list(option.choices))
     return CategoricalDistribution(list(values))

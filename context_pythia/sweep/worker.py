@@ -44,10 +44,7 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
         OSError: a folder cannot be written. The next worker resumes the interrupted trial.
     """
     require_optuna()
-    try:
-        (out / TRIALS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
+    (out / TRIALS).mkdir(parents=True, exist_ok=True)
     worker = Worker(plan, out, progress, FileLock(out / ".lock"))
     with worker.lock:  # the first worker packs the text, the others open its file
         recipe = _recipe(plan, out)
@@ -76,8 +73,8 @@ def _recipe(plan: SweepPlan, out: Path) -> Recipe:
         raise UsageError(f"{out} holds a run, or a sweep of an older version: choose another folder with --out")
     if not (out / RECIPE).exists():
         return plan.recipe
-    held = load_recipe(str(out / RECIPE))
-    return merged(held, dataclasses.replace(plan.recipe, seed=held.seed), out, healed=True)
+    recorded = load_recipe(str(out / RECIPE))
+    return merged(recorded, dataclasses.replace(plan.recipe, seed=recorded.seed), out, healed=True)
 
 
 @dataclass
@@ -174,8 +171,6 @@ class Worker:
                 "importance": importances(trials, searched),
             }
             write_json(self.out / METRICS, metrics)
-            if not (self.out / PROVENANCE).exists():
-                write_call(self.out / PROVENANCE, provenance(best_device()))
         return metrics
 
     def _folder(self, setting: Setting) -> Path:

@@ -10,15 +10,16 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.bench import decode as module
 from context_pythia.bench import models as bench_models
+from context_pythia.bench import run
 from context_pythia.bench.models import is_peer, share_parameters, sized_models, subjects
 from context_pythia.bench.options import SIZES, BenchOptions, Source, parse_sources
 from context_pythia.cli import command_line as cli
-from context_pythia.cli.reported import bench
+from context_pythia.cli.command import reported
 from context_pythia.config.recipe import ArchitectureOptions, ModelOptions
 from context_pythia.errors import UsageError
 from context_pythia.model.cache import cache_bytes
 from context_pythia.report.bench import DecodeReport, TrainReport, paired_ratio
-from context_pythia.report.report import write_report
+from context_pythia.report.report import show, write_report
 from context_pythia.report.texts import LANGUAGES, Texts
 from tests.conftest import tiny_recipe
 
@@ -41,6 +42,11 @@ def options(**changes) -> BenchOptions:
 def saved(folder, model) -> str:
     model.save_pretrained(folder)
     return str(folder)
+
+
+def bench(*args, out=None, **asked):
+    with reported(out):
+        return run.bench(*args, out=out, show=show, **asked)
 
 
 def metrics_of(out):

@@ -29,7 +29,7 @@ def test_without_vllm_it_says_where_to_get_it(monkeypatch):
     ("arguments", "message"),
     [
         (["--serve"], "give either MODELs or --size"),
-        (["--serve", "--size", "pythia-14m", "--rounds", "2"], "--set serve.NAME=VALUE, not bench.rounds"),
+        (["--serve", "--size", "pythia-14m", "--rounds", "2"], "bench.rounds does not go with --serve"),
         (["--size", "pythia-14m", "--set", "serve.rounds=2"], "serve.rounds needs --serve"),
     ],
 )

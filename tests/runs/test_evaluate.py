@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from context_pythia.cli import command_line as cli
-from context_pythia.cli.reported import evaluate
+from context_pythia.cli.command import reported
 from context_pythia.config.recipe import DataOptions
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.data.tokenizers import vocabulary_rows
@@ -38,6 +38,13 @@ def paths(finished_run):
 def data(finished_run, paths):
     """The data of the comparison, with the tokenizer that its models carry: the default of `eval`."""
     return replace(load_recipe(str(finished_run / "recipe.yaml")).data, tokenizer=paths[0])
+
+
+def evaluate(*args, out=None, lang="en", **asked):
+    with reported(out, lang):
+        metrics = module.evaluate(*args, out=out, **asked)
+        show(metrics)
+    return metrics
 
 
 @pytest.fixture(scope="module")

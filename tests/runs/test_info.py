@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from context_pythia.cli.reported import info
+from context_pythia.cli import command_line as cli
+from context_pythia.cli.info import info_table
 from context_pythia.config.recipe_files import load_recipe
-from context_pythia.report.info import info_table
-from context_pythia.runs.info import info as describe
+from context_pythia.runs.info import info
 
 
 def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
-    info(load_recipe("report"), None, length=8, dtype="float32", as_json=True)
+    assert cli.main(["info", "--recipe", "report", "--length", "8", "--json"]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     assert [model["cached_numbers_per_token"] for model in models] == [6144, 6144, 272, 1536, 512]
     assert models[0]["parameters"] == 70_426_624
@@ -21,7 +21,7 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
 
 def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
     names = ["Pythia", "layer 24 x2", "layer 20 36x4 16", "ids 8 20x2 43x3", "ids 8x2 20x4"]
-    models = describe(load_recipe("text-s", models=names), None, length=32, dtype="float32")
+    models = info(load_recipe("text-s", models=names), None, length=32, dtype="float32")
     assert [model["cached_numbers_per_token"] for model in models] == [1536, 72, 72, 73, 30]
     for model in models:
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
@@ -30,7 +30,7 @@ def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
 
 def test_what_a_conversion_decides_is_left_open():
     recipe = load_recipe("tuned", {"architecture.num_hidden_layers": 1, "heal.parameters": "attention"})
-    models = describe(recipe, None, length=8, dtype="float32")
+    models = info(recipe, None, length=8, dtype="float32")
     control, converted = models[1:3]
     assert control["trainable_parameters"] == 3 * 512 * 513  # queries, keys and values
     assert (converted["parameters"], converted["trainable_parameters"]) == (None, None)
@@ -39,7 +39,8 @@ def test_what_a_conversion_decides_is_left_open():
 
 
 def test_saved_model_is_described_as_a_table(finished_run, capsys):
-    info(None, str(finished_run / "models" / "shared"), length=20, dtype="bfloat16", as_json=False)
+    model = str(finished_run / "models" / "shared")
+    assert cli.main(["info", model, "--length", "20", "--dtype", "bfloat16"]) == 0
     output = capsys.readouterr().out
     assert "20 tokens in bfloat16" in output
     assert f"{16 * 20 * 2 / 1024:,.1f} KB" in output.splitlines()[-1]
@@ -47,9 +48,9 @@ def test_saved_model_is_described_as_a_table(finished_run, capsys):
 
 def test_a_cache_longer_than_the_models_positions_is_refused(finished_run):
     with pytest.raises(ValueError, match="--length 65: must be at most 64, the positions of .*shared"):
-        info(None, str(finished_run / "models" / "shared"), length=65, dtype="float32", as_json=True)
+        info(None, str(finished_run / "models" / "shared"), length=65, dtype="float32")
 
 
 def test_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such model"):
-        info(None, str(tmp_path / "nothing.here"), length=8, dtype="float32", as_json=True)
+        info(None, str(tmp_path / "nothing.here"), length=8, dtype="float32")

@@ -37,7 +37,6 @@ TPE = {"sampler": "tpe", "trials": 4}
             {"over": ["learning_rte=1"]},
             "--over 'learning_rte' is unknown (did you mean learning_rate",
         ),
-        ({"over": ["seed=1,2"]}, "--over seed: seeds are given by --seeds"),
         (
             {"over": ["schedule=cosin"]},
             "train.schedule 'cosin': must be one of constant, constant_with_warmup, linear, ",
@@ -47,12 +46,12 @@ TPE = {"sampler": "tpe", "trials": 4}
         ({"over": ["epochs"]}, "--over 'epochs': give key=value,value"),
         ({"over": ["epochs=2", "train.epochs=3"]}, "--over train.epochs: is given twice"),
         ({"over": ["context_dim=32,300"]}, "context_dim 300: must be between 1 and 2 * hidden_size = 256"),
-        ({"over": ["context_dim=32..64"]}, "--over model.context_dim: a range needs --sampler tpe"),
+        ({"over": ["context_dim=32..64"]}, "--over model.context_dim=low..high: needs --sampler tpe"),
         ({"over": ["context_dim=64..300"], **TPE}, "context_dim 300: must be between"),
         ({"over": ["schedule=a..b"], **TPE}, "--over train.schedule: a..b must be two numbers"),
-        ({"over": ["phase1_noise=log:0..1"], **TPE}, "--over phase1.noise: log:0..1 must begin above 0"),
+        ({"over": ["epochs=2..2"], **TPE}, "--over train.epochs: 2..2 must be two numbers, low..high"),
         ({"over": ["epochs=2"], **TPE, "trials": 5}, "--trials 5: --sampler tpe needs a multiple of 2"),
-        ({"over": ["epochs=2"], "trials": 5}, "--trials: is for --sampler tpe"),
+        ({"over": ["epochs=2"], "trials": 5}, "--trials: needs --sampler tpe"),
         ({"seeds": [-1]}, "seed -1: must be >= 0"),
     ],
 )

@@ -72,6 +72,9 @@ def test_importance_finds_what_decides():
     assert found["shares"]["train.learning_rate"] > 0.8
     assert sum(found["shares"].values()) == pytest.approx(1) and found["trials"] == 36
     equal = [{**one, "val_ppl": 1.0} for one in trials]
-    assert importances(equal, ["train.learning_rate"]) == {"reason": "all trials have the same perplexity"}
+    assert importances(equal, ["train.learning_rate"]) == {
+        "reason": "all trials have the same setting or the same perplexity"
+    }
     alone = [trial("layer", float(i), 1) for i in range(4)]
-    assert importances(alone, [])["reason"].startswith("nothing was searched")
+    assert importances(alone, [])["reason"].startswith("all trials have the same setting")
+    assert importances(alone[:3], [])["reason"] == "3 trials have a result, 4 at least are needed"

@@ -85,19 +85,19 @@ def test_a_grid_grows_in_the_same_folder(tmp_path, trained):
 
 
 def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, trained):
-    over = ["learning_rate=log:1e-4..1e-2", "context_dim=32,64", "epochs=1..9"]
-    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=16), tmp_path)
+    over = ["learning_rate=1e-4..1e-2", "context_dim=32,64", "epochs=1..9"]
+    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=8), tmp_path)
     assert Counter((recipe.models[0].name, recipe.seed) for recipe in trained) == dict.fromkeys(
-        [("Pythia", 0), ("Pythia", 1), ("layer", 0), ("layer", 1)], 4
+        [("Pythia", 0), ("Pythia", 1), ("layer", 0), ("layer", 1)], 2
     )
-    assert all(row["n"] == 2 for row in metrics["settings"]) and len(metrics["settings"]) == 8
+    assert all(row["n"] == 2 for row in metrics["settings"]) and len(metrics["settings"]) == 4
     rates = {recipe.train.learning_rate for recipe in trained}
-    assert len(rates) >= 4 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert len(rates) >= 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
     # A larger budget goes on, and another search has a budget of its own.
-    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=20), tmp_path)
-    assert len(trained) == 20
-    sweep(plan_of(over=["epochs=10..99999"], sampler="tpe", trials=4), tmp_path)
-    assert len(trained) == 24
+    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=12), tmp_path)
+    assert len(trained) == 12
+    sweep(plan_of(over=["epochs=10..99999"], sampler="tpe", trials=2), tmp_path)
+    assert len(trained) == 14
 
 
 def test_tpe_ends_where_nothing_new_is_left_and_leaves_out_what_does_not_go_together(
@@ -112,8 +112,14 @@ def test_tpe_ends_where_nothing_new_is_left_and_leaves_out_what_does_not_go_toge
     assert "skipped, context_dim 20: must be more than the 32 dims" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asked", [{}, {"over": ["epochs=1..9"], "sampler": "tpe", "trials": 2}], ids=["grid", "tpe"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (OSError(28, "No space left on device"), {}),
+        (KeyboardInterrupt, {"over": ["epochs=1..9"], "sampler": "tpe", "trials": 2}),
+    ],
+    ids=["grid", "tpe"],
+)
 def test_what_ends_a_worker_leaves_the_trial_to_the_next(tmp_path, trained, monkeypatch, error, asked):
     with monkeypatch.context() as patch:
         patch.setattr(worker, "compare", lambda *args, **named: (_ for _ in ()).throw(error))
@@ -169,9 +175,7 @@ def test_no_password_is_written_and_every_call_that_trained_is(tmp_path, trained
         assert not path.is_file() or b"word" not in path.read_bytes().replace(b"password", b"")
 
 
-@pytest.mark.parametrize(
-    "url", ["nonsense", "bad://me:secret@host/db", "redis://me:secret@host", "postgresql://me:secret"]
-)
+@pytest.mark.parametrize("url", ["bad://me:secret@host/db", "postgresql://me:secret"])
 def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, trained, url):
     with pytest.raises(ValueError, match=re.escape(f"--storage {url.replace('secret@', '***@')}"[:20])) as caught:
         sweep(plan_of(sampler="tpe", trials=2), tmp_path, storage=url)

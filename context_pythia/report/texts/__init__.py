@@ -5,33 +5,27 @@ Log lines, errors and the labels in pictures stay English, as the console prints
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import yaml
 
-from context_pythia.errors import UsageError
-
-LANGUAGES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yaml")))
+FILES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+LANGUAGES = tuple(FILES)
 
 
 class Texts:
-    """The texts of one language for one kind of report.
-
-    Args:
-        kind: the text `kind_key` replaces `key` if there is one.
-
-    Raises:
-        UsageError: the language is unknown.
-    """
+    """The texts of one language. In a report of a `kind`, the text `kind_key` replaces `key` if there is one."""
 
     def __init__(self, lang: str = "en", kind: str = ""):
-        if lang not in LANGUAGES:
-            raise UsageError(f"unknown report language {lang!r}: choose one of {', '.join(LANGUAGES)}")
         self.kind = kind
-        self.texts: dict[str, str] = yaml.safe_load(
-            Path(__file__).with_name(f"{lang}.yaml").read_text(encoding="utf-8")
-        )
+        self.texts = _texts(lang)
 
     def __call__(self, key: str, **facts: object) -> str:
         text = self.texts.get(f"{self.kind}_{key}") or self.texts[key]
         return text.format(**facts) if facts else text
+
+
+@functools.cache
+def _texts(lang: str) -> dict[str, str]:
+    return yaml.safe_load(FILES[lang].read_text(encoding="utf-8"))
