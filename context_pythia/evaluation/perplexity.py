@@ -26,7 +26,8 @@ from context_pythia.evaluation.positions import perplexity, perplexity_by_positi
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement
 
-Samples = Any  # a sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`, the target of each input token
+# A sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`: the target of each input token, -100 for none.
+Samples = Any
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,21 @@ class _Tally:
         Shapes: logits and reference `[B, T, V]`, labels `[B, T]`.
         """
         log_probabilities = logits.float().log_softmax(-1)
-        losses = -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).cpu().double()
+        known = labels >= 0
+        losses = -log_probabilities.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        losses = (losses * known).cpu().double()
         self.losses[first : first + len(labels)] += losses.sum(1)
         self.by_position[:, position : position + labels.shape[1]] += torch.stack(
-            [losses.sum(0), torch.full_like(losses[0], len(labels))]
+            [losses.sum(0), known.sum(0).cpu().double()]
         )
         predicted = logits.argmax(-1)
         self.correct += int((predicted == labels).sum())
         if reference is not None:
-            self.agreeing += int((predicted == reference.argmax(-1)).sum())
+            self.agreeing += int(((predicted == reference.argmax(-1)) & known).sum())
         if reference is not None and self.same_vocabulary:
             wanted = reference.float().log_softmax(-1)
-            self.divergence += float((wanted.exp() * (wanted - log_probabilities)).sum(-1).cpu().double().sum())
+            divergence = (wanted.exp() * (wanted - log_probabilities)).sum(-1) * known
+            self.divergence += float(divergence.cpu().double().sum())
             self.difference = max(self.difference, float((logits.float() - reference.float()).abs().max()))
 
     def figures(self) -> dict[str, Any]:

@@ -37,6 +37,25 @@ def test_a_score_is_that_of_all_logits_at_once(dataset):
     assert (found.tokens, found.kl, found.agreement) == (7 * 17, None, None)
 
 
+def test_tokens_without_labels_count_in_no_figure():
+    random = np.random.default_rng(0)
+    tokens, labeled = random.integers(0, 61, (5, 18), dtype=np.uint16), random.random((5, 18)) < 0.4
+    some, model, reference = PackedDataset(tokens, labeled), build("layer"), build("pythia", seed=1)
+    (expected, labels), (wanted, _) = plain(model, some), plain(reference, some)
+    expected, wanted, labels = (values[labels >= 0] for values in (expected, wanted, labels))
+    same = expected.argmax(-1) == wanted.argmax(-1)
+    losses = -expected.gather(-1, labels[:, None])
+    for found in (
+        score(model, some, 2, reference, progress=False),
+        score_cached(model, some, 1000, batch_size=2, reference=reference, progress=False),
+    ):
+        assert found.tokens == len(labels) == labeled[:, 1:].sum()
+        assert found.perplexity == pytest.approx(float(losses.mean().exp()), rel=1e-5)
+        assert found.accuracy == pytest.approx(float((expected.argmax(-1) == labels).double().mean()))
+        assert found.agreement == pytest.approx(float(same.double().mean()))
+        assert found.kl == pytest.approx(float((wanted.exp() * (wanted - expected)).sum(-1).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize("source", ["pythia", "layer"])
 def test_perplexities_by_position_are_those_of_all_logits_in_both_passes_and_add_up(source):
     longer = PackedDataset(np.random.default_rng(0).integers(0, 61, (5, 41), dtype=np.uint16))
