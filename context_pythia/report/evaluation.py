@@ -93,7 +93,7 @@ class EvaluationReport:
                     "accuracy": percent(row["accuracy"], 2),
                     "cached_ppl": _number(cached.get("perplexity")),
                     "cached_change": change(cached.get("change"), 2),
-                    "cache": kilobytes(cache.get("bytes_measured")),
+                    "kb": kilobytes(cache.get("bytes_measured")),
                     "reduction": percent(cache.get("reduction_measured"), 2),
                     "kl": DASH if kl is None else f"{abs(kl):.3g}",
                     "agreement": percent(row["agreement"], 2),

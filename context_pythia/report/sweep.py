@@ -107,7 +107,7 @@ class SweepReport:
                 control = self.controls.get(_around_model(row))
                 apart = row["mean"] / control["mean"] - 1 if control and control is not row else None
                 line["change_to_control"] = change(apart, 2)
-            line |= {"cache": kilobytes(row["cache_bytes"]), "reduction": percent(row["reduction"])}
+            line |= {"kb": kilobytes(row["cache_bytes"]), "reduction": percent(row["reduction"])}
             lines.append(line | {"unbeaten": self.text("yes") if row["unbeaten"] else ""})
         head = [_name(key) if key in self.searched else self.text(key) for key in lines[0]]
         return Table(head, [list(line.values()) for line in lines])

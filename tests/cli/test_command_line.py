@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import transformers
 
 import context_pythia
 from context_pythia.cli import command_line as cli
@@ -105,13 +106,15 @@ assert set(context_pythia.__all__) <= set(dir(context_pythia))
 
 def test_import_registers_the_models_but_in_the_command(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text("import context_pythia")
-    (tmp_path / "mine" / "run.py").write_text(
-        "import transformers; print(transformers.AutoConfig.for_model('context_pythia').model_type)"
+    # What registers them takes seconds: here its name is enough.
+    (tmp_path / "mine" / "__init__.py").write_text(
+        "import importlib\nimportlib.import_module = print\nimport context_pythia"
     )
+    (tmp_path / "mine" / "run.py").touch()
     command = [sys.executable, "-m", "mine.run"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert done.stdout.strip() == "context_pythia", done.stderr
+    assert done.stdout == "context_pythia.model\n", done.stderr
+    assert transformers.AutoConfig.for_model("context_pythia").model_type == "context_pythia"
 
 
 def help_of(command, capsys) -> str:

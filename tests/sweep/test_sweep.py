@@ -1,7 +1,6 @@
 """A small sweep from end to end, with real trainings, some of which go on from the trained baseline; and its report."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -10,8 +9,10 @@ from context_pythia.cli import command_line as cli
 from context_pythia.cli.command import reported
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import Failure
+from context_pythia.report.document import to_markdown
 from context_pythia.report.formats import change, perplexity
-from context_pythia.report.report import write_report
+from context_pythia.report.sweep import SweepReport
+from context_pythia.report.texts import Texts
 from context_pythia.sweep.options import SweepPlan, parse_over
 from context_pythia.sweep.worker import sweep
 from tests.runs.test_compare_healed import MODELS, healing_recipe
@@ -135,7 +136,7 @@ def against(report: str, model: str, steps: str) -> list[str]:
     return [line[column] for line in found if line[head.index("steps")] == steps]
 
 
-def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(finished, tmp_path):
+def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(finished):
     report, japanese = ((finished / name).read_text() for name in ("report.md", "report.ja.md"))
     rows = {(row["model"], row["setting"]["heal.steps"]): row for row in metrics_of(finished)["settings"]}
     apart = change(rows["Converted", 9]["mean"] / rows["Control", 9]["mean"] - 1, 2)
@@ -148,10 +149,7 @@ def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(fini
         # By position the models are compared whose samples have the first one's length.
         if row["model"] == "shared":
             row["positions"][-1]["to"] += 1
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    shutil.copy(finished / "provenance.json", tmp_path)
-    write_report(tmp_path)
-    report = (tmp_path / "report.md").read_text()
+    report = to_markdown(list(SweepReport(metrics, {}, Texts("en", "sweep")).blocks()))
     assert against(report, "Converted", "9") == ["–"]
     section = report[report.index("## Quality by position") : report.index("## Importance")]
     assert "\n| Pythia |" in section and "\n| shared |" not in section

@@ -33,39 +33,6 @@ def trained(monkeypatch):
     return recipes
 
 
-@pytest.mark.parametrize("asked", [GRID, TPE], ids=["grid", "tpe"])
-def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_path, asked):
-    """Eight trainings by two workers, one of which is killed at a random moment, three times."""
-    out, dice, context = tmp_path / "a b?{c}", random.Random(0), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.sweep.stand_in", "optuna", "sqlalchemy"])
-
-    def start():
-        process = context.Process(target=stand_in.work, args=(out, 0.01), kwargs=asked)
-        process.start()
-        return process
-
-    workers = [start(), start()]
-    while not list(out.glob("trials/*/steps")):
-        time.sleep(0.01)
-    for kill in range(3):
-        time.sleep(dice.uniform(0, 0.3))
-        workers[kill % 2].kill()
-        workers[kill % 2].join()
-        workers[kill % 2] = start()
-    for process in workers:
-        process.join()
-        assert process.exitcode == 0
-    trials = json.loads((out / "metrics.json").read_text())["trials"]
-    assert [trial["state"] for trial in trials] == ["complete"] * 8
-    assert Counter((trial["model"], trial["seed"]) for trial in trials) == {
-        (model, seed): 2 for model in ("Pythia", "layer") for seed in (0, 1)
-    }
-    # A training goes on where a kill left it: two at once, or one begun again, would repeat a step.
-    for trial in trials:
-        assert (out / "trials" / trial["folder"] / "steps").read_text().split() == [str(i) for i in range(10)]
-    assert not list(out.glob("trials/*/twice"))
-
-
 def test_what_has_ended_is_never_trained_again(tmp_path, trained, capsys):
     first = sweep(plan_of(), tmp_path)
     capsys.readouterr()
@@ -181,3 +148,36 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, t
         sweep(plan_of(sampler="tpe", trials=2), tmp_path, storage=url)
     assert "cannot be opened" in str(caught.value) and "\n" not in str(caught.value)
     assert "secret@" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [GRID, TPE], ids=["grid", "tpe"])
+def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_path, asked):
+    """Eight trainings by two workers, one of which is killed at a random moment, three times."""
+    # Forked, and by the last test, they need not import torch and Optuna's parts again.
+    out, dice, context = tmp_path / "a b?{c}", random.Random(0), multiprocessing.get_context("fork")
+
+    def start():
+        process = context.Process(target=stand_in.work, args=(out, 0.01), kwargs=asked)
+        process.start()
+        return process
+
+    workers = [start(), start()]
+    while not list(out.glob("trials/*/steps")):
+        time.sleep(0.01)
+    for kill in range(3):
+        time.sleep(dice.uniform(0, 0.3))
+        workers[kill % 2].kill()
+        workers[kill % 2].join()
+        workers[kill % 2] = start()
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
+    trials = json.loads((out / "metrics.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["complete"] * 8
+    assert Counter((trial["model"], trial["seed"]) for trial in trials) == {
+        (model, seed): 2 for model in ("Pythia", "layer") for seed in (0, 1)
+    }
+    # A training goes on where a kill left it: two at once, or one begun again, would repeat a step.
+    for trial in trials:
+        assert (out / "trials" / trial["folder"] / "steps").read_text().split() == [str(i) for i in range(10)]
+    assert not list(out.glob("trials/*/twice"))
