@@ -20,10 +20,10 @@ from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, S
 from context_pythia.bench.training import train_metrics
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
+from context_pythia.evaluation.pretrained import quiet_transformers
 from context_pythia.files import write_json
 from context_pythia.runs.build import best_device
 from context_pythia.runs.provenance import provenance
-from context_pythia.training.checkpoints import quiet_transformers
 
 
 def bench(
@@ -72,13 +72,13 @@ def bench(
             write()
             show(metrics)
 
-        with quiet_transformers():
-            if train:
-                assert recipe is not None
-                train_metrics(recipe, options, metrics, progress, write)
-                show(metrics)
-            else:
-                decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress, done)
+        quiet_transformers()
+        if train:
+            assert recipe is not None
+            train_metrics(recipe, options, metrics, progress, write)
+            show(metrics)
+        else:
+            decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress, done)
     finally:
         torch.set_num_threads(threads)
     return metrics

@@ -24,10 +24,10 @@ from context_pythia.config.recipe import ModelOptions, Recipe, TrainOptions
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import peak_during, weight_bytes
 from context_pythia.runs.build import build_model, describe_parameters, expected_rows
-from context_pythia.training.allocator import keep_freed_memory, use_system_allocator
+from context_pythia.training.allocator import SYSTEM, set_malloc
 from context_pythia.training.batches import Batch, step_batches
 from context_pythia.training.history import Plan
-from context_pythia.training.optimization import Optimization, faster_attention, recompute_activations, text_loss
+from context_pythia.training.optimization import Optimization, text_loss, training_mode
 from context_pythia.training.phase2 import check_options
 
 PARTS = ("body", "head_and_loss", "context_block", "backward", "optimizer", "rest")
@@ -101,11 +101,8 @@ def random_data(samples: int, length: int, vocabulary: int) -> PackedData:
 def phase2_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """Steps of phase 2 itself."""
     steps: Turn = []
-    if model.device.type == "cpu":
-        keep_freed_memory()
-    plan = Plan(options, len(data.train), data.train.sequence_length, None)
-    recompute_activations(model, options.gradient_checkpointing)
-    with timed_parts(model) as watch, faster_attention(model, plan.sequence_length):
+    plan = Plan(options, len(data.train), data.train.sequence_length)
+    with timed_parts(model) as watch, training_mode(model, options, plan.sequence_length):
         optimization = Optimization(model, options, plan.steps, partial(_timed_loss, watch))
         watch.start("step")
         for batches in step_batches(data.train, plan.order(0, 0), options, model.device):
@@ -133,7 +130,7 @@ def _timed_loss(watch: Stopwatch, model: nn.Module, batch: Batch) -> Tensor:
 def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """A textbook loop: fp32, all logits at once, PyTorch's default AdamW, the system's default allocator."""
     steps: Turn = []
-    use_system_allocator()
+    set_malloc(SYSTEM)
     batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     model.train()

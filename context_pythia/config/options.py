@@ -127,20 +127,15 @@ def _declared(owner: type[Options]) -> list[Option]:
     hints = get_type_hints(owner)
     declared = []
     for f in dataclasses.fields(owner):
-        if "option" in f.metadata:
-            hint = hints[f.name]
-            alternatives = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
-            kind = next(k for k in alternatives if k is not types.NoneType)
-            several = get_origin(kind)
-            declared.append(
-                dataclasses.replace(
-                    f.metadata["option"],
-                    name=f.name,
-                    kind=get_args(kind)[0] if several else kind,
-                    several=several,
-                    optional=types.NoneType in alternatives,
-                )
-            )
+        if "option" not in f.metadata:
+            continue
+        hint = hints[f.name]
+        alternatives = get_args(hint) if get_origin(hint) is types.UnionType else (hint,)
+        kind = next(k for k in alternatives if k is not types.NoneType)
+        several = get_origin(kind)
+        found = {"kind": get_args(kind)[0] if several else kind, "several": several}
+        optional = types.NoneType in alternatives
+        declared.append(dataclasses.replace(f.metadata["option"], name=f.name, optional=optional, **found))
     return declared
 
 
@@ -173,6 +168,8 @@ def only_known(given: Iterable[Any], known: Iterable[str], what: str, listed_by:
 
 def _checked(declared: Option, value: Any, label: str) -> Any:
     """`value` as the option's type; raises `UsageError` that names the option, the value and what is valid."""
+    if declared.several is None and isinstance(value, str):
+        value = declared.parse(value)  # YAML 1.1 reads 1e-4 as text, because it has no decimal point
     if value is None and declared.optional:
         return None
     if declared.several is None:
@@ -186,12 +183,8 @@ def _checked(declared: Option, value: Any, label: str) -> Any:
 
 def _checked_one(declared: Option, value: Any, label: str) -> Any:
     kind = declared.kind
-    # YAML 1.1 reads 1e-4 as text, because it has no decimal point.
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if kind is Path and isinstance(value, str):
-        value = Path(value)
+    if kind is float and type(value) is int:
+        value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"{label} {value!r}: must be {KINDS[kind]}")
     choices = declared.choices

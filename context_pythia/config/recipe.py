@@ -139,6 +139,7 @@ class OptimizationOptions(Options):
     checkpoint_steps: int = option(
         0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
     )
+    tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])", free=True)
 
 
 @dataclass
@@ -154,7 +155,6 @@ class TrainOptions(OptimizationOptions):
         flag=True,
     )
     patience: int = option(1, "evaluations without a better validation perplexity before training stops", bounds=">= 1")
-    tensorboard: bool = option(False, "write TensorBoard logs (extra: context-pythia[tensorboard])", free=True)
 
 
 @dataclass
@@ -280,33 +280,29 @@ class Recipe(Options):
     def _check_models(self) -> None:
         if not self.models:
             raise UsageError("models: is empty, name at least one model")
-        baselines = [model.name for model in self.models if model.is_baseline]
-        healed = next((i for i, model in enumerate(self.models) if model.from_baseline), None)
-        if healed is not None and len(baselines) > 1:
-            raise UsageError(
-                f"models: {self.models[healed].name} is converted from the baseline, but the recipe has two, "
-                f"{baselines[0]} and {baselines[1]}: keep one"
-            )
-        if healed is not None and any(model.is_baseline for model in self.models[healed:]):
-            raise UsageError(
-                f"models: {self.models[healed].name} is converted from {baselines[0]}: list it after {baselines[0]}"
-            )
         folders: dict[str, str] = {}
-        for model in self.models:
-            folder = model.folder
-            if not folder or "," in model.name:
+        for number, model in enumerate(self.models):
+            if not model.folder or "," in model.name:
                 raise UsageError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
-            if folder in folders:
-                raise UsageError(f"models: name {model.name!r}: is taken by {folders[folder]!r}, give each its own")
-            folders[folder] = model.name
+            if model.folder in folders:
+                taken = folders[model.folder]
+                raise UsageError(f"models: name {model.name!r}: is taken by {taken!r}, give each its own")
+            folders[model.folder] = model.name
             if model.from_baseline:
-                self._check_healed(model)
+                self._check_healed(model, later=self.models[number:])
             elif model.context_source is not None:
                 check_context(model, self.architecture)
 
-    def _check_healed(self, model: ModelOptions) -> None:
+    def _check_healed(self, model: ModelOptions, later: list[ModelOptions]) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""
-        body = self.architecture
+        body, baselines = self.architecture, [one.name for one in self.models if one.is_baseline]
+        if len(baselines) > 1:
+            raise UsageError(
+                f"models: {model.name} is converted from the baseline, but the recipe has two, "
+                f"{baselines[0]} and {baselines[1]}: keep one"
+            )
+        if any(one.is_baseline for one in later):
+            raise UsageError(f"models: {model.name} is converted from {baselines[0]}: list it after {baselines[0]}")
         if not self.heal.steps:
             raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
         if model.context_source is None:

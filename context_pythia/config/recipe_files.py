@@ -48,13 +48,27 @@ def path_of(key: str, paths: Iterable[str], what: str, listed_by: str) -> str:
     return names[key]
 
 
-def _option_names(owner: type[Options]) -> list[str]:
-    return [declared.name for declared in options_of(owner)]
-
-
 def packaged_recipes() -> list[str]:
     """The names of the recipes that come with the package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(
+    name_or_path: str, overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
+) -> Recipe:
+    """Read a recipe, apply the overrides, and check the result.
+
+    Args:
+        name_or_path: a packaged name (see `packaged_recipes`) or a YAML file, which has what differs from the defaults:
+            `name`, `seed`, the sections of `SECTIONS`, and a list `models`.
+        overrides, models: as in `recipe_from_dict`.
+
+    Raises:
+        UsageError: unknown recipe, section, option, value or model; the message names it and the valid ones.
+    """
+    stem, content = _read(name_or_path)
+    values = _mapping({} if content is None else content, f"recipe {name_or_path}")
+    return recipe_from_dict({"name": stem} | values, overrides, models)
 
 
 def _read(name_or_path: str) -> tuple[str, Any]:
@@ -79,79 +93,59 @@ def _read(name_or_path: str) -> tuple[str, Any]:
         raise UsageError(f"recipe {name_or_path}: is not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def load_recipe(
-    name_or_path: str, overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
+def recipe_from_dict(
+    values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, models: Sequence[str] | None = None
 ) -> Recipe:
-    """Read a recipe, apply the overrides, and check the result.
+    """The recipe of nested plain values; missing ones get their defaults.
 
     Args:
-        name_or_path: a packaged name (see `packaged_recipes`) or a YAML file, which holds what differs from the
-            defaults: `name`, `seed`, the sections of `SECTIONS`, and a list `models`.
         overrides: values by dotted path: `train.learning_rate`, `seed`; `model.context_dim` goes to every model with a
-            context source.
+            context source. Only the result is checked, because one override may need another.
         models: the names of the models to keep, in the recipe's order; all of them if absent.
-
-    Raises:
-        UsageError: unknown recipe, section, option, value or model; the message names it and the valid ones.
-    """
-    stem, content = _read(name_or_path)
-    values = {"name": stem} | _mapping({} if content is None else content, f"recipe {name_or_path}")
-    if models is not None:
-        values = _selected(values, models)  # before the overrides, which the other models may not fit
-    return recipe_from_dict(_overlaid(values, overrides or {}))
-
-
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of nested plain values; missing ones get their defaults.
 
     Raises:
         UsageError: a key or value that is not valid.
     """
-    scalars = _option_names(Recipe)
-    only_known(values, [*scalars, *SECTIONS, "models"], "section")
-    arguments: dict[str, Any] = {name: values[name] for name in scalars if name in values}
-    for section, options in SECTIONS.items():
+    only_known(values, [*_names(Recipe), *SECTIONS, "models"], "section")
+    changes: dict[str, dict[str, Any]] = {section: {} for section in OF_A_RECIPE}
+    only_known(overrides or {}, options_by_path(OF_A_RECIPE), "option", "context-pythia compare --set help")
+    for path, value in (overrides or {}).items():
+        section, _, name = path.rpartition(".")
+        changes[section][name] = value
+    arguments: dict[str, Any] = {name: values[name] for name in _names(Recipe) if name in values} | changes[""]
+    for section, owner in SECTIONS.items():
         # A section whose every line is commented out is None to YAML.
         given = _mapping(values.get(section) or {}, f"section {section}")
-        only_known(given, _option_names(options), f"option {section}:")
-        arguments[section] = options(**given)
-    if "models" in values:
-        if not isinstance(values["models"], list):
-            raise UsageError(f"section models: must be a list, not {values['models']!r}")
-        arguments["models"] = [_model_from_dict(model, i) for i, model in enumerate(values["models"], 1)]
-    return Recipe(**arguments)
+        only_known(given, _names(owner), f"option {section}:")
+        arguments[section] = owner(**given | changes[section])
+    listed = values.get("models", [{"name": ModelOptions().name}])
+    if not isinstance(listed, list):
+        raise UsageError(f"section models: must be a list, not {listed!r}")
+    built = [_model(model, number, changes["model"]) for number, model in enumerate(listed, 1)]
+    if models is not None and built:
+        only_known(models, [model.name for model in built], f"recipe {arguments.get('name', Recipe.name)}: model")
+        built = [model for model in built if model.name in models]
+    return Recipe(**arguments, models=built)
 
 
-def _selected(values: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """A recipe's nested values with only the wanted models. An invalid list of models stays, to be refused later."""
-    models = values.get("models", [{"name": model.name} for model in Recipe().models])
-    if not isinstance(models, list) or not models:
-        return values
-    names = [_model_from_dict(model, i).name for i, model in enumerate(models, 1)]
-    kept = in_order(wanted, names, values["name"])
-    return values | {"models": [model for model, name in zip(models, names, strict=True) if name in kept]}
-
-
-def in_order(wanted: Sequence[str], names: Sequence[str], recipe: str) -> list[str]:
-    """The wanted of a recipe's models, in the recipe's order.
-
-    Raises:
-        UsageError: the recipe lacks a wanted model.
-    """
-    only_known(wanted, names, f"recipe {recipe}: model")
-    return [name for name in names if name in wanted]
-
-
-def _model_from_dict(values: Any, position: int) -> ModelOptions:
-    given = _mapping(values, f"model {position}")
-    label = f"model {given.get('name', position)}"
-    only_known(given, _option_names(ModelOptions), f"{label}: option")
+def _model(values: Any, number: int, changes: dict[str, Any]) -> ModelOptions:
+    given = _mapping(values, f"model {number}")
+    label = f"model {given.get('name', number)}"
+    only_known(given, _names(ModelOptions), f"{label}: option")
     if "name" not in given:
         raise UsageError(f"{label}: has no name, give each model its own")
+    if given.get("context_source") is not None:
+        # A conversion chooses everything but the width.
+        fit = ("context_dim",) if given.get("from_baseline") else changes
+        given |= {name: value for name, value in changes.items() if name in fit}
     try:
         return ModelOptions(**given)
     except UsageError as error:
         raise UsageError(f"{label}: {error}") from None
+
+
+def _names(owner: type[Options]) -> list[str]:
+    return [declared.name for declared in options_of(owner)]
 
 
 def _mapping(values: Any, what: str) -> dict[str, Any]:
@@ -161,34 +155,8 @@ def _mapping(values: Any, what: str) -> dict[str, Any]:
 
 
 def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe after overrides by dotted path, checked as a whole; see `load_recipe`."""
-    return recipe_from_dict(_overlaid(recipe_to_dict(recipe), overrides))
-
-
-def _overlaid(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's nested values after overrides. Only the result is checked: one override may need another."""
-    changes: dict[str, dict[str, Any]] = {section: {} for section in OF_A_RECIPE}
-    only_known(overrides, options_by_path(OF_A_RECIPE), "option", "context-pythia compare --set help")
-    for path, value in overrides.items():
-        section, _, name = path.rpartition(".")
-        changes[section][name] = value
-    result = dict(values) | changes.pop("")
-    of_models = changes.pop("model")
-    for section, given in changes.items():
-        if given:
-            result[section] = _mapping(values.get(section) or {}, f"section {section}") | given
-    if of_models and isinstance(values.get("models"), list):
-        result["models"] = [_overlaid_model(model, of_models) for model in values["models"]]
-    return result
-
-
-def _overlaid_model(model: Any, changes: Mapping[str, Any]) -> Any:
-    if not isinstance(model, Mapping) or model.get("context_source") is None:
-        return model
-    if model.get("from_baseline"):
-        # A conversion chooses everything but the width.
-        changes = {name: value for name, value in changes.items() if name == "context_dim"}
-    return {**model, **changes}
+    """The recipe after the overrides of `recipe_from_dict`, checked as a whole."""
+    return recipe_from_dict(recipe_to_dict(recipe), overrides)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:

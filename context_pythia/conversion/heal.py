@@ -10,16 +10,14 @@ itself or None as teacher.
 from __future__ import annotations
 
 import contextlib
-import sys
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from context_pythia.config.recipe import HealOptions, TrainOptions
+from context_pythia.config.recipe import HealOptions
 from context_pythia.training.batches import Batch
 from context_pythia.training.history import TrainResult
 from context_pythia.training.loss import linear_distillation
@@ -58,14 +56,12 @@ def heal(
     return train_language_model(
         student,
         data,
-        training_options(options),
+        options,
         seed=seed,
         folder=folder,
         name="Healing",
         progress=progress,
-        steps=options.steps,
         loss=text_loss if teacher is None else Distillation(teacher, options.ce_weight),
-        identity={"parameters": options.parameters, "ce_weight": options.ce_weight},
     )
 
 
@@ -93,16 +89,3 @@ class Distillation:
         if self.teacher.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.teacher.device.type, enabled=False)
-
-
-@dataclass
-class HealTraining(TrainOptions):
-    """`TrainOptions` whose errors name the options of healing."""
-
-    section: ClassVar[str] = "heal"
-
-
-def training_options(options: HealOptions) -> TrainOptions:
-    """The options that both kinds share. Validation never stops healing, it only chooses the weights."""
-    names = {f.name for f in fields(options)} & {f.name for f in fields(TrainOptions)}
-    return HealTraining(**{name: getattr(options, name) for name in names}, patience=sys.maxsize)

@@ -109,21 +109,23 @@ def hub_revision(name: str) -> tuple[str, str | None]:
 def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
     """Asks the Hub once for the `kind` ("dataset" or "model") `name`; the loaders would retry for a minute.
 
-    Raises FileNotFoundError if the name or revision does not exist or may not be read, or if the Hub cannot be reached.
+    Raises FileNotFoundError if the name or revision does not exist or may not be read, ConnectionError if the Hub
+    cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=10)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:  # a gated one is of the first kind
+    # A gated repository raises RepositoryNotFoundError.
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" of the revision {revision!r}" if revision else ""
         raise FileNotFoundError(
             f"there is no {kind} {name!r}{at}, neither here nor on the Hugging Face Hub (if it is private or gated, "
             "accept its terms there and log in with `hf auth login`)"
         ) from error
     except Exception as error:  # which HTTP library raises here changes with the version of huggingface_hub
-        raise FileNotFoundError(
+        raise ConnectionError(
             f"there is no file or folder {name!r} here, and the Hugging Face Hub cannot be asked for a {kind} of that "
             f"name ({first_line(error)}): correct the path, or connect to the network"
         ) from error

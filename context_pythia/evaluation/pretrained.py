@@ -35,8 +35,8 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
             the checkpoint, in `dtype`, whenever the module runs.
 
     Raises:
-        FileNotFoundError: there is no such folder or model, or the Hub cannot be asked for it.
-        ConnectionError: the Hub fails while the model is loaded.
+        FileNotFoundError: there is no such folder or model.
+        ConnectionError: the Hub cannot be asked for the model, or fails while it is loaded.
         UsageError: the checkpoint needs something that is not installed, such as a quantizer.
         Failure: the checkpoint is damaged: it is unreadable, tensors are missing, unknown or of the wrong shape, or the
             configuration is impossible.
@@ -47,8 +47,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         raise FileNotFoundError(
             f"{name} has no .safetensors file: save the weights in that format, the only one that is read"
         )
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet_transformers()
     standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
     try:
         _check_values(stored)
@@ -82,6 +81,12 @@ def check_pretrained(name: str, dtype: torch.dtype) -> PreTrainedConfig:
     """
     device_map = None if quantizer_of(stored_config(name)) else {"": "meta"}
     return load_pretrained(name, dtype, device_map).config
+
+
+def quiet_transformers() -> None:
+    """From now on, transformers prints only errors and shows no progress bars."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def stored_config(name: str) -> dict[str, Any]:

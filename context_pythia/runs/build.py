@@ -24,6 +24,7 @@ from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token
 
 VOCABULARY_MULTIPLE = 128
+OF_TRAINING = ("name", "phase1", "freeze_context_block", "from_baseline")  # a model's options outside its configuration
 
 
 def best_device() -> torch.device:
@@ -79,26 +80,15 @@ def build_model(
     return model
 
 
-CONTEXT_OPTIONS = (
-    "context_source",
-    "context_dim",
-    "context_block_layers",
-    "context_sharing",
-    "context_layers",
-    "layer_context_dims",
-    "cache_token_ids",
-    "key_value_heads",
-    "num_rotary_keys",
-)
-
-
 def _model(options: ModelOptions, body: dict[str, Any]) -> PreTrainedModel:
     if options.context_source is None:
         return GPTNeoXForCausalLM(GPTNeoXConfig(**body))
-    context = {key: getattr(options, key) for key in CONTEXT_OPTIONS}
-    if options.layer_context_dims:
-        context["context_dim"] = round(fmean(filter(None, options.layer_context_dims)))
-    return ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
+    context = {name: value for name, value in asdict(options).items() if name not in OF_TRAINING}
+    if not options.layer_context_dims:
+        return ContextPythiaForCausalLM(ContextPythiaConfig(**body, **context))
+    config = ContextPythiaConfig(**body, **context | {"context_dim": 1})
+    config.context_dim = round(fmean(config.context_width(maker) for maker in set(config.makers)))
+    return ContextPythiaForCausalLM(config)
 
 
 def _matched_width(options: ModelOptions, body: dict[str, Any]) -> int:

@@ -39,7 +39,7 @@ from context_pythia.files import read_record, write_json
 from context_pythia.model import AUTO_MAP
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.runs.build import best_device, describe_cache, describe_parameters
-from context_pythia.training.allocator import return_freed_memory
+from context_pythia.training.allocator import RETURN_FREED, set_malloc
 from context_pythia.training.checkpoints import publish
 from context_pythia.training.history import best_row
 
@@ -191,7 +191,7 @@ class Conversion:
             print(f"resumes from the converted model in {folder}")
             return read_record(folder / RECORD)
         started = time.perf_counter()
-        return_freed_memory()
+        set_malloc(RETURN_FREED)
         original, tokenizer, form = self._open_original()
         config = original.config
         calibrates = form is not None and not form.exact

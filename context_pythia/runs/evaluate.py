@@ -32,6 +32,12 @@ from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import best_device
 from context_pythia.runs.provenance import provenance
 
+# What a row has beside the model; a failed cache has only the error.
+FIGURES = (
+    "quantised", "perplexity", "accuracy", "tokens", "perplexity_by_position", "kl", "agreement", "logit_difference",
+    "change", "cached", "cache", "tasks", "recall", "error",
+)  # fmt: skip
+
 
 def evaluate(
     models: Sequence[str],
@@ -112,7 +118,7 @@ def evaluate(
         if out is not None:
             write_json(out / "metrics.json", metrics)
         if progress:
-            print("\n".join(_summary(row) for row in rows), file=sys.stderr, flush=True)
+            print(f"{name}: perplexity {rows[0]['perplexity']:.4f}", file=sys.stderr, flush=True)
         reference = reference or model
         del model
         gc.collect()
@@ -145,17 +151,21 @@ def evaluate_model(
     """
     whole = score(model, dataset, batch_size, reference, progress)
     through = score_cached(model, dataset, cached_tokens, batch_size=batch_size, progress=progress)
-    rows = [_row(model, name, None, whole, through)]
+    rows = [_row(model, name) | _figures(whole) | _compared(whole) | _through_cache(model, through, whole)]
     for kind in caches:
         make = partial(quantized_cache, model.config, kind, dataset.sequence_length)
+        row = _row(model, name) | {"quantised": kind}
         try:
             through = score_cached(model, dataset, cached_tokens, make, batch_size, reference or model, progress)
         except (RuntimeError, MemoryError) as error:
             if not is_failure(error):
                 raise
-            rows.append(_row(model, name, kind, error=first_line(error)))
+            row["error"] = first_line(error)
         else:
-            rows.append(_row(model, name, kind, through=through))
+            row |= _compared(through) | _through_cache(model, through)
+            # No formula knows a quantized cache.
+            row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(row["cache"]["length"])}
+        rows.append(row)
     return rows
 
 
@@ -172,63 +182,47 @@ def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
                 part["change"] = part["perplexity"] / base["perplexity"] - 1
 
 
-def _row(
-    model: PreTrainedModel,
-    name: str,
-    kind: str | None,
-    whole: Score | None = None,
-    through: CachedScore | None = None,
-    error: str | None = None,
-) -> dict[str, Any]:
-    """A row from the scores of the two passes; unknown values are null.
-
-    Args:
-        kind: of the quantized cache; None for the model's own.
-    """
-    compared = whole or through
-    row = {
+def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """A row without figures. Readers rely on every key; missing values are null."""
+    described = {
         "name": name,
-        "quantised": kind,
         "context_source": getattr(model.config, "context_source", None),
         "context_dim": getattr(model.config, "context_dim", None),
         "parameters": model.num_parameters(),
-        "perplexity": whole and whole.perplexity,
-        "accuracy": whole and whole.accuracy,
-        "tokens": whole and whole.tokens,
-        "perplexity_by_position": whole and whole.by_position,
-        "kl": compared and compared.kl,
-        "agreement": compared and compared.agreement,
-        "logit_difference": compared and compared.difference,
-        "change": None,
-        "cached": None,
-        "cache": None,
-        "tasks": None,
-        "recall": None,
-        "error": error,
     }
-    if through is not None:
-        measured, sequences = through.measurement, through.sequences
-        parallel = whole and whole.perplexity_of_first(len(through.losses))
-        row["cached"] = {
-            "perplexity": through.perplexity,
-            "change": None,
-            "accuracy": through.accuracy,
-            "tokens": through.tokens,
-            "perplexity_by_position": through.by_position,
-            "parallel_perplexity": parallel,
-            "agrees": parallel and equal_to_digits(through.perplexity, parallel),
-        }
-        row["cache"] = {
-            "length": measured.length,
-            "sequences": sequences,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "bytes_measured": measured.filled / sequences,
-            "bytes_formula": None if kind else cache_bytes(model.config, measured.length, dtype=model.dtype),
-            "bytes_slack": measured.slack / sequences,
-            "residual_length": residual_length(measured.length) if kind else None,
-            "reduction_measured": None,
-        }
-    return row
+    return described | dict.fromkeys(FIGURES)
+
+
+def _figures(found: Score) -> dict[str, Any]:
+    return {
+        "perplexity": found.perplexity,
+        "accuracy": found.accuracy,
+        "tokens": found.tokens,
+        "perplexity_by_position": found.by_position,
+    }
+
+
+def _compared(found: Score) -> dict[str, Any]:
+    return {"kl": found.kl, "agreement": found.agreement, "logit_difference": found.difference}
+
+
+def _through_cache(model: PreTrainedModel, through: CachedScore, whole: Score | None = None) -> dict[str, Any]:
+    """The figures of the token-by-token pass and of its cache; both passes must give one perplexity."""
+    measured, sequences = through.measurement, through.sequences
+    parallel = whole and whole.perplexity_of_first(len(through.losses))
+    agrees = parallel and equal_to_digits(through.perplexity, parallel)
+    cache = {
+        "length": measured.length,
+        "sequences": sequences,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes_measured": measured.filled / sequences,
+        "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
+        "bytes_slack": measured.slack / sequences,
+        "residual_length": None,
+        "reduction_measured": None,
+    }
+    cached = _figures(through) | {"change": None, "parallel_perplexity": parallel, "agrees": agrees}
+    return {"cached": cached, "cache": cache}
 
 
 def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
@@ -279,11 +273,3 @@ def _vocabulary_notes(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], 
             sizes = f"{config.vocab_size:,} rows, {first} {configs[first].vocab_size:,}"
             notes.append(f"{name} has a vocabulary of {sizes}: KL is left out")
     return notes
-
-
-def _summary(row: dict[str, Any]) -> str:
-    label = f"{row['name']} + {row['quantised']}" if row["quantised"] else row["name"]
-    if row["error"]:
-        return f"{label}: {row['error']}"
-    perplexity = row["perplexity"] or row["cached"]["perplexity"]
-    return f"{label}: perplexity {perplexity:.4f}, {row['cache']['bytes_measured'] / 1024:,.1f} KB a sequence"

@@ -27,30 +27,28 @@ def info(recipe: Recipe | None, model: str | None, length: int, dtype: str) -> l
         UsageError: a cache longer than a model's positions.
     """
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    if recipe is not None:
-        rows = expected_rows(recipe)
-        models = []
-        for options in recipe.models:
-            with torch.device("meta"):
-                counted = build_model(options, recipe, rows).to(torch_dtype)
-            healed = recipe.heal if options.from_baseline else None
-            models.append(
-                _describe(options.name, counted, _narrow(options, recipe, rows).to(torch_dtype), length, healed)
-            )
-            if healed and options.context_source is not None:
-                # The number of parameters depends on how the conversion splits the context into keys and latent.
-                models[-1] |= dict.fromkeys(("parameters", "trainable_parameters"))
-    else:
+    if recipe is None:
         assert model is not None
         loaded = load_pretrained(model, torch_dtype)
-        models = [_describe(model, loaded, loaded, length)]
-    return models
+        return [_describe(model, loaded, loaded, length)]
+    rows = expected_rows(recipe)
+    return [_planned(options, recipe, rows, length, torch_dtype) for options in recipe.models]
 
 
-def _narrow(options: ModelOptions, recipe: Recipe, rows: int) -> PreTrainedModel:
-    """The model with the smallest MLP and vocabulary that have the same cache: ids take room by their number."""
+def _planned(options: ModelOptions, recipe: Recipe, rows: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The figures of a recipe's model. Its parameters are counted without memory for them."""
+    with torch.device("meta"):
+        counted = build_model(options, recipe, rows).to(dtype)
+    # The smallest MLP and vocabulary with the same cache: token ids take room by their number.
     body = replace(recipe.architecture, intermediate_size=1, model_vocab_size=None, match_parameters=False)
-    return build_model(options, replace(recipe, architecture=body), rows if options.cache_token_ids else 2)
+    cached = build_model(options, replace(recipe, architecture=body), rows if options.cache_token_ids else 2).to(dtype)
+    if not options.from_baseline:
+        return _describe(options.name, counted, cached, length)
+    figures = _describe(options.name, counted, cached, length, recipe.heal)
+    if options.context_source is not None:
+        # The number of parameters depends on how the conversion splits the context into keys and latent.
+        figures |= dict.fromkeys(("parameters", "trainable_parameters"))
+    return figures
 
 
 def _describe(

@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,19 +21,13 @@ from context_pythia.files import read_record, write_json
 VERSIONS_OF = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
 
-def write_call(path: Path, facts: Mapping[str, Any], of_folder: Mapping[str, Any] | None = None) -> None:
-    """Add the `provenance` of a call to the file, which keeps those of earlier calls. The caller has the lock.
-
-    Args:
-        of_folder: values that are the same for all calls.
-    """
-    of_folder = of_folder or {}
-    now = facts["created"]
+def write_call(path: Path, facts: dict[str, Any]) -> None:
+    """Add the `provenance` of a call to the file, which keeps those of earlier calls. The caller has the lock."""
     last = read_record(path) if path.exists() else {}
-    created, earlier = last.pop("created", now), last.pop("earlier", [])
+    created, earlier = last.pop("created", facts["created"]), last.pop("earlier", [])
     if last:
-        earlier.append({key: value for key, value in last.items() if key not in of_folder})
-    write_json(path, {**facts, "created": created, "updated": now, **of_folder, "earlier": earlier})
+        earlier.append(last)
+    write_json(path, facts | {"created": created, "updated": facts["created"], "earlier": earlier})
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -10,7 +10,6 @@ models/NAME        the model in Hugging Face form
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,12 @@ from context_pythia.errors import Failure
 from context_pythia.files import damaged, read_record, write_json
 from context_pythia.runs.provenance import provenance, write_call
 
+# Filled in by a training; null until then, or where they do not apply.
+FIGURES = (
+    "from_baseline", "parameters", "trainable_parameters", "intermediate_size", "best_val_ppl", "best_epoch",
+    "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch", "machine", "phase1", "cache", "error",
+)  # fmt: skip
+
 
 def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
     """A model's entry in metrics.json. Readers rely on every key; missing values are null."""
@@ -38,29 +43,11 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "layer_context_dims": options.layer_context_dims,
         "cache_token_ids": options.cache_token_ids,
         "key_value_heads": options.key_value_heads if source == "grouped" else None,
-        "from_baseline": None,
         "baseline": options.is_baseline,
-        "parameters": None,
-        "trainable_parameters": None,
-        "intermediate_size": None,
-        "best_val_ppl": None,
-        "best_epoch": None,
-        "val_accuracy": None,
-        "val_ppl_by_position": None,
+        **dict.fromkeys(FIGURES),
         "history": [],
-        "stop_reason": None,
-        "seconds_per_epoch": None,
-        "machine": None,
-        "phase1": None,
-        "cache": None,
-        "error": None,
         **figures,
     }
-
-
-def is_baseline(entry: Mapping[str, Any]) -> bool:
-    """Whether the entry is of a GPT-NeoX that was trained from random weights."""
-    return entry["context_source"] is None and not entry.get("from_baseline")
 
 
 class Run:
@@ -74,6 +61,9 @@ class Run:
         folder: created if missing.
         recipe: the recipe of this call.
         origin: the run with the trained baseline that models are converted from, if it is not this run.
+
+    Attributes:
+        finished: names of the models that were finished when the folder was opened.
 
     Raises:
         UsageError: the folder holds a run of another recipe; the message names the first difference.
@@ -93,17 +83,13 @@ class Run:
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
         self._take_in_recorded()
         # All processes of a launch must skip the same models, so models that others finish later do not count.
-        self._finished = {entry["name"] for entry in self.metrics["models"] if entry["error"] is None}
+        self.finished = {entry["name"] for entry in self.metrics["models"] if entry["error"] is None}
 
     def phase1_folder(self, model: ModelOptions) -> Path:
         return self.folder / "phase1" / model.folder
 
     def model_folder(self, model: ModelOptions) -> Path:
         return self.folder / "models" / model.folder
-
-    def finished(self, name: str) -> bool:
-        """Whether the model was finished when this folder was opened."""
-        return name in self._finished
 
     def baseline(self) -> tuple[ModelOptions, dict[str, Any]]:
         """The trained baseline, and its entry; Failure if there is none."""
@@ -117,20 +103,13 @@ class Run:
         """Set the run's data `summary`; UsageError if the folder's entries come from other text."""
         recorded = self.metrics["data"].get("fingerprint")
         if self.metrics["models"] and recorded is not None:
-            check_same(
-                {"data": {"fingerprint": recorded}},
-                {"data": {"fingerprint": summary["fingerprint"]}},
-                f"{self.folder} holds a run",
-                "the text has changed; choose another folder with --out",
-            )
+            wanted = {"data.fingerprint": summary["fingerprint"]}
+            mend = "the text has changed; choose another folder with --out"
+            check_same({"data.fingerprint": recorded}, wanted, f"{self.folder} holds a run", mend)
         self.metrics["data"] = summary
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Record a model's entry; it replaces an earlier one."""
-        self.write([entry])
-
-    def write(self, entries: Sequence[dict[str, Any]] = ()) -> None:
-        """Write the recipe and the metrics, with these new entries, in process 0 only.
+    def write(self, *entries: dict[str, Any]) -> None:
+        """Write the recipe and the metrics, in process 0 only. An entry replaces an earlier one of its model.
 
         Opening a run only creates its folder, so a refused command locks nothing.
         """
@@ -161,20 +140,23 @@ class Run:
         """
         if not processes.is_main():
             return
-        of_run = {"seed": self.recipe.seed, "data_fingerprint": self.metrics["data"].get("fingerprint")}
+        facts = {
+            "models": models,
+            "seed": self.recipe.seed,
+            "data_fingerprint": self.metrics["data"].get("fingerprint"),
+        }
         with FileLock(self.folder / ".lock"):
-            write_call(self.folder / "provenance.json", provenance(device) | {"models": models}, of_run)
+            write_call(self.folder / "provenance.json", provenance(device) | facts)
 
 
 def _set_reductions(entries: list[dict[str, Any]]) -> None:
     """Set each cache's reduction against the baseline's measured bytes, whichever call recorded the baseline."""
     done = [entry for entry in entries if entry["cache"]]
-    baseline = next((entry["cache"] for entry in done if is_baseline(entry)), None)
+    baseline = next((entry["cache"]["bytes_measured"] for entry in done if entry["baseline"]), None)
     for entry in done:
-        reduction = None
-        if baseline is not None and not is_baseline(entry):
-            reduction = 1 - entry["cache"]["bytes_measured"] / baseline["bytes_measured"]
-        entry["cache"]["reduction_measured"] = reduction
+        entry["cache"]["reduction_measured"] = None
+        if baseline is not None and not entry["baseline"]:
+            entry["cache"]["reduction_measured"] = 1 - entry["cache"]["bytes_measured"] / baseline
 
 
 def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
@@ -201,5 +183,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if missing := {"models", "data", "recipe"} - metrics.keys():
         raise damaged(path, f"it has no {min(missing)!r}")
     every = dict.fromkeys(model_entry(ModelOptions()))
-    metrics["models"] = [every | {"baseline": is_baseline(model)} | model for model in metrics["models"]]
+    for i, model in enumerate(metrics["models"]):
+        baseline = model["context_source"] is None and not model.get("from_baseline")
+        metrics["models"][i] = every | {"baseline": baseline} | model
     return metrics

@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from context_pythia import processes
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.config.recipe import RECURRENT, ModelOptions, Recipe
-from context_pythia.conversion.heal import training_options
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.errors import Failure, UsageError, first_line, is_failure
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -33,7 +32,7 @@ from context_pythia.runs.build import (
 from context_pythia.runs.convert import Conversion
 from context_pythia.runs.provenance import machine
 from context_pythia.runs.record import Run, model_entry
-from context_pythia.training.history import best_row, seconds_per_epoch
+from context_pythia.training.history import result_of
 from context_pythia.training.phase1 import Phase1Result, train_context_block
 from context_pythia.training.phase2 import check_options, train_language_model
 
@@ -52,23 +51,23 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
     """
     check_training(recipe)
     run, data = _open(recipe, out, progress, origin)
-    if wanted := [options.name for options in recipe.models if not run.finished(options.name)]:
+    if wanted := [options.name for options in recipe.models if options.name not in run.finished]:
         run.write_provenance(wanted, best_device())
     failures = []
     for options in recipe.models:
-        if run.finished(options.name):
+        if options.name in run.finished:
             print(f"{options.name}: already trained", flush=True)
             continue
         make = _heal_and_measure if options.from_baseline else _train_and_measure
         try:
             with _alone_with(options, run):
-                run.add(make(options, run, data, progress))
+                run.write(make(options, run, data, progress))
         except Exception as error:
             # The other processes wait for this one in the middle of a model.
             if processes.count() > 1 or not is_failure(error):
                 raise
             failures.append(f"{options.name}: {first_line(error)}")
-            run.add(model_entry(options, error=first_line(error)))
+            run.write(model_entry(options, error=first_line(error)))
         else:
             print(f"{options.name}: wrote {run.model_folder(options)}", flush=True)
         gc.collect()
@@ -100,7 +99,7 @@ def check_training(recipe: Recipe) -> None:
     """Raise `UsageError` for options of training or healing that are impossible here or contradict each other."""
     check_options(recipe.train)
     if any(options.from_baseline for options in recipe.models):
-        check_options(training_options(recipe.heal))
+        check_options(recipe.heal)
 
 
 def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
@@ -116,10 +115,10 @@ def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) 
 
 def _check_origins(recipe: Recipe, run: Run) -> None:
     """Raise `UsageError` if a model's baseline will be missing when the model has to be converted from it."""
-    healed = [model.name for model in recipe.models if model.from_baseline and not run.finished(model.name)]
+    healed = [model.name for model in recipe.models if model.from_baseline and model.name not in run.finished]
     if not healed:
         return
-    trained = any(model.is_baseline and run.origin.finished(model.name) for model in run.origin.recipe.models)
+    trained = any(model.is_baseline and model.name in run.origin.finished for model in run.origin.recipe.models)
     if not trained and not any(model.is_baseline for model in recipe.models):
         raise UsageError(
             f"{healed[0]} is converted from the trained baseline, but {run.origin.folder} has none: "
@@ -213,10 +212,7 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
         options,
         from_baseline={"name": baseline.name} | {key: entry[key] for key in ("best_epoch", "best_val_ppl")},
         **describe_parameters(model, recipe.heal),
-        best_val_ppl=healing["val_ppl"],
-        best_epoch=best_row(healing["history"])["epoch"],
-        **{key: healing[key] for key in ("val_accuracy", "val_ppl_by_position", "history")},
-        seconds_per_epoch=seconds_per_epoch(healing["history"]),
+        **asdict(result_of(healing["history"], None, healing["val_ppl_by_position"])),
         cache=describe_cache(model, recipe.data.sequence_length),
         machine=machine(best_device()),
     )

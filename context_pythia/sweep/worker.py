@@ -133,7 +133,7 @@ class Worker:
             print(f"\n{setting.name}", flush=True)
             if baseline and baseline["error"]:
                 error = f"its baseline {baseline['name']} failed: {baseline['error']}"
-                Run(folder, setting.recipe).add(model_entry(setting.model, error=error))
+                Run(folder, setting.recipe).write(model_entry(setting.model, error=error))
             else:
                 run = origin and Run(self._folder(origin), origin.recipe)
                 try:

@@ -12,29 +12,17 @@ import platform
 # From glibc's malloc.h: the option numbers are part of its ABI.
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 
-
-def keep_freed_memory() -> None:
-    """From now on, the process keeps freed memory for its next allocations, until it ends."""
-    # All allocations come from the heap, and malloc never returns the heap's free top.
-    _set({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1})
-
-
-def return_freed_memory() -> None:
-    """From now on, the process returns each tensor above 1 MB to the system as soon as it is freed.
-
-    By default glibc raises its mmap threshold with the size of freed tensors, so later tensors come from the heap. The
-    heap cannot return free memory that lies between live tensors.
-    """
-    _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 2**20})
+# All allocations come from the heap, and malloc never returns the heap's free top.
+KEEP_FREED = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
+# Each tensor above 1 MB is returned to the system as soon as it is freed. By default glibc raises its mmap threshold
+# with the size of freed tensors, so later ones come from the heap, which cannot return memory between live tensors.
+RETURN_FREED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**20}
+# glibc's defaults, as they are after the process freed a few large tensors.
+SYSTEM = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
 
 
-def use_system_allocator() -> None:
-    """From now on, the process allocates with glibc's defaults, as they are after it freed a few large tensors."""
-    _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26})
-
-
-def _set(options: dict[int, int]) -> None:
-    """Set malloc's options; other C libraries are left alone."""
+def set_malloc(options: dict[int, int]) -> None:
+    """Set malloc's options for the rest of the process; other C libraries than glibc are left alone."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)  # otherwise malloc uses the heap's free memory before any new mapping

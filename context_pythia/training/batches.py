@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from context_pythia import processes
-from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.recipe import OptimizationOptions
 from context_pythia.training.loss import IGNORED
 
 Batch = dict[str, Tensor]  # input_ids and labels, [B, S] each
@@ -37,7 +37,7 @@ def batches(dataset: Any, order: list[int], batch_size: int, device: torch.devic
 
 
 def step_batches(
-    dataset: Any, order: list[int], options: TrainOptions, device: torch.device, skip: int = 0
+    dataset: Any, order: list[int], options: OptimizationOptions, device: torch.device, skip: int = 0
 ) -> Iterator[list[Batch]]:
     """The batches of each optimizer step of an epoch, without its first `skip` steps.
 

@@ -5,22 +5,19 @@ Nothing here unpickles: weights are safetensors, results are JSON, and torch rea
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from context_pythia.config.options import deciding
-from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.options import Options, deciding
+from context_pythia.config.same import check_same
 from context_pythia.errors import UsageError, first_line
 from context_pythia.files import whole
 
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
 
 
-def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions, seed: int) -> dict[str, Any]:
+def run_settings(model: PreTrainedModel, data: PackedData, options: Options, seed: int) -> dict[str, Any]:
     """All settings that determine a run's weights. Two runs may share a folder only if these are equal."""
     config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
     for key in ("transformers_version", "use_cache", "dtype", "architectures"):
@@ -44,29 +41,38 @@ def run_settings(model: PreTrainedModel, data: PackedData, options: TrainOptions
     return json.loads(json.dumps(settings, default=str))
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values to `path` atomically.
+def write_state(path: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write tensors and plain values to `path` atomically, with the settings that determine the run's result.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
         with whole(path) as partial:
-            torch.save(state, partial)
+            torch.save(state | {"settings": settings}, partial)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"cannot write {path}: {first_line(error)}; free some disk space and rerun") from error
+        raise _cannot_write(path, error) from error
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a file of `write_state`.
+def read_state(
+    path: Path, settings: dict[str, Any], holder: str, mend: str, device: torch.device | str = "cpu"
+) -> dict[str, Any] | None:
+    """Read a file of `write_state`; None if there is none.
+
+    Args:
+        holder, mend: as in `check_same`.
 
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged, or was written with other settings.
     """
+    if not path.exists():
+        return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(f"{path} is damaged ({first_line(error)}): delete it to begin again") from error
+    check_same(state["settings"], settings, holder, mend)
+    return state
 
 
 def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "50GB") -> None:
@@ -90,20 +96,10 @@ def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str
         for path in sorted(partial.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             path.replace(folder / path.name)
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"cannot write {folder}: {first_line(error)}; free some disk space and rerun") from error
+        raise _cannot_write(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """A context in which transformers prints only errors and shows no progress bars."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def _cannot_write(path: Path, error: Exception) -> OSError:
+    return OSError(f"cannot write {path}: {first_line(error)}; free some disk space and rerun")

@@ -25,34 +25,22 @@ if TYPE_CHECKING:
 PROJECTED_TOKENS = 8192  # distinct tokens embedded at once
 
 
-def oacd_loss(contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:
-    """`-||X - mean(X)||_F / n + mean_penalty * ||mean(X)||^2` of contexts X `[n, C]`, a scalar."""
-    mean = contexts.mean(dim=0)
-    return mean_penalty * mean.square().sum() - torch.linalg.vector_norm(contexts - mean) / len(contexts)
+@torch.no_grad()
+def oacd_loss(contexts: torch.Tensor, mean_penalty: float, batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of contexts X `[n, C]`, and the gradient `[n, C]` of the loss divided by `batches`.
 
-
-class FusedOacdLoss(torch.autograd.Function):
-    """`oacd_loss` with an explicit gradient, `2 mean_penalty mean / n - (X - mean) / (n ||X - mean||_F)`.
-
-    Autograd makes nine more passes over the contexts, and memory bandwidth limits phase 1.
+    The loss is `-||X - mean||_F / n + mean_penalty * ||mean||^2`, a scalar, and its gradient `2 mean_penalty mean / n -
+    (X - mean) / (n ||X - mean||_F)`. Autograd would make nine more passes over the contexts, and memory bandwidth
+    limits phase 1.
     """
-
-    @staticmethod
-    def forward(ctx: Any, contexts: torch.Tensor, mean_penalty: float) -> torch.Tensor:
-        mean = contexts.mean(dim=0)
-        centered = contexts - mean
-        norm = torch.linalg.vector_norm(centered)
-        ctx.save_for_backward(mean, centered, norm)
-        ctx.mean_penalty = mean_penalty
-        return mean_penalty * mean.square().sum() - norm / len(contexts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        mean, centered, norm = ctx.saved_tensors
-        scale = gradients[0] / len(centered)
-        # As in autograd: equal contexts have no direction to spread in, so this part is 0.
-        spread = torch.where(norm > 0, -scale / norm, 0.0)
-        return centered.mul_(spread).add_(2 * ctx.mean_penalty * scale * mean), None
+    mean = contexts.mean(dim=0)
+    centered = contexts - mean
+    norm = torch.linalg.vector_norm(centered)
+    loss = mean_penalty * mean.square().sum() - norm / len(contexts)
+    scale = torch.ones_like(norm) / batches / len(contexts)
+    # As in autograd: equal contexts have no direction to spread in, so this part is 0.
+    spread = torch.where(norm > 0, -scale / norm, 0.0)
+    return loss, centered.mul_(spread).add_(2 * mean_penalty * scale * mean)
 
 
 def sweep_tokens(
@@ -193,16 +181,16 @@ class Oacd:
             noise = self.normal(len(rows), iteration, batch, options.noise).to(dtype)
             projected = self.projections.rows(ids)
             with self._precision():
-                new = sweep_tokens(self.block.layers, projected, old, previous.to(dtype), noise)
-            loss = FusedOacdLoss.apply(new, options.mean_penalty)
-            (loss / self.batches).backward()
+                swept = sweep_tokens(self.block.layers, projected, old, previous.to(dtype), noise)
+            new = swept.detach()
+            loss, gradient = oacd_loss(new, options.mean_penalty, self.batches)
+            swept.backward(gradient)
             self.projections.collect(ids, projected)
-            with torch.no_grad():
-                # The next batch starts from the old value of this batch's last context.
-                previous = rows[-1].clone()
-                converged += (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
-                rows.copy_(new)
-                loss_sum = loss.double() + loss_sum
+            # The next batch starts from the old value of this batch's last context.
+            previous = rows[-1].clone()
+            converged += (old.sub_(new).square_().mean(dim=-1) < options.threshold).sum()
+            rows.copy_(new)
+            loss_sum = loss.double() + loss_sum
             bar.update()
         with self._precision():
             self.projections.backward()

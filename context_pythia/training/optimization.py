@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, get_scheduler
 
 from context_pythia import processes
-from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.recipe import OptimizationOptions
+from context_pythia.training.allocator import KEEP_FREED, set_malloc
 from context_pythia.training.batches import Batch
 from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_scores
 
@@ -25,6 +26,7 @@ from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_sc
 # width 0.8 times, at 256 tokens too. For longer samples the attention weights take too much memory.
 EAGER_ATTENTION_LENGTH = 256
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+STATEFUL = ("model", "optimizer", "schedule", "scaler")  # the parts of `Optimization` in a checkpoint
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +51,7 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Optimization:
-    """A model with its optimizer, in one process or one of several.
+    """A model with its optimizer, in one process or one of several. A step is `backward`, then `update`.
 
     Args:
         steps: optimizer steps of the whole training, for the schedule.
@@ -59,12 +61,12 @@ class Optimization:
     def __init__(
         self,
         model: PreTrainedModel,
-        options: TrainOptions,
+        options: OptimizationOptions,
         steps: int,
         loss: Callable[[nn.Module, Batch], Tensor] = text_loss,
     ):
         self.model, self.options, self.loss, self.device = model, options, loss, model.device
-        self.parallel: nn.Module = model
+        self.parallel: Any = model
         if processes.count() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(model, device_ids=devices)
@@ -79,28 +81,21 @@ class Optimization:
         self.schedule = get_scheduler(options.schedule, self.optimizer, warmup, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
 
-    def step(self, batches: list[Batch]) -> list[Tensor]:
-        """One optimizer step on `batches`. Returns the losses of `backward`."""
-        losses = self.backward(batches)
-        self.update()
-        return losses
-
-    def backward(self, batches: list[Batch]) -> list[Tensor]:
-        """Compute the gradients of the mean loss over all tokens of the step, in all processes.
-
-        Returns each batch's part of that mean. The parts of all batches and processes add up to the mean.
-        """
+    def backward(self, batches: list[Batch]) -> Tensor:
+        """Compute the gradients of the mean loss over all tokens of the step, in all processes; returns it in fp64."""
         self.parallel.train()
         tokens = processes.total(torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batches]).sum())
-        losses = []
+        mean: Any = 0.0
         for number, batch in enumerate(batches, 1):
-            with self._gradients_alone(number < len(batches)):
+            # DDP exchanges the sums of gradients at a step's last batch.
+            alone = number < len(batches) and isinstance(self.parallel, DistributedDataParallel)
+            with self.parallel.no_sync() if alone else contextlib.nullcontext():
                 with self.autocast():
                     loss = self.loss(self.parallel, batch) / tokens
                 # DDP averages over the processes, but the loss is a sum over them.
                 self.scaler.scale(loss * processes.count()).backward()
-            losses.append(loss.detach())
-        return losses
+            mean = loss.detach().double() + mean
+        return processes.total(mean)
 
     def update(self) -> None:
         """Clip the gradients and step. The learning rate then moves on, unless float16 overflowed."""
@@ -132,45 +127,40 @@ class Optimization:
         dtype = PRECISIONS.get(self.options.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def _gradients_alone(self, alone: bool) -> contextlib.AbstractContextManager:
-        """A context in which DDP exchanges no gradients if `alone`: it exchanges the sums at a step's last batch."""
-        if alone and isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from. Processes start from one seed, so one random state serves all."""
         random_states = {"cpu": [torch.get_rng_state()]}
         if self.device.type == "cuda":
             random_states["cuda"] = [torch.cuda.get_rng_state()]
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_states": random_states,
-        }
+        return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"random_states": random_states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random_states"]["cpu"][0])
         if self.device.type == "cuda" and "cuda" in state["random_states"]:
             torch.cuda.set_rng_state(state["random_states"]["cuda"][0])
 
 
 @contextlib.contextmanager
-def faster_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """A context in which a model with the default attention uses the faster one for samples of `length` tokens."""
-    own = model.config._attn_implementation
-    if model.device.type == "cpu" and own == "sdpa" and length <= EAGER_ATTENTION_LENGTH:
+def training_mode(model: PreTrainedModel, options: OptimizationOptions, length: int) -> Iterator[None]:
+    """A context in which the model trains on samples of `length` tokens.
+
+    On a CPU, the process keeps freed memory from then on, and a model with the default attention uses the faster one.
+    """
+    own, on_cpu = model.config._attn_implementation, model.device.type == "cpu"
+    if on_cpu:
+        set_malloc(KEEP_FREED)
+    if on_cpu and own == "sdpa" and length <= EAGER_ATTENTION_LENGTH:
         model.set_attn_implementation("eager")
+    if options.gradient_checkpointing:
+        recompute_activations(model)
     try:
         yield
     finally:
         model.set_attn_implementation(own)
+        if options.gradient_checkpointing:
+            recompute_activations(model, False)
 
 
 def recompute_activations(model: PreTrainedModel, wanted: bool = True) -> None:

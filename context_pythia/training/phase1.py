@@ -32,7 +32,7 @@ from context_pythia.config.recipe import Phase1Options
 from context_pythia.config.same import check_same
 from context_pythia.errors import UsageError, first_line
 from context_pythia.files import read_record, write_bytes, write_json
-from context_pythia.training.allocator import keep_freed_memory
+from context_pythia.training.allocator import KEEP_FREED, set_malloc
 from context_pythia.training.checkpoints import read_state, write_state
 from context_pythia.training.interrupts import deferred_interrupt
 from context_pythia.training.oacd import Oacd
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from context_pythia.model import ContextPythiaForCausalLM
 
 WEIGHTS_FILE, RESULT_FILE, CHECKPOINT_FILE = "context_block.safetensors", "phase1.json", "checkpoint.pt"
+MEND = "use that setting, another output folder, or delete the file"
 SCAN_TOKENS = 32_768  # held-out tokens per scan
 BAR = "{desc} |{bar:20}| {elapsed}<{remaining}{postfix}"
 
@@ -99,22 +100,46 @@ def train_context_block(
         trained, checkpoint = next(block.parameters()).requires_grad, folder / CHECKPOINT_FILE
         block.requires_grad_(True)
         try:
-            oacd = Oacd(model, data.train, options, seed)
-            _iterate(oacd, checkpoint, settings, progress)
+            history = _iterate(Oacd(model, data.train, options, seed), checkpoint, settings, progress)
         finally:
             block.zero_grad()
             block.requires_grad_(trained)
         result = Phase1Result(
-            iterations=len(oacd.history),
-            convergence_rate=oacd.history[-1]["convergence_rate"],
+            iterations=len(history),
+            convergence_rate=history[-1]["convergence_rate"],
             effective_rank=effective_rank(held_out_contexts(model, data.validation)),
-            history=oacd.history,
-            seconds=sum(row["seconds"] for row in oacd.history),
+            history=history,
+            seconds=sum(row["seconds"] for row in history),
         )
         write_bytes(folder / WEIGHTS_FILE, safetensors.torch.save(block.state_dict(), {"format": "pt"}))
         write_json(folder / RESULT_FILE, asdict(result) | {"identity": settings})
         checkpoint.unlink()
     return result
+
+
+def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> list[dict[str, float]]:
+    """Iterate to the end, from the checkpoint if there is one. Returns the history."""
+    if oacd.device.type == "cpu":
+        set_malloc(KEEP_FREED)
+    state = read_state(checkpoint, settings, f"{checkpoint} was made", MEND, oacd.device)
+    if state is not None:
+        oacd.load_state_dict(state)
+    options, saved = oacd.options, time.monotonic()
+    total, done = options.max_iterations * oacd.batches, len(oacd.history) * oacd.batches
+    with (
+        deferred_interrupt() as asked_to_stop,
+        tqdm(total=total, initial=done, bar_format=BAR, mininterval=0.5, disable=not progress) as bar,
+    ):
+        while not oacd.finished:
+            oacd.iterate(bar)
+            # The checkpoint of the last iteration protects the work if the scan that follows is interrupted.
+            due = oacd.finished or time.monotonic() - saved >= options.checkpoint_seconds
+            if due or asked_to_stop.is_set():
+                write_state(checkpoint, oacd.state_dict(), settings)
+                saved = time.monotonic()
+            if asked_to_stop.is_set():
+                raise KeyboardInterrupt
+    return oacd.history
 
 
 def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1Options, seed: int) -> dict[str, Any]:
@@ -131,15 +156,9 @@ def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1
     }
 
 
-def _check_same(found: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    # Older files lack newer options; they used the defaults.
-    found = deciding(Phase1Options()) | found
-    check_same(found, settings, f"{path} was made", "use that setting, another output folder, or delete the file")
-
-
 def _load_result(block: nn.Module, folder: Path, settings: dict[str, Any]) -> Phase1Result:
     record, path = read_record(folder / RESULT_FILE), folder / WEIGHTS_FILE
-    _check_same(record.pop("identity"), settings, folder / RESULT_FILE)
+    check_same(record.pop("identity"), settings, f"{folder / RESULT_FILE} was made", MEND)
     try:
         block.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, SafetensorError) as error:
@@ -147,31 +166,6 @@ def _load_result(block: nn.Module, folder: Path, settings: dict[str, Any]) -> Ph
             f"{path} is missing or damaged ({first_line(error)}): delete {folder} and run phase 1 again"
         ) from error
     return Phase1Result(**record)
-
-
-def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: bool) -> None:
-    """Iterate to the end, from the checkpoint if there is one."""
-    if oacd.device.type == "cpu":
-        keep_freed_memory()
-    if checkpoint.exists():
-        state = read_state(checkpoint, oacd.device)
-        _check_same(state["settings"], settings, checkpoint)
-        oacd.load_state_dict(state)
-    options, saved = oacd.options, time.monotonic()
-    total, done = options.max_iterations * oacd.batches, len(oacd.history) * oacd.batches
-    with (
-        deferred_interrupt() as asked_to_stop,
-        tqdm(total=total, initial=done, bar_format=BAR, mininterval=0.5, disable=not progress) as bar,
-    ):
-        while not oacd.finished:
-            oacd.iterate(bar)
-            # The checkpoint of the last iteration protects the work if the scan that follows is interrupted.
-            due = oacd.finished or time.monotonic() - saved >= options.checkpoint_seconds
-            if due or asked_to_stop.is_set():
-                write_state(checkpoint, oacd.state_dict() | {"settings": settings})
-                saved = time.monotonic()
-            if asked_to_stop.is_set():
-                raise KeyboardInterrupt
 
 
 def effective_rank(batches: Iterable[torch.Tensor]) -> float:

@@ -10,6 +10,7 @@ training resumes. A finished folder has `train.json` in place of the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import sys
@@ -25,18 +26,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from context_pythia import processes
-from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.recipe import HealOptions, OptimizationOptions, TrainOptions
 from context_pythia.config.same import check_same
 from context_pythia.errors import Failure, UsageError
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
-from context_pythia.evaluation.pretrained import load_pretrained
+from context_pythia.evaluation.pretrained import load_pretrained, quiet_transformers
 from context_pythia.files import read_record, write_json
-from context_pythia.training.allocator import keep_freed_memory
 from context_pythia.training.batches import Batch, batches, step_batches
-from context_pythia.training.checkpoints import publish, quiet_transformers, read_state, run_settings, write_state
-from context_pythia.training.history import Plan, Row, TrainResult
+from context_pythia.training.checkpoints import publish, read_state, run_settings, write_state
+from context_pythia.training.history import Plan, Row, TrainResult, describe_end, result_of
 from context_pythia.training.interrupts import deferred_interrupt
-from context_pythia.training.optimization import Optimization, faster_attention, recompute_activations, text_loss
+from context_pythia.training.optimization import Optimization, text_loss, training_mode
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 RESULT_FILE, CHECKPOINTS = "train.json", "checkpoints"
 OTHER_FOLDER = "choose another output folder"
-LOG_STEPS = 10
 # Every LOOK_STEPS steps the loop reads the loss from the accelerator, and processes ask one another about ctrl-C.
 LOOK_STEPS = 16
 # The loop's own fields in a checkpoint. Sums and seconds count from the last evaluation.
@@ -55,15 +54,13 @@ PROGRESS = ("step", "history", "bands", "loss_sum", "loss_steps", "seconds")
 def train_language_model(
     model: PreTrainedModel,
     data: PackedData,
-    options: TrainOptions,
+    options: TrainOptions | HealOptions,
     *,
     seed: int,
     folder: Path,
     name: str,
     progress: bool = True,
-    steps: int | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = text_loss,
-    identity: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train `model`, load its best weights into it, and save them with the tokenizer in `folder`.
 
@@ -74,12 +71,10 @@ def train_language_model(
     Args:
         model: a causal language model of transformers. It moves to the GPU if there is one. Parameters without
             `requires_grad` do not change.
+        options: `HealOptions` train for a number of steps, and evaluate the first weights too (see `Plan`).
         name: the model's name on the console.
         progress: show a progress bar if stderr is a terminal.
-        steps: number of optimizer steps, instead of `options.epochs`. The model is then also evaluated before the
-            first step, because the first weights may be the best.
         loss: takes a model and a batch, returns the sum of the loss over the batch's tokens in nats.
-        identity: further settings that determine the weights, as plain JSON values.
 
     Raises:
         UsageError: the options are invalid, or `folder` has another run or a damaged state.
@@ -87,25 +82,25 @@ def train_language_model(
         OSError: `folder` cannot be written.
     """
     check_options(options)
-    plan = Plan(options, len(data.train), data.train.sequence_length, steps)
     if torch.cuda.is_available():
         model.to("cuda")
-    settings = run_settings(model, data, options, seed) | {"steps": steps} | (identity or {})
-    with quiet_transformers():
-        if (folder / RESULT_FILE).exists():
-            finished = read_record(folder / RESULT_FILE)
-            check_same(finished.pop("settings"), settings, f"{folder} holds a run", OTHER_FOLDER)
-            result = TrainResult(**finished)
-        else:
-            result = Loop(model, data, options, plan, seed, folder, name, settings, loss, progress).run()
-        model.load_state_dict(load_pretrained(str(folder), model.dtype).state_dict())
+    settings = run_settings(model, data, options, seed)
+    quiet_transformers()
+    if (folder / RESULT_FILE).exists():
+        finished = read_record(folder / RESULT_FILE)
+        check_same(finished.pop("settings"), settings, f"{folder} holds a run", OTHER_FOLDER)
+        result = TrainResult(**finished)
+    else:
+        plan = Plan(options, len(data.train), data.train.sequence_length)
+        result = Training(model, data, options, plan, seed, folder, name, settings, loss, progress).run()
+    model.load_state_dict(load_pretrained(str(folder), model.dtype).state_dict())
     model.eval()
     if processes.is_main():
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return result
 
 
-def check_options(options: TrainOptions) -> None:
+def check_options(options: OptimizationOptions) -> None:
     """Raise UsageError for options that contradict each other or do not fit this machine or number of processes."""
     section, count = options.section, processes.count()
     if options.warmup_ratio and options.schedule == "constant":
@@ -132,7 +127,7 @@ def summary_writer() -> type[SummaryWriter]:
 
 
 @dataclass
-class Loop:
+class Training:
     """One training. The arguments are those of `train_language_model`; `settings` is all that determines the weights.
 
     Attributes:
@@ -143,7 +138,7 @@ class Loop:
 
     model: PreTrainedModel
     data: PackedData
-    options: TrainOptions
+    options: TrainOptions | HealOptions
     plan: Plan
     seed: int
     folder: Path
@@ -160,10 +155,6 @@ class Loop:
 
     def run(self) -> TrainResult:
         """Train from the last checkpoint to the end, and write the result."""
-        if self.model.device.type == "cpu":
-            keep_freed_memory()
-        if self.options.gradient_checkpointing:
-            recompute_activations(self.model)
         # With None, tqdm shows bars only if stderr is a terminal.
         self.no_bars = None if self.progress and processes.is_main() else True
         self.state = self.folder / CHECKPOINTS / "state.pt"
@@ -171,73 +162,67 @@ class Loop:
         self.writer = None
         if self.options.tensorboard and processes.is_main():
             self.writer = summary_writer()(str(self.folder / "tensorboard"))
-        torch.manual_seed(self.seed)
-        self.optimization = Optimization(self.model, self.options, self.plan.steps, self.loss)
-        try:
+        with training_mode(self.model, self.options, self.plan.sequence_length):
+            torch.manual_seed(self.seed)
+            self.optimization = Optimization(self.model, self.options, self.plan.steps, self.loss)
             self._load()
-            with deferred_interrupt() as self.asked_to_stop, faster_attention(self.model, self.plan.sequence_length):
+            try:
                 self._train()
-        finally:
-            if self.options.gradient_checkpointing:
-                recompute_activations(self.model, False)
-            self.model.zero_grad()
-        result = self.plan.result(self.history, self.step, self.bands)
+            finally:
+                self.model.zero_grad()
+        reason = self.plan.stop_reason(self.history, self.step)
+        assert reason is not None
+        result = result_of(self.history, reason, self.bands)
         if processes.is_main():
             write_json(self.folder / RESULT_FILE, asdict(result) | {"settings": self.settings})
-            print(self.plan.describe_end(result))
+            print(describe_end(result))
         return result
 
     def _train(self) -> None:
-        self.started = time.perf_counter()
-        if 0 in self.plan.evaluations and not self.history:
-            self._after_step()
-        with self._bar(total=self.plan.steps, initial=self.step, desc=self.name, unit="step") as bar:
-            while not self._ended():
-                epoch, skip = divmod(self.step, self.plan.epoch_steps)
-                order = self.plan.order(self.seed, epoch)
-                for step in step_batches(self.data.train, order, self.options, self.model.device, skip):
-                    losses = self.optimization.step(step)
-                    for loss in losses:
-                        self.loss_sum = loss.double() + self.loss_sum
+        plan, every = self.plan, self.options.checkpoint_steps
+        bar = tqdm(total=plan.steps, initial=self.step, desc=self.name, unit="step", disable=self.no_bars)
+        with deferred_interrupt() as asked, bar:
+            self.started = time.perf_counter()
+            if 0 in plan.evaluations and not self.history:
+                self._evaluate()
+                self._save()
+            while plan.stop_reason(self.history, self.step) is None:
+                epoch, skip = divmod(self.step, plan.epoch_steps)
+                order = plan.order(self.seed, epoch)
+                steps = step_batches(self.data.train, order, self.options, self.model.device, skip)
+                for step in itertools.islice(steps, plan.steps - self.step):
+                    loss = self.optimization.backward(step)
+                    self.optimization.update()
+                    self.loss_sum = loss + self.loss_sum
                     self.loss_steps += 1
                     self.step += 1
                     bar.update()
-                    self._look(losses)
-                    self._after_step()
-                    if self._ended():
-                        break
+                    evaluates, looks = self.step in plan.evaluations, self.step % LOOK_STEPS == 0
+                    checkpoints = evaluates or (every and self.step % every == 0)
+                    if looks or checkpoints:
+                        self._look(loss)
+                    if evaluates:
+                        self._evaluate()
+                    # The answer of several processes is the same in all of them.
+                    stops = (looks or evaluates or processes.count() == 1) and processes.highest(int(asked.is_set()))
+                    if checkpoints or stops:
+                        self._save()
+                    if stops:
+                        raise KeyboardInterrupt
 
-    def _ended(self) -> bool:
-        return self.plan.stop_reason(self.history, self.step) is not None
-
-    def _look(self, losses: list[Tensor]) -> None:
-        """Log the loss. Raise `Failure` if it is not finite."""
-        if self.writer is not None and self.step % LOG_STEPS == 0:
-            self.writer.add_scalar("train/loss", float(sum(losses)) * processes.count(), self.step)
-        look = self.model.device.type == "cpu" or self.step % LOOK_STEPS == 0
-        if look and not math.isfinite(self.loss_sum):
+    def _look(self, loss: Tensor) -> None:
+        """Log the loss of a step. Raise `Failure` if one since the last evaluation was not finite."""
+        if self.writer is not None:
+            self.writer.add_scalar("train/loss", float(loss), self.step)
+        if not math.isfinite(self.loss_sum):
             raise self._not_finite("training loss", float(self.loss_sum))
 
-    def _after_step(self) -> None:
-        """Evaluate, write a checkpoint and stop, each if it is due."""
-        evaluated = self.step in self.plan.evaluations
-        if evaluated:
-            with self._clock_stopped():
-                self._evaluate()
-        asked = self.asked_to_stop.is_set()
-        if processes.count() > 1:
-            asked = (evaluated or self.step % LOOK_STEPS == 0) and bool(processes.highest(int(asked)))
-        every = self.options.checkpoint_steps
-        if evaluated or asked or (every and self.step % every == 0):
-            with self._clock_stopped():
-                self._save()
-        if asked:
-            raise KeyboardInterrupt
-
     def _evaluate(self) -> None:
-        held_out = self.data.validation
-        rows = batches(held_out, list(range(len(held_out))), self.options.batch_size, self.model.device)
-        by_position = self.optimization.validate(self._bar(rows, desc="validation", leave=False))
+        with self._clock_stopped():
+            held_out = self.data.validation
+            rows = batches(held_out, list(range(len(held_out))), self.options.batch_size, self.model.device)
+            bar = tqdm(rows, desc="validation", leave=False, disable=self.no_bars)
+            by_position = self.optimization.validate(bar)
         loss_sum, correct, tokens = by_position.sum(1).tolist()
         if not math.isfinite(loss_sum):
             raise self._not_finite("validation loss", loss_sum / tokens)
@@ -248,7 +233,7 @@ class Loop:
                 "epoch": self.plan.epochs(self.step),
                 "step": self.step,
                 "tokens": self.plan.tokens(self.step),
-                "train_loss": self._whole_loss_sum() / self.loss_steps if self.loss_steps else None,
+                "train_loss": float(self.loss_sum) / self.loss_steps if self.loss_steps else None,
                 "val_ppl": value,
                 "val_accuracy": correct / tokens,
                 "seconds": self.seconds,
@@ -267,32 +252,26 @@ class Loop:
 
     def _save(self) -> None:
         """Write the model if it is the best so far, then the state. A kill between the two repeats some steps."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise self._not_finite("weights", math.nan)
-        progress = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": self._whole_loss_sum()}
-        if processes.is_main():
-            if self.history and self.history[-1]["best"] and self.history[-1]["step"] == self.step:
-                publish(self.model, self.data.tokenizer, self.folder)
-            write_state(self.state, progress | self.optimization.state_dict() | {"settings": self.settings})
-        processes.wait()
+        with self._clock_stopped():
+            if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+                raise self._not_finite("weights", math.nan)
+            if processes.is_main():
+                if self.history and self.history[-1]["best"] and self.history[-1]["step"] == self.step:
+                    publish(self.model, self.data.tokenizer, self.folder)
+                progress = {name: getattr(self, name) for name in PROGRESS} | {"loss_sum": float(self.loss_sum)}
+                write_state(self.state, progress | self.optimization.state_dict(), self.settings)
+            processes.wait()
 
     def _load(self) -> None:
         """Resume from the last checkpoint, if there is one."""
-        if not self.state.exists():
+        state = read_state(self.state, self.settings, f"{self.folder} holds a run", OTHER_FOLDER)
+        if state is None:
             return
-        state = read_state(self.state)
-        check_same(state["settings"], self.settings, f"{self.folder} holds a run", OTHER_FOLDER)
         for name in PROGRESS:
             setattr(self, name, state[name])
-        if not processes.is_main():
-            self.loss_sum = 0.0  # the first process has the sum of all processes
         self.optimization.load_state_dict(state)
         if processes.is_main():
             print(f"{self.name}: resumes after step {self.step} of {self.plan.steps}")
-
-    def _whole_loss_sum(self) -> float:
-        """The sum of `loss_sum` over all processes."""
-        return float(processes.total(torch.tensor(float(self.loss_sum), dtype=torch.float64)))
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -300,9 +279,6 @@ class Loop:
         self.seconds += time.perf_counter() - self.started
         yield
         self.started = time.perf_counter()
-
-    def _bar(self, *arguments: Any, **settings: Any) -> tqdm:
-        return tqdm(*arguments, **settings, disable=self.no_bars)
 
     def _not_finite(self, what: str, value: float) -> Failure:
         kept = self.folder if self.history else "not yet written"

@@ -148,7 +148,7 @@ def test_results_are_not_overwritten(tiny_size, tmp_path):
         (["--size", "pythia-3b"], "--size 'pythia-3b': must be one of pythia-14m, "),
         (["--size", "pythia-14m", "--lengths", "16,x"], "bench.lengths 'x': must be a whole number"),
         (["--size", "pythia-14m", "--batch-sizes", "2,2"], "bench.batch_sizes 2,2: has the same value twice"),
-        (["nowhere/at-all"], "no file or folder 'nowhere/at-all' here"),
+        (["nowhere/at/all"], "no such model: 'nowhere/at/all'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys, monkeypatch):

@@ -6,16 +6,18 @@ import itertools
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
-import huggingface_hub.constants
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from context_pythia.config.recipe import DataOptions
 from context_pythia.data.corpora import corpus_digest, documents, hub_documents
-from context_pythia.errors import UsageError
+from context_pythia.errors import UsageError, exit_code
 
 TEXTS = ["first text\nof two lines", "zweiter Text: äöü 語", "third\u2028text"]
 
@@ -110,13 +112,21 @@ def test_a_hub_name_goes_to_the_hub_with_split_and_configuration(tmp_path, monke
     assert asked == [("dataset", "owner/name", "v2"), ("owner/name", "config", options)]
 
 
-def test_without_a_network_a_hub_name_gives_one_line(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        FileNotFoundError, match="no file or folder 'owner/name' here, .*correct the path, or connect to the network"
-    ) as e:
+NOT_FOUND = RepositoryNotFoundError("404", response=Mock())
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "line"),
+    [
+        (NOT_FOUND, 2, "there is no dataset 'owner/name', neither here nor on the Hugging Face Hub"),
+        (TimeoutError("late"), 1, "no file or folder 'owner/name' here, .*late.: correct the path, or connect to"),
+    ],
+)
+def test_a_wrong_hub_name_is_a_mistake_and_a_hub_that_fails_is_a_failure(monkeypatch, answer, code, line):
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock(side_effect=answer))
+    with pytest.raises(OSError, match=line) as caught:
         read("owner/name")
-    assert "\n" not in str(e.value)
+    assert exit_code(caught.value) == code and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing/", "a/b/c", "/no/such/file", "x.csv"])

@@ -288,4 +288,4 @@ def test_tokenizers_that_cannot_be_used_are_named(options, tmp_path, monkeypatch
     assert "no token <|endoftext|>" in message(str(tmp_path / "endless.json"), ValueError)
     assert "has no tokenizer.json" in message(str(tmp_path / "empty"), ValueError)
     assert "missing/tokenizer.json" in message("missing/tokenizer.json", FileNotFoundError)
-    assert "no file or folder 'owner/tokenizer'" in message("owner/tokenizer", FileNotFoundError)
+    assert "no file or folder 'owner/tokenizer'" in message("owner/tokenizer", ConnectionError)

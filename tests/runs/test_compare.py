@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 from context_pythia import ContextPythiaForCausalLM
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.errors import Failure
-from context_pythia.report.report import write_report
 from context_pythia.runs import train
 from context_pythia.runs.build import build_model
 from context_pythia.runs.record import Run
@@ -133,8 +132,6 @@ def test_models_of_several_calls_end_like_one_comparison_and_a_failed_one_is_rec
     assert [call["models"] for call in calls] == [["shared"], ["Layer 12 x2", "Pythia"], ["shared"]]
     assert [call["command"] for call in calls] == [f"context-pythia 'call {number}'" for number in range(3)]
     assert all(call["versions"] == provenance["versions"] for call in calls)
-    write_report(run)
-    assert "the loss became nan at step 3" in (run / "report.md").read_text()
 
 
 def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_path):
@@ -143,8 +140,8 @@ def test_calls_that_run_at_one_time_keep_each_others_models(finished_run, tmp_pa
     runs = [Run(tmp_path, one) for one in alone]
     # The baseline comes last, and its bytes give the others their reductions.
     for run, entry in reversed(list(zip(runs, entries, strict=False))):
-        run.add({**entry, "cache": {**entry["cache"], "reduction_measured": None}})
-    assert not runs[0].finished(entries[0]["name"]) and Run(tmp_path, alone[0]).finished(entries[1]["name"])
+        run.write({**entry, "cache": {**entry["cache"], "reduction_measured": None}})
+    assert entries[0]["name"] not in runs[0].finished and entries[1]["name"] in Run(tmp_path, alone[0]).finished
     recorded = metrics(tmp_path)
     assert {entry["name"]: entry for entry in recorded["models"]} == {entry["name"]: entry for entry in entries[:3]}
     assert {model["name"] for model in recorded["recipe"]["models"]} == {entry["name"] for entry in entries[:3]}
@@ -163,20 +160,22 @@ def test_options_that_change_no_result_may_change(finished_run, tmp_path):
     recipe = tiny_recipe(finished_run.parent, train=free, phase1={"checkpoint_seconds": 1.0})
     run = Run(tmp_path, recipe)
     run.write()
-    assert run.finished("shared") and metrics(tmp_path)["models"] == metrics(finished_run)["models"]
+    assert "shared" in run.finished and metrics(tmp_path)["models"] == metrics(finished_run)["models"]
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["train"]["checkpoint_steps"] == 3
 
 
-def test_a_folder_keeps_to_its_text(tmp_path):
-    recipe = tiny_recipe(tmp_path)
-    alone = [dataclasses.replace(recipe, models=[recipe.models[index]]) for index in (0, 3)]
-    compare(alone[0], tmp_path / "run", progress=False)
-    (tmp_path / "corpus" / "00.txt").write_text("the text was another one when this run began\n" * 40)
-    before = (tmp_path / "run" / "metrics.json").read_bytes()
-    for again in alone:
+def test_a_folder_keeps_to_its_text(finished_run, tmp_path, monkeypatch):
+    for name in ("metrics.json", "recipe.yaml"):
+        shutil.copy(finished_run / name, tmp_path)
+    recipe = tiny_recipe(finished_run.parent)
+    other = dataclasses.replace(recipe, models=[dataclasses.replace(recipe.models[0], name="another")])
+    data, before = train.load_data(recipe.data, progress=False), (tmp_path / "metrics.json").read_bytes()
+    data.summary = data.summary | {"fingerprint": "of other text"}
+    monkeypatch.setattr(train, "load_data", lambda *given: data)
+    for again in (recipe, other):
         with pytest.raises(ValueError, match="the text has changed; choose another folder with --out"):
-            compare(again, tmp_path / "run", progress=False)
-    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+            compare(again, tmp_path, progress=False)
+    assert (tmp_path / "metrics.json").read_bytes() == before
 
 
 def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):

@@ -50,8 +50,7 @@ def run(folder):
     recipe = healing_recipe(folder)
     compare(alone(healing_recipe(folder, {**HEAL, "steps": 5}), "Pythia"), folder / "run", progress=False)
     compare(recipe, folder / "run", progress=False)
-    for language in ("en", "ja"):
-        write_report(folder / "run", language)
+    write_report(folder / "run", "en", "ja")
     return folder / "run"
 
 

@@ -54,13 +54,6 @@ def evaluated(paths, data, tmp_path_factory):
     return out
 
 
-def test_the_command_report_writes_the_report_of_an_evaluation_again(evaluated):
-    before = (evaluated / "report.ja.md").read_text(encoding="utf-8")
-    (evaluated / "report.ja.md").unlink()
-    assert evaluated / "report.ja.md" in write_report(evaluated, "ja")
-    assert (evaluated / "report.ja.md").read_text(encoding="utf-8") == before
-
-
 @pytest.fixture(scope="module")
 def rows(evaluated):
     return json.loads((evaluated / "metrics.json").read_text())["models"]

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 
 from context_pythia.cli import command_line as cli
 from context_pythia.cli.info import info_table
 from context_pythia.config.recipe_files import load_recipe
+from context_pythia.runs.build import build_model
 from context_pythia.runs.info import info
 
 
@@ -20,12 +22,20 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
 
 
 def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
-    names = ["Pythia", "layer 24 x2", "layer 20 36x4 16", "ids 8 20x2 43x3", "ids 8x2 20x4"]
-    models = info(load_recipe("text-s", models=names), None, length=32, dtype="float32")
-    assert [model["cached_numbers_per_token"] for model in models] == [1536, 72, 72, 73, 30]
+    names = ["Pythia", "layer 20 36x4 16", "ids 8 20x2 43x3"]
+    models = info(load_recipe("text-s", models=names), None, length=8, dtype="float32")
+    assert [model["cached_numbers_per_token"] for model in models] == [1536, 72, 73]
     for model in models:
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
         assert model["parameters"] == pytest.approx(models[0]["parameters"], rel=1e-3)
+
+
+def test_context_dim_is_the_mean_width_of_the_contexts_that_layers_make():
+    recipe = load_recipe("quick", models=["layer and ids"])
+    (options,) = recipe.models
+    options.layer_context_dims = [8, 40, 99, 99]  # layers 2 and 3 read the context of layer 1
+    with torch.device("meta"):
+        assert build_model(options, recipe, rows=256).config.context_dim == 24
 
 
 def test_what_a_conversion_decides_is_left_open():

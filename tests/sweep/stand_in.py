@@ -33,7 +33,7 @@ def compare(recipe, folder, progress=False, origin=None, seconds=0.0):
     rate = recipe.train.learning_rate
     ppl = 100 + 10 * abs(rate - 0.002) / 0.002 + 1000 / width + recipe.seed
     cache = {"bytes_measured": 4096 * width}
-    run.add(model_entry(options, best_val_ppl=ppl, cache=cache))
+    run.write(model_entry(options, best_val_ppl=ppl, cache=cache))
 
 
 def stand_in(patch=setattr, seconds=0.0) -> None:

@@ -100,7 +100,7 @@ def test_what_ends_a_worker_leaves_the_trial_to_the_next(tmp_path, trained, monk
 def test_failures_are_recorded_and_not_tried_again(tmp_path, trained, monkeypatch, asked):
     def fail(recipe, folder, **named):
         trained.append(recipe)
-        Run(folder, recipe).add(model_entry(recipe.models[0], error="training loss became nan at step 3"))
+        Run(folder, recipe).write(model_entry(recipe.models[0], error="training loss became nan at step 3"))
         raise Failure("1 of 1 models failed")
 
     good = worker.compare

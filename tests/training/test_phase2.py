@@ -1,6 +1,5 @@
 """Tests for phase 2: metrics against a hand computation, early stop, schedules, resumption, and what goes wrong."""
 
-import copy
 import math
 import sys
 from dataclasses import replace
@@ -12,9 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from context_pythia.config.recipe import TrainOptions
+from context_pythia.config.recipe import HealOptions, TrainOptions
 from context_pythia.training import optimization, phase2
-from context_pythia.training.checkpoints import read_state
+from context_pythia.training.batches import step_batches
+from context_pythia.training.history import Plan
 from context_pythia.training.optimization import Optimization
 from context_pythia.training.phase2 import train_language_model
 
@@ -69,10 +69,10 @@ def make_model(**settings):
     return GPTNeoXForCausalLM(config)
 
 
-def train(folder, options=OPTIONS, *, model=None, data=None, seed=5, **extra):
+def train(folder, options=OPTIONS, *, model=None, data=None, seed=5):
     model = make_model() if model is None else model
     data = make_data() if data is None else data
-    return train_language_model(model, data, options, seed=seed, folder=folder, name="tiny", progress=False, **extra)
+    return train_language_model(model, data, options, seed=seed, folder=folder, name="tiny", progress=False)
 
 
 def without_seconds(result):
@@ -89,14 +89,14 @@ def assert_same_end(result, model, other_result, other_model):
 
 def fail_at(monkeypatch, step, action):
     """Calls `action` before the training step after `step` optimizer steps."""
-    original = Optimization.step
+    original = Optimization.backward
 
-    def step_or_fail(self, batches):
+    def backward_or_fail(self, batches):
         if self.schedule.last_epoch == step:
             action(self)
         return original(self, batches)
 
-    monkeypatch.setattr(Optimization, "step", step_or_fail)
+    monkeypatch.setattr(Optimization, "backward", backward_or_fail)
 
 
 def interrupt(optimization):
@@ -112,7 +112,7 @@ def cut_at(monkeypatch, step, folder, options, **settings):
 
 
 def checkpoint(folder):
-    return read_state(folder / "checkpoints" / "state.pt")
+    return torch.load(folder / "checkpoints" / "state.pt", weights_only=True)
 
 
 def without_dropout(model):
@@ -120,12 +120,6 @@ def without_dropout(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    model = make_model()
-    return train(tmp_path_factory.mktemp("whole"), model=model), model
 
 
 def hand_computed(model, samples):
@@ -165,56 +159,63 @@ def test_perplexities_by_position_are_those_of_full_logits_and_add_up(uninterrup
     assert mean == pytest.approx(math.log(result.best_val_ppl), abs=1e-6)
 
 
-def test_tokens_without_a_label_count_at_no_position(uninterrupted, tmp_path):
+def test_tokens_without_a_label_count_at_no_position(uninterrupted):
     _, model = uninterrupted
-    data, masked = make_data(), make_data()
-    held = masked.validation.__getitem__
-    hide = torch.tensor([True, *[False] * 17, True, True])
-    masked.validation = [held(i) | {"labels": held(i)["labels"].where(~hide, -100)} for i in range(7)]
-    # A learning rate that moves nothing.
-    result = train(tmp_path, replace(OPTIONS, epochs=1, learning_rate=1e-12), model=copy.deepcopy(model), data=masked)
-    rows = data.validation.tokens
+    rows = make_data().validation.tokens
+    batch = {"input_ids": rows[:, :-1], "labels": rows[:, 1:].clone()}
+    batch["labels"][:, [0, 18, 19]] = -100
+    by_position = Optimization(model, OPTIONS, 1).validate([batch])
     with torch.no_grad():
         logits = model.eval()(rows[:, :-1]).logits.double()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-    expected = [float(losses[:, band].mean().exp()) for band in (slice(1, 16), slice(16, 18))]
-    assert [band["tokens"] for band in result.val_ppl_by_position] == [7 * 15, 7 * 2]
-    assert [band["perplexity"] for band in result.val_ppl_by_position] == pytest.approx(expected, rel=1e-6)
-    assert result.best_val_ppl == pytest.approx(float(losses[:, 1:18].mean().exp()), rel=1e-6)
+    counted = torch.tensor([0, *[1] * 17, 0, 0])
+    torch.testing.assert_close(by_position[0], losses.sum(0) * counted, rtol=1e-5, atol=0)
+    assert by_position[1].tolist() == ((logits.argmax(-1) == rows[:, 1:]).sum(0) * counted).tolist()
+    assert by_position[2].tolist() == (7 * counted).tolist()
 
 
-def test_validation_runs_once_over_each_batch_and_never_computes_all_its_logits(tmp_path):
-    model, shapes = make_model(), []
-    model.register_forward_hook(lambda module, _, output: shapes.append((module.training, *output.logits.shape)))
-    train(tmp_path, replace(OPTIONS, epochs=1), model=model)
-    assert [shape[1:] for shape in shapes if not shape[0]] == [(4, 1, VOCABULARY), (3, 1, VOCABULARY)]
+def test_validation_runs_once_over_each_batch_and_never_computes_all_its_logits(one_epoch):
+    *_, calls = one_epoch
+    assert [shape for training, _, shape in calls if not training] == [(4, 1, VOCABULARY), (3, 1, VOCABULARY)]
 
 
-def test_short_samples_train_with_the_faster_attention_and_the_model_keeps_its_own(tmp_path, monkeypatch):
-    results = []
-    for limit, used in ((LENGTH, "eager"), (LENGTH - 1, "sdpa")):
-        monkeypatch.setattr(optimization, "EAGER_ATTENTION_LENGTH", limit)
-        model, seen = make_model(), set()
-        model.register_forward_hook(lambda module, *_, seen=seen: seen.add(module.config._attn_implementation))
-        results.append(train(tmp_path / used, replace(OPTIONS, epochs=1), model=model))
-        assert seen == {used} and model.config._attn_implementation == "sdpa"
-    assert results[0].best_val_ppl == pytest.approx(results[1].best_val_ppl)
+def test_short_samples_train_with_the_faster_attention_and_the_model_keeps_its_own(tmp_path, monkeypatch, one_epoch):
+    result, model, _, calls = one_epoch
+    assert {attention for _, attention, _ in calls} == {"eager"} and model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(optimization, "EAGER_ATTENTION_LENGTH", LENGTH - 1)
+    other, seen = make_model(), set()
+    other.register_forward_hook(lambda module, *_: seen.add(module.config._attn_implementation))
+    assert train(tmp_path, replace(OPTIONS, epochs=1), model=other).best_val_ppl == pytest.approx(result.best_val_ppl)
+    assert seen == {"sdpa"}
 
 
-def test_gradient_accumulation_equals_the_larger_batch(tmp_path):
-    options = replace(OPTIONS, epochs=1, batch_size=6)
-    models = [without_dropout(make_model()), without_dropout(make_model())]
-    whole = train(tmp_path / "whole", options, model=models[0])
-    parts = train(tmp_path / "parts", replace(options, batch_size=2, gradient_accumulation=3), model=models[1])
-    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
-    assert parts.best_val_ppl == pytest.approx(whole.best_val_ppl, rel=1e-3)
+def test_gradient_accumulation_gives_the_loss_and_the_gradients_of_the_larger_batch():
+    model, losses, gradients = without_dropout(make_model()), [], []
+    for options in (replace(OPTIONS, batch_size=6), replace(OPTIONS, batch_size=2, gradient_accumulation=3)):
+        plan = Plan(options, 17, LENGTH)
+        assert (plan.epoch_steps, plan.epochs(2), plan.epochs(3)) == (3, pytest.approx(2 / 3), 1)
+        *_, last = step_batches(make_data(train=17).train, plan.order(5, 0), options, model.device)
+        model.zero_grad()
+        losses.append(Optimization(model, options, 3).backward(last))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*losses)
+    for gradient, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_three_steps_equal_a_plain_loop(tmp_path):
     """Loss, clipping, AdamW without decay of biases and norms, and the schedule, written out by torch alone."""
     model, twin = (without_dropout(make_model(initializer_range=0.2)) for _ in range(2))
-    options = replace(OPTIONS, weight_decay=0.3, max_grad_norm=0.5, schedule="linear")
-    result = train(tmp_path, options, model=model, data=make_data(train=4), steps=3)
+    options = HealOptions(
+        steps=3,
+        batch_size=4,
+        learning_rate=3e-3,
+        weight_decay=0.3,
+        max_grad_norm=0.5,
+        schedule="linear",
+        warmup_ratio=0,
+    )
+    result = train(tmp_path, options, model=model, data=make_data(train=4))
     vectors = [name for name, _ in twin.named_parameters() if name.endswith("bias") or "norm" in name]
     named = dict(twin.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -277,53 +278,49 @@ def test_early_stop_keeps_the_best(tmp_path, monkeypatch, patience, perplexities
 def test_a_run_by_steps_ends_within_an_epoch_and_never_early(tmp_path, monkeypatch):
     stub_perplexities(monkeypatch, [7.0, 9.0, 8.0, 6.0])
     model = make_model()
-    result = train(tmp_path, replace(OPTIONS, epochs=1, patience=9, checkpoint_steps=2), model=model, steps=12)
+    options = HealOptions(steps=12, batch_size=4, learning_rate=3e-3, checkpoint_steps=2)
+    result = train(tmp_path, options, model=model)
     assert [(row["step"], row["epoch"]) for row in result.history] == [(0, 0), (5, 1), (10, 2), (12, 2.4)]
     assert [row["best"] for row in result.history] == [True, False, False, True]
     assert result.history[0]["train_loss"] is None and result.best_epoch == 2.4
     first, second, part = (row["seconds"] for row in result.history[1:])
     assert result.seconds_per_epoch == pytest.approx(sorted([first, second, part / 0.4])[1])
     with pytest.raises(ValueError, match="steps 12, not 13"):
-        train(tmp_path, replace(OPTIONS, epochs=1, patience=9), model=model, steps=13)
+        train(tmp_path, replace(options, steps=13), model=model)
 
 
-def test_the_folder_is_a_hugging_face_model_with_its_tokenizer(tmp_path):
-    model = make_model()
-    train(tmp_path, replace(OPTIONS, epochs=1), model=model)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_the_folder_is_a_hugging_face_model_with_its_tokenizer(one_epoch):
+    _, model, folder, _ = one_epoch
+    saved = AutoModelForCausalLM.from_pretrained(folder)
     assert saved.config.use_cache
-    assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == VOCABULARY
+    assert AutoTokenizer.from_pretrained(folder).vocab_size == VOCABULARY
     assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
-def test_bfloat16_trains_near_float32(tmp_path):
-    models = [make_model(), make_model()]
-    exact = train(tmp_path / "float32", replace(OPTIONS, epochs=1), model=models[0])
-    rounded = train(tmp_path / "bfloat16", replace(OPTIONS, epochs=1, precision="bfloat16"), model=models[1])
+def test_bfloat16_trains_near_float32(tmp_path, one_epoch):
+    exact, model = one_epoch[0], make_model()
+    rounded = train(tmp_path, replace(OPTIONS, epochs=1, precision="bfloat16"), model=model)
     assert rounded.best_val_ppl != exact.best_val_ppl
     assert rounded.best_val_ppl == pytest.approx(exact.best_val_ppl, rel=0.05)
-    assert all(weight.dtype == torch.float32 for weight in models[1].parameters())
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
-def test_gradient_checkpointing_changes_no_result(tmp_path):
-    models = [make_model(), make_model()]
-    plain = train(tmp_path / "plain", replace(OPTIONS, epochs=1), model=models[0])
-    options = replace(OPTIONS, epochs=1, gradient_checkpointing=True)
-    recomputed = train(tmp_path / "recomputed", options, model=models[1])
-    assert recomputed.best_val_ppl == pytest.approx(plain.best_val_ppl, rel=1e-5)
-    assert not models[1].is_gradient_checkpointing
+def test_gradient_checkpointing_changes_no_result(tmp_path, monkeypatch, one_epoch):
+    model, switched = make_model(), []
+    enable = optimization.recompute_activations
+    monkeypatch.setattr(optimization, "recompute_activations", lambda *given: (switched.append(given), enable(*given)))
+    recomputed = train(tmp_path, replace(OPTIONS, epochs=1, gradient_checkpointing=True), model=model)
+    assert recomputed.best_val_ppl == pytest.approx(one_epoch[0].best_val_ppl, rel=1e-5)
+    assert switched == [(model,), (model, False)] and not model.is_gradient_checkpointing
 
 
-def test_cosine_schedule_rises_then_falls_to_zero(tmp_path, monkeypatch):
-    rates, update = [], Optimization.update
-
-    def remember(self):
-        rates.append(self.optimizer.param_groups[0]["lr"])
-        update(self)
-
-    monkeypatch.setattr(Optimization, "update", remember)
-    train(tmp_path, replace(OPTIONS, epochs=2, learning_rate=1.0e-3, schedule="cosine", warmup_ratio=0.2))
+def test_cosine_schedule_rises_then_falls_to_zero():
+    options = replace(OPTIONS, learning_rate=1.0e-3, schedule="cosine", warmup_ratio=0.2)
+    trained, rates = Optimization(make_model(), options, steps=10), []
+    for _ in range(10):
+        rates.append(trained.optimizer.param_groups[0]["lr"])
+        trained.update()
     expected = [step / 2 for step in (0, 1)] + [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert rates == pytest.approx([1e-3 * rate for rate in expected], abs=1e-12)
 
@@ -370,28 +367,20 @@ def test_tensorboard_has_the_losses_and_the_perplexities(tmp_path):
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("eval/perplexity")]
     assert logged == [(row["step"], pytest.approx(row["val_ppl"])) for row in result.history]
-    assert [event.step for event in events.Scalars("train/loss")] == [10]
+    assert [event.step for event in events.Scalars("train/loss")] == [16, 18]
 
 
-PASS = replace(OPTIONS, tokens=17 * LENGTH, batch_size=1, patience=1)
-
-
-def test_one_pass_reads_so_many_tokens_once_and_resumes(tmp_path, monkeypatch):
+def test_one_pass_reads_so_many_tokens_once_keeps_its_best_weights_and_resumes(tmp_path, monkeypatch):
+    perplexities = [9.0, 8.0, *[9.5] * 8]  # a worse one stops no pass
+    stub_perplexities(monkeypatch, 2 * perplexities)
+    options = replace(OPTIONS, tokens=17 * LENGTH, batch_size=1, patience=1, schedule="cosine")
     model, cut = make_model(), make_model()
-    options = replace(PASS, schedule="cosine")
     result = train(tmp_path / "whole", options, model=model)
-    rows = result.history
-    assert [row["step"] for row in rows] == [2, 3, 5, 7, 8, 10, 12, 14, 15, 17]
-    assert [row["tokens"] for row in rows] == [step * LENGTH for step in (2, 3, 5, 7, 8, 10, 12, 14, 15, 17)]
-    assert result.stop_reason == "all tokens"
+    steps = [2, 3, 5, 7, 8, 10, 12, 14, 15, 17]
+    assert [(row["step"], row["tokens"]) for row in result.history] == [(step, step * LENGTH) for step in steps]
+    assert (result.stop_reason, result.best_val_ppl, result.best_epoch) == ("all tokens", 8.0, pytest.approx(3 / 17))
     # The samples beyond the pass have no part in it: a training split that ends there gives the same weights.
     data = make_data()
     data.train.tokens = data.train.tokens[:17]
     cut_at(monkeypatch, 11, tmp_path / "cut", options, data=data)
     assert_same_end(result, model, train(tmp_path / "cut", options, model=cut, data=data), cut)
-
-
-def test_a_pass_goes_on_after_a_worse_validation_and_keeps_its_best_weights(tmp_path, monkeypatch):
-    stub_perplexities(monkeypatch, [9.0, 8.0, *[9.5] * 8])
-    result = train(tmp_path, PASS)
-    assert (len(result.history), result.best_val_ppl, result.best_epoch) == (10, 8.0, pytest.approx(3 / 17))

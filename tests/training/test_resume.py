@@ -27,12 +27,6 @@ from tests.training.test_phase2 import (
 )
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    model = make_model()
-    return train(tmp_path_factory.mktemp("whole"), model=model), model
-
-
 def test_a_checkpoint_is_the_state_and_the_best_weights(tmp_path, monkeypatch):
     kept = stub_perplexities(monkeypatch, [8.0, 9.0, 9.1, 9.2])
     options = replace(OPTIONS, epochs=4, patience=4, checkpoint_steps=1)
@@ -43,26 +37,25 @@ def test_a_checkpoint_is_the_state_and_the_best_weights(tmp_path, monkeypatch):
     assert all(torch.equal(best.get_parameter(name), weight) for name, weight in kept[0].items())
 
 
-@pytest.mark.parametrize(("step", "changes"), [(5, {}), (7, {"checkpoint_steps": 2})])
-def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted, step, changes):
-    """5 steps an epoch: at the end of the first, amid the second."""
-    cut_at(monkeypatch, step, tmp_path / "here", replace(OPTIONS, **changes))
+def test_interrupted_and_resumed_ends_like_uninterrupted(tmp_path, monkeypatch, uninterrupted):
+    """Amid the second epoch, in a folder that has moved."""
+    cut_at(monkeypatch, 7, tmp_path / "here", replace(OPTIONS, checkpoint_steps=2))
     (tmp_path / "here").rename(tmp_path / "there")
     model = make_model()
     assert_same_end(train(tmp_path / "there", model=model), model, *uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 2), (signal.SIGTERM, 4)])
-def test_ctrl_c_and_sigterm_checkpoint_the_current_step(tmp_path, monkeypatch, uninterrupted, number, step):
-    """The last step of an epoch is evaluated before."""
-    with monkeypatch.context() as patch:
-        fail_at(patch, step, lambda optimization: os.kill(os.getpid(), number))
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path)
-    state = checkpoint(tmp_path)
-    assert (state["step"], len(state["history"])) == (step + 1, step // 4)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_ctrl_c_and_sigterm_checkpoint_the_current_step(tmp_path, monkeypatch, uninterrupted):
+    for number, step in ((signal.SIGINT, 2), (signal.SIGTERM, 4)):
+        with monkeypatch.context() as patch:
+            fail_at(patch, step, lambda optimization, number=number: os.kill(os.getpid(), number))
+            with pytest.raises(KeyboardInterrupt):
+                train(tmp_path)
+        state = checkpoint(tmp_path)
+        # The last step of an epoch is evaluated before.
+        assert (state["step"], len(state["history"])) == (step + 1, step // 4)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     model = make_model()
     assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
 
@@ -71,9 +64,9 @@ def test_a_kill_between_the_best_weights_and_the_state_repeats_the_steps(tmp_pat
     write_state = phase2.write_state
     calls = []
 
-    def killed_at_the_second(path, state):
-        calls.append(path)
-        return write_state(path, state) if len(calls) == 1 else interrupt(None)
+    def killed_at_the_second(*arguments):
+        calls.append(arguments)
+        return write_state(*arguments) if len(calls) == 1 else interrupt(None)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(phase2, "write_state", killed_at_the_second)
@@ -83,16 +76,25 @@ def test_a_kill_between_the_best_weights_and_the_state_repeats_the_steps(tmp_pat
     assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
 
 
-def test_a_run_interrupted_after_its_end_is_loaded(tmp_path, monkeypatch, uninterrupted):
+def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch, uninterrupted):
     with monkeypatch.context() as patch:
         patch.setattr(phase2, "load_pretrained", lambda *arguments: interrupt(None))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "step", lambda *arguments: pytest.fail("trained again"))
-        model = make_model()
-        assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
+    monkeypatch.setattr(Optimization, "backward", lambda *arguments: pytest.fail("trained again"))
+    model = make_model()
+    assert_same_end(train(tmp_path, model=model), model, *uninterrupted)
     assert not (tmp_path / "checkpoints").exists()
+    # What an older version finished has no perplexities by position.
+    record = json.loads((tmp_path / "train.json").read_text())
+    del record["val_ppl_by_position"]
+    (tmp_path / "train.json").write_text(json.dumps(record))
+    old = train(tmp_path)
+    assert old.val_ppl_by_position is None and old.best_val_ppl == uninterrupted[0].best_val_ppl
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="the checkpoint in .* is damaged") as caught:
+        train(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, monkeypatch):
@@ -146,33 +148,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_half(tmp_path, monkeypatc
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_finished_run_is_loaded_and_not_trained_again(tmp_path, monkeypatch):
-    options = replace(OPTIONS, epochs=1)
-    model, again = make_model(), make_model()
-    result = train(tmp_path, options, model=model)
-    assert not (tmp_path / "checkpoints").exists()
-    monkeypatch.setattr(Optimization, "step", lambda *arguments: pytest.fail("trained again"))
-    assert train(tmp_path, options, model=again) == result
-    assert_same_end(result, model, result, again)
-    # What an older version finished has no perplexities by position.
-    record = json.loads((tmp_path / "train.json").read_text())
-    del record["val_ppl_by_position"]
-    (tmp_path / "train.json").write_text(json.dumps(record))
-    old = train(tmp_path, options)
-    assert old.val_ppl_by_position is None and old.best_val_ppl == result.best_val_ppl
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match="the checkpoint in .* is damaged") as caught:
-        train(tmp_path, options)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, finished):
-    options = replace(OPTIONS, epochs=1)
-    if finished:
-        train(tmp_path, options)
-    else:
-        cut_at(monkeypatch, 1, tmp_path, replace(options, checkpoint_steps=1))
+def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, one_epoch, finished):
+    options, folder = replace(OPTIONS, epochs=1), one_epoch[2]
+    if not finished:
+        folder = tmp_path
+        cut_at(monkeypatch, 1, folder, replace(options, checkpoint_steps=1))
     other = make_data()
     other.summary["fingerprint"] = "other"
     for message, changed, settings in [
@@ -182,22 +163,18 @@ def test_a_folder_with_another_run_is_refused(tmp_path, monkeypatch, finished):
         ("config.layer_norm_eps", {}, {"model": make_model(layer_norm_eps=1e-6)}),
     ]:
         with pytest.raises(ValueError, match=message):
-            train(tmp_path, replace(options, **changed), **settings)
+            train(folder, replace(options, **changed), **settings)
 
 
-def test_context_models_train_go_on_and_load(tmp_path, monkeypatch):
-    def make():
-        torch.manual_seed(0)
-        settings = make_model().config.to_dict()
-        model = ContextPythiaForCausalLM(
-            ContextPythiaConfig(**{**settings, "context_source": "shared", "context_dim": 16})
-        )
-        model.gpt_neox.context_block.requires_grad_(False)
-        return model
-
-    whole, parts = make(), make()
-    options = replace(OPTIONS, epochs=2)
-    result = train(tmp_path / "whole", options, model=whole)
+def test_context_models_train_and_load(tmp_path):
+    settings = make_model().config.to_dict() | {"context_source": "shared", "context_dim": 16}
+    torch.manual_seed(0)
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(**settings))
+    model.gpt_neox.context_block.requires_grad_(False)
+    first = model.gpt_neox.context_block.layers[0].dense.weight.clone()
+    result = train(tmp_path, replace(OPTIONS, epochs=2), model=model)
     assert result.history[1]["train_loss"] < result.history[0]["train_loss"]
-    cut_at(monkeypatch, 7, tmp_path / "parts", replace(options, checkpoint_steps=2), model=make())
-    assert_same_end(train(tmp_path / "parts", options, model=parts), parts, result, whole)
+    assert torch.equal(model.gpt_neox.context_block.layers[0].dense.weight, first)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, saved.get_parameter(name)), name
