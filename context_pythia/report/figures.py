@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ _WIDTH = 7.2  # inches: fonts of 12 points stay legible when a phone shows the p
 _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
+_MARKERS = {True: "D", False: "o"}  # of baselines and others
 _FAR = 4.0  # beyond so many times the range of the unbeaten models, an arrow replaces a model's point
 _LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
 _MARKERS_AT_MOST = 30  # on a curve
@@ -114,7 +115,8 @@ def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     In a picture without seeds, an arrow at the upper edge with the perplexity replaces a point far above the line.
     Otherwise it would squeeze the other points together. In a sweep only the points on the line have their setting.
     """
-    colors, figure = model_colors({one.model or one.name: one.baseline for one in series}), _figure(4.9)
+    models = _models(series)
+    colors, figure = model_colors(models), _figure(4.9)
     ax = figure.subplots()
     points = [one for one in series if one.perplexity and one.cache_bytes]
     lines = [unbeaten([one for one in points if one.group == group]) for group in {one.group: 0 for one in points}]
@@ -129,7 +131,7 @@ def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     for one in points:
         x, y, color = one.cache_bytes / 1024, min(one.perplexity, ceiling), colors[one.model or one.name]
         label = short(one.name if not one.model else one.setting if any(one in line for line in lines) else "")
-        marker = _marker(one)
+        marker = _MARKERS[one.baseline]
         if one.perplexity > ceiling:
             label, marker = f"{label}: {one.perplexity:,.4g}", "^"
         if one.seeds:
@@ -140,9 +142,9 @@ def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     _scale(ax, "y", [y for *_, y in labels])
     ax.margins(0.18)
     ax.set(title=title, xlabel="measured KV cache (KB)", ylabel="best validation perplexity")
-    if models := {one.model: one for one in series if one.model}:
-        for name, one in models.items():
-            ax.plot([], [], _marker(one), color=colors[name], label=short(name))
+    if any(one.model for one in series):
+        for name, baseline in models.items():
+            ax.plot([], [], _MARKERS[baseline], color=colors[name], label=short(name))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     figure.draw_without_rendering()  # fixes the axes, on which the space for labels depends
     _label_points(ax, labels)
@@ -160,7 +162,7 @@ def unbeaten(points: Sequence[Series]) -> list[Series]:
 
 def draw_settings(series: Sequence[Series], title: str) -> Figure:
     """The best settings of a sweep, one per line: the mean perplexity, and a small dot for each seed."""
-    shown, colors = series[:_ROWS_AT_MOST], model_colors({one.model: one.baseline for one in series})
+    shown, colors = series[:_ROWS_AT_MOST], model_colors(_models(series))
     baseline = next((one for one in series if one.baseline), None)
     figure = _figure(1.2 + 0.3 * len(shown))
     ax = figure.subplots()
@@ -169,7 +171,7 @@ def draw_settings(series: Sequence[Series], title: str) -> Figure:
     for y, one in enumerate(shown):
         color = colors[one.model]
         ax.plot(one.seeds, [y] * len(one.seeds), "o", color=color, markersize=4, alpha=0.5, zorder=2)
-        ax.plot(one.perplexity, y, _marker(one), color=color, markersize=8, zorder=3)
+        ax.plot(one.perplexity, y, _MARKERS[one.baseline], color=color, markersize=8, zorder=3)
     ax.set_yticks(range(len(shown)), [short(": ".join(filter(None, (one.model, one.setting)))) for one in shown])
     ax.set_ylim(len(shown) - 0.5, -0.5)
     _scale(ax, "x", [value for one in shown for value in one.seeds])
@@ -178,18 +180,22 @@ def draw_settings(series: Sequence[Series], title: str) -> Figure:
     return figure
 
 
-def _marker(one: Series) -> str:
-    return "D" if one.baseline else "o"
+def _models(series: Sequence[Series]) -> dict[str, bool]:
+    """Whether each model is a baseline: in their order, in a sweep by the alphabet."""
+    return {one.model or one.name: one.baseline for one in sorted(series, key=attrgetter("model"))}
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
     """The figure that `draw` returns, as a PNG file with few colors, a third as large as one with all colors."""
     import matplotlib.style
     import numpy
+    from matplotlib.font_manager import get_font_names
     from PIL import Image  # a dependency of matplotlib
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # of the fonts only one must be installed
+    installed = set(get_font_names())
     with matplotlib.style.context(Path(__file__).parent / "pages" / "pictures.mplstyle"):
+        fonts = matplotlib.rcParams["font.family"]
+        matplotlib.rcParams["font.family"] = [font for font in fonts if font in installed]
         canvas: Any = draw().canvas
         canvas.draw()
     content = io.BytesIO()
@@ -207,10 +213,10 @@ def _figure(height: float) -> Figure:
 
 
 def model_colors(baselines: Mapping[str, bool]) -> dict[str, str]:
-    """A color for each model, by name; baselines are grey."""
+    """A color for each model, in their order; baselines are grey."""
     colors: dict[str, str] = {}
     for kind, palette in ((True, _GREYS), (False, _COLORS)):
-        names = sorted(name for name, baseline in baselines.items() if baseline == kind)
+        names = [name for name, baseline in baselines.items() if baseline == kind]
         colors |= dict(zip(names, itertools.cycle(palette), strict=False))
     return colors
 

@@ -117,10 +117,8 @@ def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> di
     given = [{"model": trial["model"]} | {path: trial["setting"][path] for path in searched} for trial in done]
     values = {name: {params[name] for params in given} - {None} for name in ("model", *searched)}
     ranges = {name: _distribution(name, sorted(found, key=str)) for name, found in values.items() if len(found) > 1}
-    if len(done) < TRIALS_AT_LEAST:
-        return {"reason": f"{len(done)} trials have a result, {TRIALS_AT_LEAST} at least are needed"}
-    if not ranges or len({trial["val_ppl"] for trial in done}) == 1:
-        return {"reason": "all trials have the same setting or the same perplexity"}
+    if len(done) < TRIALS_AT_LEAST or not ranges or len({trial["val_ppl"] for trial in done}) == 1:
+        return {"reason": f"it needs at least {TRIALS_AT_LEAST} trials with different settings and perplexities"}
     import optuna
 
     study = optuna.create_study(direction="minimize")
