@@ -21,13 +21,7 @@ Row = dict[str, Any]
 
 
 class BenchReport:
-    """The document of a bench: the method, the figures and the machine.
-
-    Attributes:
-        how: key of the text on the method.
-    """
-
-    how = "how"
+    """The document of a bench: the method, the figures and the machine."""
 
     def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
         self.metrics, self.provenance, self.text = metrics, record, text
@@ -35,7 +29,8 @@ class BenchReport:
     def blocks(self) -> Iterator[Block]:
         text, metrics = self.text, self.metrics
         yield Heading(text("title", what=text(metrics["kind"])), level=1)
-        yield Paragraph(text(self.how, **metrics["settings"] | {"device": self.provenance["device"]}))
+        how = "serve_how" if metrics["kind"] == "serve" else "how"
+        yield Paragraph(text(how, **metrics["settings"] | {"device": self.provenance["device"]}))
         for note in metrics["notes"]:
             yield Paragraph(note, "note")
         yield from self.figures()
@@ -194,8 +189,6 @@ class TrainReport(BenchReport):
 
 class ServeReport(BenchReport):
     """Conversations on one engine beside GPT-NeoX with the same memory, one row per model: medians over the rounds."""
-
-    how = "serve_how"
 
     def __init__(self, metrics: Mapping[str, Any], record: Mapping[str, Any], text: Texts):
         super().__init__(metrics, record, text)
