@@ -154,16 +154,19 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         (BY_LAYERS.format("[0, 1.5, 2]"), "model a: context_layers 1.5: must be a whole number"),
         (
             BY_LAYERS.format("[0, 0, 0, 3, 3, 3], context_sharing: 3"),
-            "context_sharing 3: says what context_layers says",
+            "context_sharing 3: must be 1 beside context_layers",
         ),
-        (BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [9]"), r"layer_context_dims \[9\]: must have 6 ent"),
+        (
+            BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [9]"),
+            r"layer_context_dims \[9\]: must name 6 layers",
+        ),
         (
             BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [40, 0, 0, 16, 0, 0]"),
-            "layer_context_dims 16: must be more than the 16 dims of the rotary keys",
+            "layer_context_dims 16 of layer 3: leaves no latent beside the 16 dims of its rotary keys",
         ),
         (
             "models: [{name: a, context_source: shared, context_layers: [0, 0, 0, 0, 0, 0]}]",
-            "context_layers .*: is for the source layer, not shared",
+            "context_source 'shared': context_layers is for 'layer'",
         ),
         (
             BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"),
@@ -220,7 +223,7 @@ def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
         ("architecture.hidden_size", 32, "architecture.hidden_size 32: .*a multiple of 8 .* = 64"),
         ("architecture.model_vocab_size", 1000, "model_vocab_size 1000: must be at least vocab_size = 50304"),
         ("model.context_dim", 1025, "context_dim 1025: must be between 1 and 2 \\* hidden_size = 1024"),
-        ("model.context_dim", 16, "context_dim 16: must be more than the 16 dims of the rotary keys"),
+        ("model.context_dim", 16, "context_dim 16 of layer 0: leaves no latent beside the 16 dims of its rotary keys"),
         ("model.context_sharing", 7, "context_sharing 7: must be between 1 and num_hidden_layers = 6"),
         ("model.num_rotary_keys", 3, "num_rotary_keys 3: must be 1 or num_attention_heads = 8"),
     ],
