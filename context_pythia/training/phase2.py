@@ -197,17 +197,17 @@ class Training:
                     self.loss_steps += 1
                     self.step += 1
                     bar.update()
-                    evaluates, looks = self.step in plan.evaluations, self.step % LOOK_STEPS == 0
-                    checkpoints = evaluates or (every and self.step % every == 0)
-                    if looks or checkpoints:
+                    evaluation, look = self.step in plan.evaluations, self.step % LOOK_STEPS == 0
+                    checkpoint = evaluation or (every and self.step % every == 0)
+                    if look or checkpoint:
                         self._look(loss)
-                    if evaluates:
+                    if evaluation:
                         self._evaluate()
                     # The answer of several processes is the same in all of them.
-                    stops = (looks or evaluates or processes.count() == 1) and processes.highest(int(asked.is_set()))
-                    if checkpoints or stops:
+                    stop = (look or evaluation or processes.count() == 1) and processes.highest(int(asked.is_set()))
+                    if checkpoint or stop:
                         self._save()
-                    if stops:
+                    if stop:
                         raise KeyboardInterrupt
 
     def _look(self, loss: Tensor) -> None:

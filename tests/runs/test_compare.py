@@ -244,7 +244,7 @@ def test_a_pass_over_models_of_equal_size(tmp_path, own_cache):
     recipe = tiny_recipe(
         tmp_path,
         architecture={"match_parameters": True},
-        train={"tokens": 256, "batch_size": 2},
+        train={"tokens": 256, "batch_size": 8},
         models=[{"name": "Pythia"}, {"name": "MQA x2", "context_source": "grouped", "context_sharing": 2}],
     )
     compare(recipe, tmp_path / "run", progress=False)
