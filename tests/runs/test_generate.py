@@ -1,10 +1,8 @@
 import re
 
 import pytest
-import torch
-from transformers import CompileConfig
 
-from context_pythia.runs import generate as module
+from context_pythia import ContextPythiaForCausalLM
 from context_pythia.runs.generate import generate
 
 
@@ -32,16 +30,21 @@ def test_beams_write_text(finished_run, capsys):
     assert "x 3 beams" in capsys.readouterr().out
 
 
-def test_compiled_decoding_writes_the_same(finished_run, capsys, monkeypatch):
-    settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
-    settings._compile_all_devices = True
-    monkeypatch.setattr(module, "compiled_step", lambda: settings)
+def test_compiled_decoding_takes_one_graph_and_a_static_cache_and_writes_the_same(finished_run, capsys, monkeypatch):
+    settings, whole = [], ContextPythiaForCausalLM.generate
+
+    def without_compiling(self, ids, generation_config, **inputs):  # tests/model compile
+        settings.append(generation_config)
+        generation_config.disable_compile = True
+        return whole(self, ids, generation_config=generation_config, **inputs)
+
+    monkeypatch.setattr(ContextPythiaForCausalLM, "generate", without_compiling)
     texts = []
     for compile in (False, True):
-        torch._dynamo.utils.counters.clear()
         generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, compile=compile)
         texts.append(capsys.readouterr().out)
-        assert bool(torch._dynamo.utils.counters["stats"]) == compile
+    assert [one.cache_implementation for one in settings] == [None, "static"]
+    assert settings[0].compile_config is None and settings[1].compile_config.fullgraph
     assert texts[0] == texts[1]
 
 
