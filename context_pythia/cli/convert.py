@@ -33,7 +33,7 @@ class Convert(Command):
 
     def run(self) -> None:
         given = self.values_of("convert")
-        if self.control and not {"context_dim", "kv_reduction"} & given.keys():
+        if self.control and not {"context_dim", "kv_reduction", "layer_context_dims"} & given.keys():
             given["kv_reduction"] = 0.5
         options = ConvertOptions(**given)
         data = DataOptions(**{"tokenizer": self.model} | self.values_of("data"))

@@ -124,8 +124,8 @@ class LayerFactorizer:
     them by one angle, so a complex combination of turned keys is the turned combination (RoRoPE, arXiv 2502.07864).
     The latent is a reduced-rank regression of everything else on the part of the input that the pairs do not read.
 
-    If the embedding is known, the latent has its part of the regression off, and that of the pairs, which are not
-    reused, in.
+    With a known embedding, the latent regresses on the part of the input that the embedding does not tell. It also
+    covers what the pairs read, because they are then not reused.
 
     Args:
         mean, covariance: of the inputs, by the weighting, `[D]` and `[D, D]`.

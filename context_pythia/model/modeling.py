@@ -116,8 +116,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         return self._table[1]
 
     def train(self, mode: bool = True) -> Self:
-        """As the host's; drops the table of embeddings."""
-        self._table = None, None
+        """As the host's; training drops the table of embeddings."""
+        if mode:
+            self._table = None, None
         return super().train(mode)
 
     @merge_with_config_defaults
