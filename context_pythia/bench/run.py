@@ -26,6 +26,7 @@ from context_pythia.runs.build import best_device
 from context_pythia.runs.provenance import provenance
 
 
+@quiet_transformers()
 def bench(
     models: Sequence[str],
     recipe: Recipe | None,
@@ -72,7 +73,6 @@ def bench(
             write()
             show(metrics)
 
-        quiet_transformers()
         if train:
             assert recipe is not None
             train_metrics(recipe, options, metrics, progress, write)

@@ -94,7 +94,8 @@ def reported(out: Path | None, lang: str = "en") -> Iterator[None]:
     except (UsageError, OSError):
         raise
     except BaseException:
-        _write_report(out, lang)
+        with contextlib.suppress(Exception):  # the error of the work says more than that of its report
+            _write_report(out, lang)
         raise
     _write_report(out, lang)
 

@@ -4,9 +4,10 @@ A model's name is a folder, or `[OWNER/]NAME[@REVISION]` on the Hub; the revisio
 the main branch. A model that fails to load has faulty files, so every error here is about the files.
 """
 
+import contextlib
 import logging as standard_logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -25,6 +26,21 @@ from context_pythia.errors import Failure, UsageError, is_failure
 SIZES = {"vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"}
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """A context, or a decorator, in which transformers prints only errors and shows no progress bars."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@quiet_transformers()
 def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | None = None) -> PreTrainedModel:
     """The causal language model `name`, ready for evaluation.
 
@@ -47,7 +63,6 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         raise FileNotFoundError(
             f"{name} has no .safetensors file: save the weights in that format, the only one that is read"
         )
-    quiet_transformers()
     standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
     try:
         _check_values(stored)
@@ -81,12 +96,6 @@ def check_pretrained(name: str, dtype: torch.dtype) -> PreTrainedConfig:
     """
     device_map = None if quantizer_of(stored_config(name)) else {"": "meta"}
     return load_pretrained(name, dtype, device_map).config
-
-
-def quiet_transformers() -> None:
-    """From now on, transformers prints only errors and shows no progress bars."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def stored_config(name: str) -> dict[str, Any]:

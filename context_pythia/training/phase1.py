@@ -158,7 +158,9 @@ def _settings(model: ContextPythiaForCausalLM, data: PackedData, options: Phase1
 
 def _load_result(block: nn.Module, folder: Path, settings: dict[str, Any]) -> Phase1Result:
     record, path = read_record(folder / RESULT_FILE), folder / WEIGHTS_FILE
-    check_same(record.pop("identity"), settings, f"{folder / RESULT_FILE} was made", MEND)
+    # Older files lack newer options; they used the defaults.
+    recorded = deciding(Phase1Options()) | record.pop("identity")
+    check_same(recorded, settings, f"{folder / RESULT_FILE} was made", MEND)
     try:
         block.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, SafetensorError) as error:

@@ -51,6 +51,7 @@ LOOK_STEPS = 16
 PROGRESS = ("step", "history", "bands", "loss_sum", "loss_steps", "seconds")
 
 
+@quiet_transformers()
 def train_language_model(
     model: PreTrainedModel,
     data: PackedData,
@@ -85,7 +86,6 @@ def train_language_model(
     if torch.cuda.is_available():
         model.to("cuda")
     settings = run_settings(model, data, options, seed)
-    quiet_transformers()
     if (folder / RESULT_FILE).exists():
         finished = read_record(folder / RESULT_FILE)
         check_same(finished.pop("settings"), settings, f"{folder} holds a run", OTHER_FOLDER)

@@ -4,6 +4,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -23,7 +24,9 @@ def saved(tmp_path):
 
 
 def test_a_sound_model_is_loaded_in_the_wanted_dtype(saved):
+    verbosity = transformers.logging.get_verbosity()
     model = load_pretrained(str(saved), torch.bfloat16)
+    assert transformers.logging.get_verbosity() == verbosity
     assert isinstance(model, ContextPythiaForCausalLM) and model.dtype == torch.bfloat16 and not model.training
     assert check_pretrained(str(saved), torch.bfloat16).context_dim == 12
 
