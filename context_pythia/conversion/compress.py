@@ -68,10 +68,15 @@ def checked_form(options: ConvertOptions, original: GPTNeoXForCausalLM) -> Form:
     exact = numbers == most and not digits and len(contexts) == layers
     if numbers > most or max(widths or [0]) > hidden:
         width = (most + digits) // layers
-        raise UsageError(
-            f"{options.asked}: a context of {hidden}, the model's width, is already exact: give a context_dim of at "
-            f"most {width}, or a kv_reduction of at least {1 - width / (2 * hidden):g}"
-        )
+        limit = f"the layers have {len(contexts)} contexts, each at most as wide as the model, {hidden}"
+        if options.plain and not dims:
+            limit = f"a context of {hidden}, the model's width, is already exact"
+        mend = f"a context_dim of at most {width}"
+        if dims:
+            mend = f"layer_context_dims of at most {hidden}"
+        elif options.kv_reduction is not None:
+            mend = f"a kv_reduction of at least {1 - width / (2 * hidden):g}"
+        raise UsageError(f"{options.asked}: {limit}: give {mend}")
     if rotary == attention.head_size and not exact:
         raise UsageError(
             f"{options.asked}: RoPE turns whole keys in this model, so the smallest cache is its keys, {hidden} "

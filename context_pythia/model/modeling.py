@@ -110,6 +110,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         weights = (self.embed_in.weight, self.token_norm.weight, self.token_norm.bias)
         if any(weight.is_inference() for weight in weights):
             return None  # their changes cannot be seen
+        if torch.is_autocast_enabled(weights[0].device.type):
+            return None  # it chooses the embeddings' dtype
         state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._table[0] != state:
             self._table = state, nn.functional.pad(self.token_norm(self.embed_in.weight), (self.room, 0))
@@ -120,6 +122,13 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         if mode:
             self._table = None, None
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._table = None, None  # not to stay where the weights were
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_table": (None, None)}
 
     @merge_with_config_defaults
     @capture_outputs

@@ -85,10 +85,14 @@ class Conversion:
         steps = self.healing.steps
         if self.control and not steps:
             raise UsageError("convert: --control heals the original itself, so give --heal-steps")
-        if self.control and not (self.options.kv_reduction == 0.5 and self.options.plain):
-            raise UsageError("convert: --control converts nothing, so drop --context-dim and --kv-reduction")
-        if not steps and (given := mismatches(asdict(HealOptions()), asdict(self.healing))):
-            name, (_, value) = next(iter(given.items()))
+        forms = ("context_dim", "kv_reduction", "context_layers", "layer_context_dims", "cache_token_ids")
+        # A control's kv_reduction is 0.5 if no option gives another.
+        given = [name for name in forms if getattr(self.options, name) not in (None, False, 0.5)]
+        if self.control and given:
+            flags = ", ".join(f"--{name}" for name in given).replace("_", "-")
+            raise UsageError(f"convert: --control converts nothing, so drop {flags}")
+        if not steps and (healing := mismatches(asdict(HealOptions()), asdict(self.healing))):
+            name, (_, value) = next(iter(healing.items()))
             raise UsageError(f"heal.{name} {value}: needs --heal-steps N")
         if self.data.tokenizer == "train":
             raise UsageError("tokenizer train: a trained model has its own; drop the option, or give a file or folder")

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,12 +65,20 @@ def test_decoding_by_the_table_of_embeddings_is_decoding_by_the_modules(source, 
 @torch.no_grad()
 def test_a_table_of_embeddings_never_outlives_its_weights(part, ids):
     model = build("layer, token ids").double()
-    body, before = model.gpt_neox, decoded(model, ids)
+    body, before, saved = model.gpt_neox, decoded(model, ids), deepcopy(model.state_dict())
     body.get_parameter(part).add_(0.5 * torch.rand_like(body.get_parameter(part)))
     after = decoded(model, ids)
     assert not torch.allclose(after, before, atol=0.1)
     torch.testing.assert_close(after, model(ids).logits, rtol=0, atol=1e-5)
-    assert model.float().gpt_neox.token_table(1).dtype == torch.float32
+    model.load_state_dict(saved)
+    torch.testing.assert_close(decoded(model, ids), before, rtol=0, atol=1e-5)
+    model.resize_token_embeddings(120, mean_resizing=False)
+    torch.testing.assert_close(decoded(model, ids + 23), model(ids + 23).logits, rtol=0, atol=1e-5)
+    assert deepcopy(model).gpt_neox._table == (None, None) != body._table
+    assert model.float().gpt_neox._table == (None, None)
+    assert body.token_table(1).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert body.token_table(1) is None
     assert model.train().gpt_neox.token_table(1) is None and body._table == (None, None)
     body.embed_in.register_forward_hook(lambda *_: None)
     assert model.eval().gpt_neox.token_table(1) is None

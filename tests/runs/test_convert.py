@@ -65,6 +65,7 @@ def test_a_quarter_of_the_cache_with_its_papers(quarter, original):
         assert row["rotary_pairs"] == converted.config.rotary_pairs[layer]
         assert row["error"] > 0 and row["spectrum"] == sorted(row["spectrum"], reverse=True)
     card = (quarter / "README.md").read_text()
+    assert "A layer caches one context a token in place of keys and values: 75.0% less." in card
     assert "75.0% less cache" in card and "calibrated on 256 tokens" in card and "base_model" not in card
     assert "trust_remote_code" not in card
     assert (quarter / "spectrum.png").read_bytes().startswith(b"\x89PNG")
@@ -121,7 +122,9 @@ def test_contexts_by_layers_and_token_ids_are_nearer_at_a_tenth_of_the_cache(
     widths = [layer["width"] for layer in record["layers"]]
     assert record["cache"]["numbers_per_token"] == sum(widths) + 2 == 6 * LAYERS and widths[2] == 0
     assert measure_generated_cache(converted, 10).filled == 6 * LAYERS * 10 * 4
-    assert "90.6% less cache" in (tmp_path / "ids" / "README.md").read_text()
+    card = (tmp_path / "ids" / "README.md").read_text()
+    assert "90.6% less cache" in card and "A layer caches one context" not in card
+    assert "contexts of 16 numbers a token, which layers share, and the token's id in place of keys and values" in card
     near, far = (divergence(tmp_path / name, original, tokenizer, corpus) for name in ("ids", "plain"))
     assert 0 < near < 0.8 * far
 

@@ -22,13 +22,26 @@ from tests.runs.conftest import BELOW, HALF, HEADS, LAYERS, assert_same_weights,
         (("--context-dim", 16, "--calibration-tokens", 63), "a width of 32 takes at least 64 tokens"),
         (("--context-dim", 16, "--calibration-tokens", 5000), "the training split has 864 tokens"),
         (("--control", "--context-dim", 16, "--heal-steps", 2), "--control converts nothing, so drop --context-dim"),
+        (
+            ("--control", "--cache-token-ids", "--context-layers", "0,1,1", "--heal-steps", 2),
+            "--control converts nothing, so drop --context-layers, --cache-token-ids",
+        ),
         (("--control",), "--control heals the original itself, so give --heal-steps"),
         (("--control", "--heal-steps", 2), "heal.ce_weight 0: without dropout the control matches"),
         (("--context-dim", 16, "--heal-learning-rate", 0.1), "heal.learning_rate 0.1: needs --heal-steps"),
         (("--context-dim", 16, "--context-layers", "0,2,2"), "context_layers [0, 2, 2]: must have 3 entries, each the"),
         (("--layer-context-dims", "8,8"), "layer_context_dims [8, 8]: must name 3 layers"),
         (("--layer-context-dims", "8,1,8"), "layer_context_dims 1 of layer 1: leaves no latent beside the 2 dims"),
-        (("--layer-context-dims", "8,33,8"), "layer_context_dims [8, 33, 8]: a context of 32, the model's width, is"),
+        (
+            ("--layer-context-dims", "8,33,8"),
+            "layer_context_dims [8, 33, 8]: the layers have 3 contexts, each at most as wide as the model, 32: give "
+            "layer_context_dims of at most 32",
+        ),
+        (
+            ("--kv-reduction", 0.5, "--context-layers", "0,1,1"),
+            "kv_reduction 0.5: the layers have 2 contexts, each at most as wide as the model, 32: give a "
+            "kv_reduction of at least 0.671875",
+        ),
         (("--layer-context-dims", "8,x,8"), "convert.layer_context_dims 'x': must be a whole number"),
         (("--context-dim", 2, "--cache-token-ids"), "context_dim 2: is too small for one rotary key of 2 dims in each"),
         (("--context-dim", 16, "--cache-token-ids", "--weighting", "none"), "weighting none: knows of no text"),
