@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from context_pythia.config.options import Options, deciding
 from context_pythia.config.same import check_same
 from context_pythia.errors import UsageError, first_line
+from context_pythia.evaluation.pretrained import quiet_transformers
 from context_pythia.files import whole
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def read_state(
     return state
 
 
+@quiet_transformers()
 def publish(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "50GB") -> None:
     """Write model and tokenizer in Hugging Face form. Each file appears complete, and weights appear last.
 
