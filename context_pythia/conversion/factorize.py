@@ -230,15 +230,19 @@ class LayerFactorizer:
         # The last columns span what the first pairs do not read, so one basis serves all numbers of pairs. If pairs are
         # linearly dependent, the columns span less than that.
         basis, triangle = torch.linalg.qr(reads, mode="complete")
-        independent = not self.known and bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
+        independent = bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
         gram = basis.T @ self.gram @ basis
         rounding = ROUNDING * float(gram.trace() + self.worth.sum())
+        # With a known embedding, the latent's directions are the same beside any pairs.
+        known_values = torch.linalg.eigvalsh(self.gram).clamp(min=0) if self.known else None
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # Always try one pair, so every width with room for a pair and a latent has a finite error.
         for total in sorted({1, *(max(1, most * step // GRID) for step in range(1, GRID + 1))}):
             counts = self.pair_counts(total)
-            if independent:
+            if known_values is not None:
+                errors = self._errors(counts, known_values)
+            elif independent:
                 errors = self._errors(counts, torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0))
             else:
                 errors = self.errors(counts)
