@@ -23,7 +23,6 @@ from context_pythia.bench.timing import attempt, interleave, seconds_of
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import (
     CACHE,
-    free_memory,
     generate_tokens,
     measure_any_cache,
     measure_generated_cache,
@@ -68,17 +67,14 @@ def decode_metrics(
     """Fill `metrics`; calls `done` after the memory, and after each cell.
 
     Raises:
-        UsageError: a length beyond a model's positions.
+        UsageError: a length beyond a model's positions, or no model to compare with.
     """
     for name, model in models.items():
         positions = model.config.max_position_embeddings
         if max(options.lengths) > positions:
             raise UsageError(f"length {max(options.lengths)}: must be at most {positions}, the positions of {name}")
         model.to(metrics["settings"]["device"])
-    timed, notes = subjects(models, options.caches)
-    for note in notes:
-        print(f"note: {note}", flush=True)
-    metrics["notes"] += notes
+    timed = subjects(models, options.caches)
     metrics["models"] = [_entry(subject, options) for subject in timed]
     metrics["cells"] = []
     done()
@@ -109,7 +105,6 @@ def _entry(subject: Subject, options: BenchOptions) -> dict[str, Any]:
             "slack": one.slack,
             "fit": room // one.filled,
             "fit_with_slack": room // (one.filled + one.slack),
-            "tokens_fit": room * length // one.filled,
         },
         "error": error,
     }
@@ -157,15 +152,13 @@ def measure_cell(
 
     for subject in timed:
         row = rows[subject.name]
-        row.error = _too_large(subject, batch_size, length)
-        if options.prefill and row.error is None:
+        if options.prefill:
             found, row.error = attempt(partial(first_run, subject))
             row.cache, row.peak_bytes = found or (None, None)
     if options.prefill:
         take_turns("prefill", prefill)
     for subject in timed:
         row = rows[subject.name]
-        row.error = row.error or _too_large(subject, batch_size, length)  # beside the others' caches
         if row.error is None:
             cache, row.error = attempt(partial(filled_cache, subject, batch_size, length - new_tokens, length))
             if cache is not None:
@@ -207,11 +200,3 @@ def _measured(subject: Subject, batch_size: int, length: int, decoded: int) -> C
     """The measured cache of `length` tokens after `generate()`."""
     cache, decoded = subject.empty_cache(length), min(decoded, length) - 1
     return measure_generated_cache(subject.model, length, batch_size, decoded, cache, **subject.settings)
-
-
-def _too_large(subject: Subject, batch_size: int, length: int) -> str | None:
-    """The reason if a cell does not fit in the free memory; None if it does."""
-    free, needed = free_memory(subject.device), subject.bytes_needed(batch_size, length)
-    if free is None or needed <= free:
-        return None
-    return f"needs about {needed / GIGABYTE:.1f} GB beside the weights, {free / GIGABYTE:.1f} GB are free"

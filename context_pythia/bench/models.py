@@ -1,9 +1,9 @@
-"""The models that `bench` times: saved ones, a recipe's, or those of a named size, with a GPT-NeoX for comparison."""
+"""What `bench` times: models with a kind of cache, and models of a named size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,27 +12,17 @@ from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTra
 from transformers.cache_utils import Cache
 
 from context_pythia.bench.options import COMPILED, SIZES, Source
-from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
-from context_pythia.evaluation.pretrained import load_pretrained, model_names
-from context_pythia.evaluation.quantized import quantized_cache, require_quantizer
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
-from context_pythia.model.cache import cache_bytes
-from context_pythia.runs.build import build_model, compiled_step, expected_rows
+from context_pythia.runs.build import compiled_step
 
-PEER = "GPT-NeoX (random weights)"
-LABELS = {
-    "dynamic": "DynamicCache",
-    "static": "StaticCache",
-    "int4": "int4 cache",
-    COMPILED: "StaticCache, compiled",
-}
+LABELS = {"dynamic": "DynamicCache", "static": "StaticCache", COMPILED: "StaticCache, compiled"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its kind of cache: `dynamic` (its own, by default), `static`, `int4`, or `compiled` (a static cache
-    and a compiled decoding step)."""
+    """A model and its kind of cache: `dynamic` (its own), `static`, or `compiled` (a static cache and a compiled
+    decoding step)."""
 
     name: str
     model: PreTrainedModel
@@ -44,7 +34,7 @@ class Subject:
 
     @property
     def is_static(self) -> bool:
-        return self.cache in ("static", COMPILED)
+        return self.cache != "dynamic"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,28 +43,9 @@ class Subject:
 
     def empty_cache(self, length: int) -> Cache:
         """An empty cache with room for `length` tokens."""
-        if self.cache == "int4":
-            return quantized_cache(self.model.config, "int4", length)
         if self.is_static:
             return StaticCache(config=self.model.config, max_cache_len=length)
         return DynamicCache(config=self.model.config)
-
-    def bytes_needed(self, batch_size: int, length: int) -> int:
-        """Rough memory of a cell beside the weights: two caches, and one layer's activations of a prefill."""
-        config, size = self.model.config, self.model.dtype.itemsize
-        activations = batch_size * length * (2 * config.intermediate_size + 6 * config.hidden_size) * size
-        return 2 * cache_bytes(config, length, batch_size, self.model.dtype) + activations
-
-
-def saved_models(paths: Sequence[str], dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """Models of folders or Hub names."""
-    return {name: load_pretrained(path, dtype) for name, path in model_names(paths).items()}
-
-
-def recipe_models(recipe: Recipe, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
-    """A recipe's models with random weights."""
-    rows = expected_rows(recipe)
-    return {options.name: build_model(options, recipe, rows).to(dtype) for options in recipe.models}
 
 
 def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -88,15 +59,9 @@ def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: to
     Raises:
         ValueError: an `exact` source of another width than the model, or a context_dim that does not fit.
     """
-    shape = SIZES[size]
-    body = {
-        "vocab_size": shape.model_vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": positions,
-    }
+    body: dict[str, Any] = asdict(SIZES[size]) | {"max_position_embeddings": positions}
+    body["vocab_size"] = body.pop("model_vocab_size")
+    del body["match_parameters"]
     configs = {source.name: ContextPythiaConfig(**body, **_context(source, size)) for source in sources}
     baseline = _random_model(GPTNeoXForCausalLM, GPTNeoXConfig(**body), dtype)
     models = {size: baseline}
@@ -120,25 +85,14 @@ def is_peer(model: PreTrainedModel) -> bool:
     return not isinstance(model.config, ContextPythiaConfig)
 
 
-def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple[list[Subject], list[str]]:
+def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> list[Subject]:
     """The rows of the bench: a Context-Pythia with its own cache and compiled, other models with each kind of cache.
 
-    If no model is a GPT-NeoX, one of the first model's shape, with random weights, comes first.
-
-    Returns:
-        the subjects, and a line for each omission or addition.
+    Raises:
+        UsageError: no model is a GPT-NeoX.
     """
-    notes, caches = [], list(caches)
     if not any(map(is_peer, models.values())):
-        first = next(iter(models.values()))
-        models = {PEER: _peer_of(first)} | models
-        notes.append(f"none of the models is a GPT-NeoX: {PEER} of the first one's shape is timed beside them")
-    if "int4" in caches:
-        try:
-            require_quantizer()
-        except UsageError as error:
-            caches.remove("int4")
-            notes.append(f"no row with an int4 cache: {error}")
+        raise UsageError("bench: add a GPT-NeoX model, the reference of the ratios")
     found = []
     for name, model in models.items():
         model.eval().requires_grad_(False)
@@ -148,7 +102,7 @@ def subjects(models: dict[str, PreTrainedModel], caches: Sequence[str]) -> tuple
             found.append(Subject(name, model))
             if COMPILED in caches:
                 found.append(Subject(f"{name}, {LABELS[COMPILED]}", model, COMPILED))
-    return found, notes
+    return found
 
 
 def _context(source: Source, size: str) -> dict[str, Any]:
@@ -166,12 +120,3 @@ def _context(source: Source, size: str) -> dict[str, Any]:
 def _random_model(kind: Any, config: GPTNeoXConfig, dtype: torch.dtype) -> PreTrainedModel:
     set_seed(0)
     return kind._from_config(config, dtype=dtype)
-
-
-def _peer_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A GPT-NeoX of the model's shape, which shares weights with it."""
-    own, none = model.config.to_dict(), {"model_type", "architectures", "transformers_version", "layer_types", "dtype"}
-    config = GPTNeoXConfig(**{key: own[key] for key in GPTNeoXConfig().to_dict() if key in own and key not in none})
-    peer = _random_model(GPTNeoXForCausalLM, config, model.dtype).to(model.device)
-    share_parameters(peer, model)
-    return peer

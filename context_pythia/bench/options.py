@@ -10,7 +10,7 @@ from context_pythia.config.options import Options, option, suggestion
 from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
 from context_pythia.errors import UsageError
 
-CACHES = ("dynamic", "static", "int4")
+CACHES = ("dynamic", "static")
 COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
 CONVERSATION = 2048  # tokens per conversation when counting how many fit into memory
 FORMS = ("heads", "exact")
@@ -71,8 +71,6 @@ def parse_sources(text: str) -> tuple[Source, ...]:
                 f"valid, for layer alone: {', '.join(FORMS)}"
             )
         sources.append(Source(found[1], int(found[2]), form))
-    if len(set(sources)) < len(sources):
-        raise UsageError(f"sources {text!r}: has the same source twice")
     return tuple(sources)
 
 

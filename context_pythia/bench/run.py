@@ -15,14 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from context_pythia.bench.decode import decode_metrics
-from context_pythia.bench.models import recipe_models, saved_models, sized_models
+from context_pythia.bench.models import sized_models
 from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
 from context_pythia.bench.training import train_metrics
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
-from context_pythia.evaluation.pretrained import quiet_transformers
+from context_pythia.evaluation.pretrained import load_pretrained, model_names, quiet_transformers
 from context_pythia.files import write_json
-from context_pythia.runs.build import best_device
+from context_pythia.runs.build import best_device, build_model, expected_rows
 from context_pythia.runs.provenance import provenance
 
 
@@ -52,9 +52,11 @@ def bench(
         FileNotFoundError: there is no such model.
     """
     if out is not None:
-        _make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "metrics.json").exists():
+            raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
     device, threads = best_device(), torch.get_num_threads()
-    recipe, notes = (None, []) if recipe is None else _of_first_weights(recipe, train)
+    recipe, notes = (None, []) if recipe is None else _of_first_weights(recipe)
     torch.set_num_threads(options.threads or threads)
     try:
         own = {"threads": torch.get_num_threads(), "device": device.type, "compiled": COMPILED in options.caches}
@@ -84,18 +86,16 @@ def bench(
     return metrics
 
 
-def _of_first_weights(recipe: Recipe, train: bool) -> tuple[Recipe, list[str]]:
+def _of_first_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe without the models that are converted from its trained baseline, and a line for each of those.
 
     Raises:
         UsageError: all of them are.
     """
-    made = [model.name for model in recipe.models if model.from_baseline]
-    if len(made) == len(recipe.models):
-        mend = "name models that the recipe trains" if train else "name its folder, not the recipe"
-        raise UsageError(f"{made[0]} is converted from the trained baseline: {mend}")
-    mend = "healing is not timed" if train else "bench its folder once it is trained"
-    notes = [f"{name} is left out, because it is converted from the trained baseline: {mend}" for name in made]
+    converted = [model.name for model in recipe.models if model.from_baseline]
+    if len(converted) == len(recipe.models):
+        raise UsageError(f"{converted[0]} is converted from the trained baseline: bench its folder instead")
+    notes = [f"{name} is left out, because it is converted from the trained baseline" for name in converted]
     return replace(recipe, models=[model for model in recipe.models if not model.from_baseline]), notes
 
 
@@ -110,13 +110,7 @@ def _load(
     if size is not None:
         positions = max(CONVERSATION, *options.lengths)
         return sized_models(size, default_sources(size) if sources is None else sources, positions, dtype)
-    return saved_models(models, dtype) if recipe is None else recipe_models(recipe, dtype)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the folder {out} ({error.strerror}): choose another with --out") from error
-    if (out / "metrics.json").exists():
-        raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
+    if recipe is None:
+        return {name: load_pretrained(path, dtype) for name, path in model_names(models).items()}
+    rows = expected_rows(recipe)
+    return {one.name: build_model(one, recipe, rows).to(dtype) for one in recipe.models}

@@ -14,8 +14,9 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from context_pythia.files import write_json
 from context_pythia.runs.provenance import provenance
 from context_pythia.serving import OLDEST_VLLM, vllm_version
 
-SPAWN = multiprocessing.get_context("spawn")
 MEGABYTE = 2**20
 # Engine steps from one count of the running conversations to the next.
 COUNT_EVERY = 8
@@ -115,26 +115,16 @@ def _row(model: str, options: ServeOptions) -> dict[str, Any]:
 
 def _in_own_process(model: str, options: ServeOptions, threads: int) -> dict[str, Any]:
     """The figures of a process of its own. The engine runs inside it, so that its processor time is the engine's."""
-    before = dict(os.environ)
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS=str(threads))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    ours, theirs = SPAWN.Pipe(duplex=False)
-    process = SPAWN.Process(target=_work, args=(theirs, model, options))
-    try:
-        process.start()
-        theirs.close()
-        return ours.recv()
-    except EOFError:
-        process.join()
-        return {"error": f"its process ended with code {process.exitcode}: out of memory?"}
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        process.terminate()
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_work, model, options).result()
+        except BrokenProcessPool:
+            return {"error": "its process ended early: out of memory?"}
 
 
-def _work(connection: Connection, model: str, options: ServeOptions) -> None:
+def _work(model: str, options: ServeOptions) -> dict[str, Any]:
     from vllm import LLM
 
     try:
@@ -156,9 +146,9 @@ def _work(connection: Connection, model: str, options: ServeOptions) -> None:
             llm.reset_prefix_cache()
             rounds.append(converse(llm, asked, options.answer_tokens))
         tokens = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-        connection.send({"tokens_fit": tokens, "conversations_fit": tokens / options.length, "rounds": rounds})
+        return {"tokens_fit": tokens, "conversations_fit": tokens / options.length, "rounds": rounds}
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        connection.send({"error": first_line(error)})
+        return {"error": first_line(error)}
 
 
 def converse(llm: Any, asked: list[list[int]], answer_tokens: int) -> dict[str, Any]:

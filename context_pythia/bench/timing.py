@@ -73,36 +73,3 @@ def interleave(
             if number > 0:
                 after_round()
     return errors
-
-
-class Stopwatch:
-    """Sums time spans by name. On CUDA it records events in the stream, so the GPU need not stop."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.begun: dict[str, Any] = {}
-        self.spans: list[tuple[str, Any, Any]] = []
-
-    def start(self, name: str) -> None:
-        self.begun[name] = self._now()
-
-    def stop(self, name: str) -> None:
-        self.spans.append((name, self.begun.pop(name), self._now()))
-
-    def read(self) -> dict[str, float]:
-        """Seconds by name since the last reading; waits for the GPU."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds: dict[str, float] = {}
-        for name, begin, end in self.spans:
-            span = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-            seconds[name] = seconds.get(name, 0.0) + span
-        self.spans.clear()
-        return seconds
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

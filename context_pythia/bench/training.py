@@ -1,39 +1,36 @@
-"""`bench --train`: times training steps of a recipe's models, whole and by part, beside a plain training loop.
+"""`bench --train`: times training steps of a recipe's models beside a plain training loop.
 
-A turn is a short training with a new optimizer; its first step does not count. Phase 2 is timed in its own step, with
-a stopwatch inside.
+A turn is a short training with a new optimizer; its first step does not count.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, PreTrainedModel
 
 from context_pythia.bench.options import BenchOptions
-from context_pythia.bench.timing import Stopwatch, interleave, seconds_of
+from context_pythia.bench.timing import interleave, seconds_of
 from context_pythia.config.recipe import ModelOptions, Recipe, TrainOptions
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.evaluation.memory import peak_during, weight_bytes
 from context_pythia.runs.build import build_model, describe_parameters, expected_rows
 from context_pythia.training.allocator import SYSTEM, set_malloc
-from context_pythia.training.batches import Batch, step_batches
+from context_pythia.training.batches import step_batches
 from context_pythia.training.history import Plan
-from context_pythia.training.optimization import Optimization, text_loss, training_mode
+from context_pythia.training.optimization import Optimization, training_mode
 from context_pythia.training.phase2 import check_options
 
-PARTS = ("body", "head_and_loss", "context_block", "backward", "optimizer", "rest")
 PLAIN = "plain fp32 GPT-NeoX"
 
-Turn = list[dict[str, float]]  # for each timed step the seconds of the whole (`step`) and of `PARTS`
+Turn = list[dict[str, float]]  # the seconds of each timed step, as `step`
 
 
 def train_metrics(
@@ -44,8 +41,7 @@ def train_metrics(
     Raises:
         UsageError: impossible training options.
     """
-    # One short epoch, without the recipe's checkpoints and logs.
-    train = dataclasses.replace(recipe.train, epochs=1, tokens=None, checkpoint_steps=0, tensorboard=False)
+    train = dataclasses.replace(recipe.train, epochs=1, tokens=None)
     check_options(train)
     device, vocabulary = torch.device(metrics["settings"]["device"]), expected_rows(recipe)
     length = recipe.data.sequence_length
@@ -100,110 +96,37 @@ def random_data(samples: int, length: int, vocabulary: int) -> PackedData:
 
 def phase2_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """Steps of phase 2 itself."""
-    steps: Turn = []
     plan = Plan(options, len(data.train), data.train.sequence_length)
-    with timed_parts(model) as watch, training_mode(model, options, plan.sequence_length):
-        optimization = Optimization(model, options, plan.steps, partial(_timed_loss, watch))
-        watch.start("step")
-        for batches in step_batches(data.train, plan.order(0, 0), options, model.device):
+    with training_mode(model, options, plan.sequence_length):
+        optimization = Optimization(model, options, plan.steps)
+
+        def step(batches: Any) -> None:
             optimization.backward(batches)
-            watch.stop("backward")
-            watch.start("optimizer")
             optimization.update()
-            watch.stop("optimizer")
-            watch.stop("step")
-            steps.append(_parts(watch.read()))
-            watch.start("step")
-    return steps[1:]
 
-
-def _timed_loss(watch: Stopwatch, model: nn.Module, batch: Batch) -> Tensor:
-    if "backward" in watch.begun:  # that of the step's batch before
-        watch.stop("backward")
-    watch.start("forward")
-    loss = text_loss(model, batch)
-    watch.stop("forward")
-    watch.start("backward")
-    return loss
+        return _timed(step, step_batches(data.train, plan.order(0, 0), options, model.device), model.device)
 
 
 def plain_turn(model: PreTrainedModel, data: PackedData, options: TrainOptions) -> Turn:
     """A textbook loop: fp32, all logits at once, PyTorch's default AdamW, the system's default allocator."""
-    steps: Turn = []
     set_malloc(SYSTEM)
-    batches = DataLoader(data.train, options.batch_size * options.gradient_accumulation)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     model.train()
-    with timed_parts(model) as watch:
-        watch.start("step")
-        for batch in batches:
-            ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
-            watch.start("forward")
-            logits = model(input_ids=ids, use_cache=False).logits
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-            watch.stop("forward")
-            watch.start("backward")
-            loss.backward()
-            watch.stop("backward")
-            watch.start("optimizer")
-            if options.max_grad_norm:
-                nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            watch.stop("optimizer")
-            del logits, loss
-            watch.stop("step")
-            steps.append(_parts(watch.read()))
-            watch.start("step")
-    del optimizer
-    return steps[1:]
+
+    def step(batch: Any) -> None:
+        logits = model(input_ids=batch["input_ids"].to(model.device), use_cache=False).logits
+        labels = batch["labels"].to(model.device)
+        nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        if options.max_grad_norm:
+            nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return _timed(step, DataLoader(data.train, options.batch_size * options.gradient_accumulation), model.device)
 
 
-def _parts(seconds: dict[str, float]) -> dict[str, float]:
-    """The stopwatch's seconds as parts that add up to the step."""
-    forward, backward = seconds.get("context_forward", 0.0), seconds.get("context_backward", 0.0)
-    parts = {
-        "body": seconds["body"] - forward,
-        "head_and_loss": seconds["forward"] - seconds["body"],
-        "context_block": forward + backward,
-        "backward": seconds["backward"] - backward,
-        "optimizer": seconds["optimizer"],
-    }
-    return {"step": seconds["step"]} | parts | {"rest": seconds["step"] - sum(parts.values())}
-
-
-@contextlib.contextmanager
-def timed_parts(model: PreTrainedModel) -> Iterator[Stopwatch]:
-    """A stopwatch for the model's body, and within it for the ContextBlock, forward and backward.
-
-    The backward pass reaches the ContextBlock last, after all layers that read its contexts. So its own time is that
-    between the gradients of its output and of its input.
-    """
-    watch, body = Stopwatch(model.device), model.base_model
-    block: Any = getattr(body, "context_block", None)
-
-    def timed_scan(embeddings: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        watch.start("context_forward")
-        contexts = type(block).scan(block, embeddings, *args, **kwargs)
-        watch.stop("context_forward")
-        if embeddings.requires_grad and contexts.requires_grad:
-            contexts.register_hook(lambda _: watch.start("context_backward"))
-            embeddings.register_hook(lambda _: watch.stop("context_backward"))
-        return contexts
-
-    hooks = [
-        body.register_forward_pre_hook(lambda *_: watch.start("body")),
-        body.register_forward_hook(lambda *_: watch.stop("body")),
-    ]
-    if block is not None:
-        block.scan = timed_scan
-    try:
-        yield watch
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if block is not None:
-            del block.scan
+def _timed(step: Callable[[Any], None], batches: Iterable[Any], device: torch.device) -> Turn:
+    return [{"step": seconds_of(partial(step, batch), device)} for batch in batches][1:]
 
 
 def step_flops(model: PreTrainedModel, tokens: int, length: int) -> int:

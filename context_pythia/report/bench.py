@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table
@@ -134,13 +134,11 @@ class DecodeReport(BenchReport):
 
 
 class TrainReport(BenchReport):
-    """Training steps, whole and by part."""
+    """Training steps."""
 
     def figures(self) -> Iterator[Block]:
         text, metrics, plain = self.text, self.metrics, self._plain()
         yield self.steps()
-        yield Heading(text("parts"))
-        yield self._parts()
         yield from failures({row["name"]: row["error"] for row in metrics["rows"]}, text)
         shown = {"recipe": metrics["recipe"]["name"], "tokens": integer(metrics["tokens_per_step"])}
         # In older records each model has its own process.
@@ -148,7 +146,6 @@ class TrainReport(BenchReport):
         peak = text(key, empty=megabytes(plain.get("process_bytes")))
         rates = [f"{dtype} {median(found) / 1e9:,.1f} GFLOP/s" for dtype, found in metrics["rates"].items() if found]
         yield Paragraph(text("train_note", plain=plain["name"], rates=", ".join(rates), peak=peak, **shown))
-        yield Paragraph(text("parts_note"))
 
     def steps(self) -> Table:
         plain, peer = self._plain(), next((row for row in self.metrics["rows"] if row["peer"]), None)
@@ -172,16 +169,6 @@ class TrainReport(BenchReport):
                 }
             )
         return table(rows, self.text, text_columns=2)
-
-    def _parts(self) -> Table:
-        """The mean seconds of each recorded part of a step."""
-        rows = []
-        for row in self.metrics["rows"]:
-            steps = [step for turn in row["rounds"] for step in turn]
-            if steps:
-                means = {part: fmean(step[part] for step in steps) for part in steps[0] if part != "step"}
-                rows.append({"model": row["name"]} | {part: number(mean, 3) for part, mean in means.items()})
-        return table(rows, self.text)
 
     def _plain(self) -> Row:
         return next(row for row in self.metrics["rows"] if row["plain"])

@@ -1,4 +1,4 @@
-"""Turns are counted right, and the parts of a training step add up to it."""
+"""Turns are counted right, and the steps that are timed really train."""
 
 from functools import partial
 
@@ -6,10 +6,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.bench.timing import interleave
 from context_pythia.bench.training import (
-    PARTS,
     phase2_turn,
     plain_turn,
     product_rate,
@@ -47,31 +45,13 @@ def test_runs_take_turns_after_a_warm_up_and_leave_them_when_they_fail():
     assert errors == {"broken": "out of memory"} and len(rounds) == 3
 
 
-@pytest.mark.parametrize("source", [None, "shared"])
-def test_phase_2_is_timed_by_part_and_really_trains(source):
+@pytest.mark.parametrize("turn", [phase2_turn, plain_turn])
+def test_the_timed_steps_really_train(turn):
     model = baseline()
-    if source is not None:
-        model = ContextPythiaForCausalLM(ContextPythiaConfig(**BODY, context_source=source, context_dim=16))
     before = model.lm_head.weight.detach().clone()
-    options = TrainOptions(batch_size=2, gradient_accumulation=2, learning_rate=0.01)
-    steps = phase2_turn(model, random_data(4 * 3, 8, 40), options)
-    assert len(steps) == 2
-    for step in steps:
-        assert set(step) == {"step", *PARTS}
-        assert sum(step[part] for part in PARTS) == pytest.approx(step["step"])
-        assert min(step[part] for part in ("body", "head_and_loss", "backward", "optimizer")) > 0
-        assert (step["context_block"] > 0) == (source == "shared")
-        assert step["rest"] > -1e-6
+    steps = turn(model, random_data(12, 8, 40), TrainOptions(batch_size=4, learning_rate=0.01))
+    assert len(steps) == 2 and all(step["step"] > 0 for step in steps)
     assert (model.lm_head.weight - before).abs().max() > 1e-3
-
-
-def test_the_plain_loop_is_timed_by_the_same_parts():
-    model = baseline()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    steps = plain_turn(model, random_data(12, 8, 40), TrainOptions(batch_size=4, learning_rate=0.01))
-    assert len(steps) == 2
-    assert all(set(step) == {"step", *PARTS} for step in steps)
-    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 def test_operations_are_those_of_the_matrix_products():
