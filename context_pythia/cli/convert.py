@@ -32,10 +32,7 @@ class Convert(Command):
     quiet: bool = option(False, "show no progress bars")
 
     def run(self) -> None:
-        given = self.values_of("convert")
-        if self.control and not {"context_dim", "kv_reduction", "layer_context_dims"} & given.keys():
-            given["kv_reduction"] = 0.5
-        options = ConvertOptions(**given)
+        options = ConvertOptions(**self.values_of("convert"))
         data = DataOptions(**{"tokenizer": self.model} | self.values_of("data"))
         healing = HealOptions(**self.values_of("heal"))
         from context_pythia.report.card import write_card

@@ -58,8 +58,8 @@ class ConvertOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if [self.context_dim, self.kv_reduction, self.layer_context_dims].count(None) != 2:
-            raise UsageError("convert: give either --context-dim N or --kv-reduction R, or --layer-context-dims N,N")
+        if [self.context_dim, self.kv_reduction, self.layer_context_dims].count(None) < 2:
+            raise UsageError("convert: give only one of --context-dim, --kv-reduction and --layer-context-dims")
         if self.layer_context_dims and self.uniform:
             raise UsageError("convert: --layer-context-dims gives the widths, so drop --uniform")
         if self.weighting == "none" and not self.plain:
@@ -72,9 +72,9 @@ class ConvertOptions(Options):
 
     @property
     def asked(self) -> str:
-        """What the user asked for, for errors."""
+        """The size that the user asked for, for errors; empty if none is given."""
         names = ("context_dim", "kv_reduction", "layer_context_dims")
-        return next(f"{name} {value}" for name in names if (value := getattr(self, name)) is not None)
+        return next((f"{name} {value}" for name in names if (value := getattr(self, name)) is not None), "")
 
     def width(self, hidden_size: int) -> int:
         """The layers' mean context_dim for a model of this width, unless `layer_context_dims` are given."""

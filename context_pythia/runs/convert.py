@@ -8,7 +8,6 @@ is in `.OUT.partial` beside the output, and the same command resumes it. The out
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 import context_pythia.model
 from context_pythia.config.convert import ConvertOptions
@@ -82,16 +81,16 @@ class Conversion:
     settings: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        steps = self.healing.steps
-        if self.control and not steps:
-            raise UsageError("convert: --control heals the original itself, so give --heal-steps")
-        forms = ("context_dim", "kv_reduction", "context_layers", "layer_context_dims", "cache_token_ids")
-        # A control's kv_reduction is 0.5 if no option gives another.
-        given = [name for name in forms if getattr(self.options, name) not in (None, False, 0.5)]
-        if self.control and given:
-            flags = ", ".join(f"--{name}" for name in given).replace("_", "-")
-            raise UsageError(f"convert: --control converts nothing, so drop {flags}")
-        if not steps and (healing := mismatches(asdict(HealOptions()), asdict(self.healing))):
+        options = self.options
+        if self.control:
+            unused = mismatches(asdict(ConvertOptions(dtype=options.dtype, seed=options.seed)), asdict(options))
+            if unused:
+                raise UsageError(f"convert.{next(iter(unused))}: --control converts nothing, so drop it")
+            if not self.healing.steps:
+                raise UsageError("convert: --control heals the original itself, so give --heal-steps")
+        elif not options.asked:
+            raise UsageError("convert: give --context-dim N, --kv-reduction R or --layer-context-dims N,N")
+        if not self.healing.steps and (healing := mismatches(asdict(HealOptions()), asdict(self.healing))):
             name, (_, value) = next(iter(healing.items()))
             raise UsageError(f"heal.{name} {value}: needs --heal-steps N")
         if self.data.tokenizer == "train":
@@ -103,7 +102,7 @@ class Conversion:
             "files": _files(self.model),
             "control": self.control,
             "ship_code": self.ship_code,
-            "convert": asdict(self.options),
+            "convert": asdict(options),
             "data": asdict(self.data),
             "heal": asdict(self.healing),
         }
@@ -122,13 +121,20 @@ class Conversion:
         target = self.out.resolve()
         if target.is_mount():
             raise UsageError(f"--out {self.out}: is a mount point and cannot be replaced; give a folder below it")
+        original, tokenizer, form = self._open_original()
+        text = None
+        if self.healing.steps or form is None or not form.exact:
+            text = self._text(original, tokenizer)
+            self.settings["text"] = text.summary["fingerprint"]
         with _resumable(self.partial):
-            self.open_partial()
-            record = self.convert()
+            self._open_partial()
+            record = self.convert(original, tokenizer, form, text)
+            result = self.partial / "converted"
             if self.healing.steps:
-                record |= self.heal()
+                assert text is not None
+                result = self.partial / "healed"
+                record |= self.heal(text, result)
             record["settings"] = self.settings
-            result = self.partial / ("healed" if self.healing.steps else "converted")
             write_json(result / RECORD, record)
             os.replace(result, target)
             shutil.rmtree(self.partial)
@@ -142,64 +148,62 @@ class Conversion:
         if not (self.out / RECORD).is_file():
             raise UsageError(f"--out {self.out}: holds something else; choose another folder")
         record = read_record(self.out / RECORD)
-        self._check_same(record["settings"], f"--out {self.out}: holds a conversion", "choose another folder")
+        recorded = record["settings"] | {"text": None}  # the text is not read again
+        self._check_same(recorded, f"--out {self.out}: holds a conversion", "choose another folder")
         return record
 
-    def open_partial(self) -> None:
+    def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, Form | None]:
+        """The model to convert (weights on disk), its tokenizer, and the form of the contexts; None for a control."""
+        original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
+        if not self.control:
+            return original, tokenizer, checked_form(self.options, original)
+        if not self.healing.teaches_a_control(original.config):
+            raise UsageError(
+                "heal.ce_weight 0: without dropout the control matches its own teacher and learns nothing; "
+                "give a weight above 0"
+            )
+        return original, tokenizer, None
+
+    def _text(self, original: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> PackedData:
+        """The text to calibrate and heal on; raises `UsageError` if it does not fit the model."""
+        if (rows := vocabulary_rows(tokenizer)) > original.config.vocab_size:
+            raise UsageError(
+                f"tokenizer {self.data.tokenizer} has {rows} tokens, model {self.model} has "
+                f"{original.config.vocab_size}: give the model's own with --tokenizer"
+            )
+        check_length(self.data.sequence_length, original.config)
+        return load_data(self.data, self.progress)
+
+    def _open_partial(self) -> None:
         """Make the folder of the work in progress, or check that it belongs to the same conversion.
 
-        Healing options may change until healing has begun: the converted model does not depend on them.
+        The converted model does not depend on healing, which checks its own folder.
         """
-        recorded: dict[str, Any] = {}
-        healed, file = self.partial / "healed", self.partial / SETTINGS
+        file = self.partial / SETTINGS
         self.partial.mkdir(parents=True, exist_ok=True)
         if file.is_file():
-            recorded = read_record(file)
-            conversion = recorded | {"heal": self.settings["heal"]}
-            self._check_same(conversion, f"{self.partial} holds an unfinished conversion", "finish it or delete it")
-            if healed.exists():
-                mend = f"finish it, or delete {healed} to heal anew"
-                self._check_same(recorded, f"{self.partial} holds an unfinished healing", mend)
-        write_json(file, recorded | self.settings)
+            recorded = read_record(file) | {"heal": self.settings["heal"]}
+            self._check_same(recorded, f"{self.partial} holds an unfinished conversion", "finish it or delete it")
+        write_json(file, self.settings)
 
     def _check_same(self, recorded: dict[str, Any], holder: str, mend: str) -> None:
-        if recorded["files"] != self.settings["files"]:
-            raise UsageError(f"{holder}, but the files of {self.model} have changed since: {mend}")
         check_same(_deciding(recorded), _deciding(self.settings), holder, mend)
 
-    def text(self, longest: Any) -> PackedData:
-        """The text to calibrate and heal on.
-
-        Args:
-            longest: the configuration of the model that will read it.
-
-        Raises:
-            UsageError: samples longer than the model's positions, or another text than this conversion began with.
-        """
-        check_length(self.data.sequence_length, longest)
-        packed = load_data(self.data, self.progress)
-        recorded, fingerprint = read_record(self.partial / SETTINGS), packed.summary["fingerprint"]
-        check_same(
-            {"data": recorded.get("data_fingerprint", fingerprint)},
-            {"data": fingerprint},
-            f"{self.partial} holds an unfinished conversion",
-            f"the text of {self.data.data} has changed; delete that folder",
-        )
-        write_json(self.partial / SETTINGS, recorded | {"data_fingerprint": fingerprint})
-        return packed
-
-    def convert(self) -> dict[str, Any]:
+    def convert(
+        self,
+        original: GPTNeoXForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        form: Form | None,
+        text: PackedData | None,
+    ) -> dict[str, Any]:
         """Convert into the folder `converted` of `partial`, and return the record."""
-        folder = self.partial / "converted"
+        folder, config = self.partial / "converted", original.config
         if (folder / RECORD).is_file():
             print(f"resumes from the converted model in {folder}")
             return read_record(folder / RECORD)
         started = time.perf_counter()
         set_malloc(RETURN_FREED)
-        original, tokenizer, form = self._open_original()
-        config = original.config
-        calibrates = form is not None and not form.exact
-        text = self.text(config) if calibrates or self.healing.steps else None
+        check_weights(original, self.model)
         record = {
             "original": self.model,
             "original_commit": hub_commit(self.model),
@@ -211,7 +215,7 @@ class Conversion:
         if form is None:
             result = load_pretrained(self.model, getattr(torch, self.options.dtype))
         else:
-            calibration = text if calibrates else None
+            calibration = None if form.exact else text
             result, details = compressed(original, form, self.options, calibration, self.partial, self.progress)
             record |= details
         record["cache"] = describe_cache(result, min(128, config.max_position_embeddings), DECODED)
@@ -225,40 +229,19 @@ class Conversion:
         write_json(folder / RECORD, record)
         return record
 
-    def _open_original(self) -> tuple[GPTNeoXForCausalLM, PreTrainedTokenizerFast, Form | None]:
-        """The model to convert (weights on disk), its tokenizer, and the form of the contexts; None for a control."""
-        original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
-        config = original.config
-        if self.control and not self.healing.teaches_a_control(config):
-            raise UsageError(
-                "heal.ce_weight 0: without dropout the control matches its own teacher and learns nothing; "
-                "give a weight above 0"
-            )
-        form = None if self.control else checked_form(self.options, original)
-        reads_text = (form is not None and not form.exact) or bool(self.healing.steps)
-        if reads_text and (rows := vocabulary_rows(tokenizer)) > config.vocab_size:
-            raise UsageError(
-                f"tokenizer {self.data.tokenizer} has {rows} tokens, model {self.model} has {config.vocab_size}: "
-                "give the model's own with --tokenizer"
-            )
-        check_weights(original, self.model)
-        return original, tokenizer, form
-
-    def heal(self) -> dict[str, Any]:
-        """Heal into the folder `healed` of `partial`, and return the record's entries on healing."""
-        converted, healed = self.partial / "converted", self.partial / "healed"
-        text = self.text(AutoConfig.from_pretrained(converted))
-        dtype = getattr(torch, self.options.dtype)
+    def heal(self, text: PackedData, folder: Path) -> dict[str, Any]:
+        """Heal the converted model into `folder`, and return the record's entries on healing."""
+        converted, dtype = self.partial / "converted", getattr(torch, self.options.dtype)
         student = load_pretrained(str(converted), dtype)
         teacher = None if self.healing.ce_weight == 1 else load_pretrained(self.model, dtype)
         result = heal(
-            student, teacher, text, self.healing, seed=self.options.seed, folder=healed, progress=self.progress
+            student, teacher, text, self.healing, seed=self.options.seed, folder=folder, progress=self.progress
         )
         for path in converted.iterdir():
             # The converted model's weights, and their index, are those before healing.
             weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-            if not weights and not (healed / path.name).exists():
-                shutil.copy2(path, healed / path.name)
+            if not weights and not (folder / path.name).exists():
+                shutil.copy2(path, folder / path.name)
         healing = {
             "steps": self.healing.steps,
             "kept_step": best_row(result.history)["step"],
@@ -285,14 +268,12 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
 
     A model's folder is compared by its files, because it and its tokenizer may have several names.
     """
-    result = {key: settings[key] for key in ("model", "control", "ship_code")}
+    result: dict[str, Any] = {key: settings.get(key) for key in ("control", "ship_code", "text")}
     for owner in (ConvertOptions, DataOptions, HealOptions):
         result[owner.section] = deciding(owner.of_record(settings[owner.section]))
-    if settings["files"]:
-        if settings["data"]["tokenizer"] == settings["model"]:
-            result["data"]["tokenizer"] = "the model's"
-        del result["model"]
-    return result
+    if settings["files"] and settings["data"]["tokenizer"] == settings["model"]:
+        result["data"]["tokenizer"] = "the model's"
+    return result | {"model": settings["files"] or settings["model"]}
 
 
 @contextlib.contextmanager
@@ -301,12 +282,9 @@ def _resumable(partial: Path) -> Iterator[None]:
     output."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except SafetensorError as error:
         raise OSError(
-            f"cannot write to {partial}: {first_line(error)}; free some disk space, then run the same command "
-            "again to resume, or delete that folder"
+            f"cannot write to {partial}: {first_line(error)}; free some disk space, then run the same command again"
         ) from error
     finally:
         progress = [*partial.glob("statistics-*.safetensors"), *partial.glob(f"converted/{RECORD}")]

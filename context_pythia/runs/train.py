@@ -200,11 +200,12 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     recipe, original, folder = run.recipe, str(run.origin.model_folder(baseline)), run.model_folder(options)
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
-    width: dict[str, Any] = {"kv_reduction": 0.5} if control else {"context_dim": options.context_dim}
     # A tokenizer that the run trained on the text is now in the model's folder.
     text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
-    tokens = min(ConvertOptions.calibration_tokens, len(data.train) * recipe.data.sequence_length)
-    conversion = ConvertOptions(**width, calibration_tokens=tokens, seed=recipe.seed)
+    conversion = ConvertOptions(seed=recipe.seed)
+    if not control:
+        tokens = min(conversion.calibration_tokens, len(data.train) * recipe.data.sequence_length)
+        conversion = replace(conversion, context_dim=options.context_dim, calibration_tokens=tokens)
     work = Conversion(original, folder, conversion, text, recipe.heal, control=control, progress=progress)
     healing = work.run()["healing"]
     model = load_pretrained(str(folder), torch.float32).to(best_device())

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from context_pythia.data.packing import PackedData
 
 RESULT_FILE, CHECKPOINTS = "train.json", "checkpoints"
-OTHER_FOLDER = "choose another output folder"
+OTHER_FOLDER = "choose another output folder, or delete it"
 # Every LOOK_STEPS steps the loop reads the loss from the accelerator, and processes ask one another about ctrl-C.
 LOOK_STEPS = 16
 # The loop's own fields in a checkpoint. Sums and seconds count from the last evaluation.

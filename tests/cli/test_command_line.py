@@ -210,7 +210,7 @@ def test_set_help_lists_all_keys(capsys):
         ),
         (
             ["convert", "m", "--out=o", "--control", "--heal-steps=5"],
-            {"options": ConvertOptions(kv_reduction=0.5), "control": True},
+            {"options": ConvertOptions(), "control": True},
         ),
         (["report", "runs/quick", "--lang", "ja"], {"folder": Path("runs/quick"), "langs": ("ja",)}),
     ],

@@ -239,7 +239,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_work_alone(
     changed = sorted(text.iterdir())[0]
     words = changed.read_text()
     changed.write_text(words[::-1])
-    assert f"the text of {text} has changed; delete that folder" in refusal()
+    assert "unfinished conversion with text " in refusal()
     changed.write_text(words)
     (statistics,) = (tmp_path / ".out.partial").glob("statistics-*.safetensors")
     sound = statistics.read_bytes()
@@ -247,7 +247,7 @@ def test_an_interrupted_calibration_goes_on_with_the_same_work_alone(
     assert "delete it to calibrate again" in refusal(code=1)
     statistics.write_bytes(sound)
     save(model, std=0.11)
-    assert f"an unfinished conversion, but the files of {model} have changed since" in refusal()
+    assert "unfinished conversion with model.config.json [" in refusal()
 
 
 def test_an_interrupted_healing_goes_on(healed, convert, original, tmp_path, monkeypatch, capsys):
@@ -274,7 +274,7 @@ def test_a_healing_that_went_wrong_is_done_anew(convert, original, tmp_path, mon
     assert convert(original, tmp_path / "out", *options(1e-3)) == 2
     healed = tmp_path / ".out.partial" / "healed"
     line = capsys.readouterr().err
-    assert f"an unfinished healing with heal.learning_rate 1e+30, not 0.001: finish it, or delete {healed}" in line
+    assert f"{healed} holds a run with learning_rate 1e+30, not 0.001: choose another output folder, or delete" in line
     shutil.rmtree(healed)
     monkeypatch.setattr(compress, "collect", lambda *_, **__: pytest.fail("it is calibrated again"))
     assert convert(original, tmp_path / "out", *options(1e-3)) == 0
