@@ -119,7 +119,7 @@ def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     colors, figure = model_colors(models), _figure(4.9)
     ax = figure.subplots()
     points = [one for one in series if one.perplexity and one.cache_bytes]
-    lines = [unbeaten([one for one in points if one.group == group]) for group in {one.group: 0 for one in points}]
+    lines = frontiers(series)
     ceiling = math.inf
     if len(lines) == 1 and len(lines[0]) > 1 and not any(one.seeds for one in points):
         worst, best = lines[0][0].perplexity, lines[0][-1].perplexity
@@ -151,13 +151,15 @@ def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     return figure
 
 
-def unbeaten(points: Sequence[Series]) -> list[Series]:
-    """The points that no other beats in both perplexity and cache, the smallest cache first."""
-    best: list[Series] = []
-    for one in sorted(points, key=lambda one: (one.cache_bytes, one.perplexity)):
-        if not best or one.perplexity < best[-1].perplexity:
-            best.append(one)
-    return best
+def frontiers(series: Sequence[Series]) -> list[list[Series]]:
+    """Of each group the points that no other beats in both perplexity and cache, the smallest cache first."""
+    lines: dict[str, list[Series]] = {}
+    for one in sorted(series, key=lambda one: (one.cache_bytes, one.perplexity)):
+        if one.perplexity and one.cache_bytes:
+            line = lines.setdefault(one.group, [])
+            if not line or one.perplexity < line[-1].perplexity:
+                line.append(one)
+    return list(lines.values())
 
 
 def draw_settings(series: Sequence[Series], title: str) -> Figure:

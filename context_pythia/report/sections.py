@@ -19,6 +19,21 @@ def table(rows: Sequence[Mapping[str, str]], text: Texts, text_columns: int = 1)
     return Table([text(key) for key in keys], [[row[key] for key in keys] for row in rows], text_columns)
 
 
+def compared(one: Series, base: Series | None, digits: int | None = None) -> dict[str, str]:
+    """Perplexity and cache of a model, and their differences to those of `base`, if that is another model."""
+    apart = reduction = None
+    if base is not None and base is not one:
+        apart = one.perplexity / base.perplexity - 1 if one.perplexity else None
+        reduction = 1 - one.cache_bytes / base.cache_bytes if one.cache_bytes and not one.baseline else None
+    return {
+        "name": one.name,
+        "ppl": perplexity(one.perplexity or None, digits),
+        "change": change(apart, digits or 1),
+        "kb": kilobytes(one.cache_bytes or None),
+        "reduction": percent(reduction),
+    }
+
+
 def headline(series: Sequence[Series], text: Texts) -> Paragraph:
     """The best perplexity with a smaller cache than the first baseline's, and the smallest cache."""
     done = [one for one in series if one.perplexity and one.cache_bytes]
@@ -27,23 +42,13 @@ def headline(series: Sequence[Series], text: Texts) -> Paragraph:
     base = next((one for one in done if one.baseline), None)
     smaller = [one for one in done if base and one.cache_bytes < base.cache_bytes]
     best = min(smaller or done, key=attrgetter("perplexity"))
-
-    def compared(one: Series, other: Series = base or best) -> dict[str, str]:
-        return {
-            "name": one.name,
-            "ppl": perplexity(one.perplexity),
-            "change": change(one.perplexity / other.perplexity - 1),
-            "kb": kilobytes(one.cache_bytes),
-            "reduction": percent(1 - one.cache_bytes / other.cache_bytes),
-        }
-
     if base is None or not smaller:
-        return Paragraph(text("none_smaller", **compared(best)), "lead")
-    of_base = {f"base_{key}": value for key, value in compared(base).items()}
-    sentences = [text("best", **of_base, **compared(best))]
+        return Paragraph(text("none_smaller", **compared(best, None)), "lead")
+    of_base = {f"base_{key}": value for key, value in compared(base, None).items()}
+    sentences = [text("best", **of_base, **compared(best, base))]
     smallest = min(smaller, key=attrgetter("cache_bytes"))
     if smallest is not best:
-        sentences.append(text("smallest", **compared(smallest)))
+        sentences.append(text("smallest", **compared(smallest, base)))
     return Paragraph(text("between_sentences").join(sentences), "lead")
 
 

@@ -1,11 +1,10 @@
-"""The results of a sweep so far as plain values: trials, settings over seeds, and the importance of options.
+"""The results of a sweep so far as plain values of metrics.json: its trials, and the importance of options.
 
-metrics.json consists of these values, and the report reads nothing else.
+The report computes means over seeds from the trials.
 """
 
 from __future__ import annotations
 
-import statistics
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -38,69 +37,6 @@ def trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable
         "cache_bytes": done and done["cache"]["bytes_measured"],
         "phase1": done and done["phase1"] and {key: x for key, x in done["phase1"].items() if key != "history"},
     }
-
-
-def settings_over_seeds(trials: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each model and setting: how many seeds have a result, mean, range and standard deviation of perplexity.
-
-    - `std` is the sample standard deviation; it needs two seeds.
-    - `reduction` and `change` compare with the baseline's setting of the best mean perplexity.
-    - `unbeaten`: no other setting is at least as good in mean perplexity and in cache bytes, and better in one of them.
-    - `positions` are the bands of `perplexity_by_position`, each the mean over seeds; empty if a trial of an older
-      version has no bands.
-
-    `reduction`, `change` and `unbeaten` compare only settings of the same data, because perplexity and bytes depend on
-    the text and the length of its samples.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for trial in trials:
-        groups.setdefault(repr((trial["model"], trial["setting"])), []).append(trial)
-    rows = [_over_seeds(group) for group in groups.values()]
-    by_data: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        data = {path: value for path, value in row["setting"].items() if path.startswith("data.")}
-        by_data.setdefault(repr(data), []).append(row)
-    for comparable in by_data.values():
-        _compare(comparable)
-    return rows
-
-
-def _over_seeds(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    done = [trial for trial in trials if trial["state"] == "complete"]
-    perplexities = [trial["val_ppl"] for trial in done]
-    bands = [trial.get("val_ppl_by_position") or [] for trial in done]
-    return {
-        **{key: trials[0][key] for key in ("model", "baseline", "setting")},
-        "trials": len(trials),
-        "n": len(done),
-        "seeds": sorted(trial["seed"] for trial in done),
-        "failed": sum(trial["state"] == "failed" for trial in trials),
-        "mean": statistics.fmean(perplexities) if done else None,
-        "min": min(perplexities, default=None),
-        "max": max(perplexities, default=None),
-        "std": statistics.stdev(perplexities) if len(done) > 1 else None,
-        "cache_bytes": max((trial["cache_bytes"] for trial in done), default=None),
-        "positions": [
-            {**seeds[0], "perplexity": statistics.fmean(band["perplexity"] for band in seeds)}
-            for seeds in (zip(*bands, strict=True) if all(bands) else ())
-        ],
-    }
-
-
-def _compare(rows: Sequence[dict[str, Any]]) -> None:
-    finished = [row for row in rows if row["n"]]
-    baseline = min((row for row in finished if row["baseline"]), key=lambda row: row["mean"], default=None)
-    for row in rows:
-        row |= {"change": None, "reduction": None}
-        if baseline is not None and row["n"] and row is not baseline:
-            row["change"] = row["mean"] / baseline["mean"] - 1
-            row["reduction"] = None if row["baseline"] else 1 - row["cache_bytes"] / baseline["cache_bytes"]
-        row["unbeaten"] = bool(row["n"]) and not any(_beats(other, row) for other in finished)
-
-
-def _beats(other: dict[str, Any], row: dict[str, Any]) -> bool:
-    one, two = (other["mean"], other["cache_bytes"]), (row["mean"], row["cache_bytes"])
-    return one != two and one[0] <= two[0] and one[1] <= two[1]
 
 
 def importances(trials: Sequence[dict[str, Any]], searched: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from context_pythia.runs.provenance import provenance, write_call
 from context_pythia.runs.record import Run, merged, model_entry, read_metrics
 from context_pythia.runs.train import check_training, compare
 from context_pythia.sweep.options import Setting, SweepPlan, differences
-from context_pythia.sweep.results import importances, settings_over_seeds, trial_row
+from context_pythia.sweep.results import importances, trial_row
 from context_pythia.sweep.search import Search, require_optuna
 
 Trial = tuple[Setting, dict[str, Any] | None]  # with the entry of its model; None until it has ended
@@ -54,7 +54,7 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
         searches = [Search(plan, model.name, out, worker.lock, storage) for model in models]
         save_recipe(recipe, out / RECIPE)
     for search in searches:
-        search.run(worker.train_checked)
+        search.run(worker.train)
     if plan.sampler == "grid":
         worker.train_all()
     metrics = worker.record()
@@ -109,11 +109,6 @@ class Worker:
                 except Timeout:
                     print(f"{setting.name}: another worker trains it", flush=True)
 
-    def train_checked(self, setting: Setting) -> dict[str, Any]:
-        """`check`, then `train`."""
-        self.check(setting)
-        return self.train(setting)
-
     def train(self, setting: Setting, wait: bool = True) -> dict[str, Any]:
         """Train the setting unless its run folder is finished. Returns the model's entry, which may be a failure.
 
@@ -167,7 +162,6 @@ class Worker:
                 "searched": searched,
                 "recipe": recipe_to_dict(recipe),
                 "trials": trials,
-                "settings": settings_over_seeds(trials),
                 "importance": importances(trials, searched),
             }
             write_json(self.out / METRICS, metrics)

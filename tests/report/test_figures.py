@@ -1,7 +1,7 @@
 """The pictures of reports: what stands where, and which labels are legible."""
 
 from context_pythia.report import figures
-from context_pythia.report.figures import Series, draw_frontier, draw_settings, unbeaten
+from context_pythia.report.figures import Series, draw_frontier, draw_settings, frontiers
 
 
 def test_names_in_the_frontier_do_not_overlap():
@@ -32,7 +32,7 @@ def test_a_sweep_names_the_settings_that_nothing_beats_and_has_a_line_for_each_o
     assert axes.get_title() == "By rate (best 2 of 3)"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Pythia: 0", "Pythia: 1"]
     points = settings([(5.0, 2048), (6.0, 1024), (6.0, 2048), (5.0, 4096)])
-    assert unbeaten(points) == [points[1], points[0]]
+    assert frontiers(points) == [[points[1], points[0]]]
     axes = draw_frontier(points, "").axes[0]
     assert [label.get_text() for label in axes.texts] == ["0", "1", "", ""]
     assert [path.vertices[:, 1].tolist() for path in axes.collections[0].get_paths()] == [[4.0, 6.0]]

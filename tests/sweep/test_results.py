@@ -1,63 +1,15 @@
-"""What a sweep has found, from plain values."""
+"""Which options decide, from plain values."""
 
 import random
 
 import pytest
 
-from context_pythia.sweep.results import importances, settings_over_seeds
+from context_pythia.sweep.results import importances
 
 
 def trial(model, ppl, cache_bytes, seed=0, state="complete", **setting):
     figures = {"val_ppl": ppl, "cache_bytes": cache_bytes, "seed": seed, "state": state}
     return {"model": model, "baseline": model == "Pythia", "setting": setting} | figures
-
-
-def test_settings_are_means_and_spreads_over_seeds_against_the_best_baseline():
-    rows = settings_over_seeds(
-        [
-            trial("Pythia", 20.0, 1000, lr=1),
-            trial("Pythia", 10.0, 1000, lr=2),
-            trial("layer", 10.0, 250, lr=1),
-            trial("layer", 14.0, 250, seed=1, lr=1),
-            trial("layer", None, None, seed=2, state="failed", lr=1),
-            trial("layer", 13.0, 250, lr=2),
-            trial("shared", 11.5, 500, lr=2),
-        ]
-    )
-    first, best, ours, worse, between = rows
-    assert best["change"] is None and first["change"] == 1.0
-    assert (ours["n"], ours["trials"], ours["failed"], ours["seeds"]) == (2, 3, 1, [0, 1])
-    assert (ours["mean"], ours["min"], ours["max"]) == (12.0, 10.0, 14.0)
-    assert ours["std"] == pytest.approx(8**0.5)
-    assert ours["change"] == pytest.approx(0.2) and ours["reduction"] == 0.75
-    assert [row["unbeaten"] for row in rows] == [False, True, True, False, True]
-
-
-def test_settings_are_compared_where_their_data_is_the_same():
-    rows = settings_over_seeds(
-        [
-            trial(model, ppl, bytes_, **{"data.sequence_length": length, "train.epochs": 2})
-            for model, ppl, bytes_, length in (
-                ("Pythia", 20.0, 1000, 128), ("layer", 21.0, 250, 128),
-                ("Pythia", 10.0, 4000, 512), ("layer", 11.0, 1000, 512),
-            )
-        ]
-    )  # fmt: skip
-    assert [row["reduction"] for row in rows] == [None, 0.75, None, 0.75]
-    assert [row["change"] for row in rows] == [None, pytest.approx(0.05), None, pytest.approx(0.1)]
-    assert all(row["unbeaten"] for row in rows)
-
-
-def test_a_setting_s_perplexity_by_position_is_the_mean_over_seeds():
-    bands = {"from": 0, "to": 16, "tokens": 32}
-    seeds = [
-        trial("layer", 10.0, 250, seed=i) | {"val_ppl_by_position": [bands | {"perplexity": value}]}
-        for i, value in enumerate((8.0, 12.0))
-    ]
-    (row,) = settings_over_seeds(seeds)
-    assert row["positions"] == [bands | {"perplexity": 10.0}]
-    (row,) = settings_over_seeds([*seeds, trial("layer", 10.0, 250, seed=2)])  # of an older version
-    assert row["positions"] == []
 
 
 def test_importance_finds_what_decides():

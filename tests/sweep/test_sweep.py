@@ -109,20 +109,18 @@ def test_the_report_is_made_again_from_the_folder_alone(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)  # neither Optuna nor the study is needed
     assert cli.main(["report", str(finished), "--lang", "ja"]) == 0
     report, japanese = ((finished / name).read_text() for name in ("report.md", "report.ja.md"))
-    for row in metrics_of(finished)["settings"]:
-        assert f"| {row['mean']:,.2f} |" in report and f"| {row['mean']:,.2f} |" in japanese
+    for trial in metrics_of(finished)["trials"]:
+        assert f"| {trial['val_ppl']:,.2f} |" in report and f"| {trial['val_ppl']:,.2f} |" in japanese
     assert "Trained longer than the others, because they start from the trained baseline: " in report
     assert "| heal steps |" in report or "| steps |" in report
     assert (finished / "report.html").read_text().count("data:image/png") == 3
 
 
 def test_the_report_says_where_in_a_sample_the_best_setting_of_each_model_loses(finished):
-    rows = metrics_of(finished)["settings"]
-    (baseline,) = (row for row in rows if row["baseline"])
-    ours = min((row for row in rows if row["model"] == "shared"), key=lambda row: row["mean"])
+    found = {trial["model"]: trial["val_ppl_by_position"][0] for trial in metrics_of(finished)["trials"]}
     report = (finished / "report.md").read_text()
     section = report[report.index("## Quality by position") : report.index("## Importance")]
-    first, whole = ours["positions"][0]["perplexity"], baseline["positions"][0]["perplexity"]
+    first, whole = (found[model]["perplexity"] for model in ("shared", "Pythia"))
     assert f"| {perplexity(first)} ({change(first / whole - 1)})" in section
     assert f"| Pythia | {perplexity(whole)} |" in section and "In brackets: against Pythia." in section
 
@@ -138,17 +136,14 @@ def against(report: str, model: str, steps: str) -> list[str]:
 
 def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(finished):
     report, japanese = ((finished / name).read_text() for name in ("report.md", "report.ja.md"))
-    rows = {(row["model"], row["setting"]["heal.steps"]): row for row in metrics_of(finished)["settings"]}
-    apart = change(rows["Converted", 9]["mean"] / rows["Control", 9]["mean"] - 1, 2)
+    metrics = metrics_of(finished)
+    trials = {(trial["model"], trial["setting"]["heal.steps"]): trial for trial in metrics["trials"]}
+    apart = change(trials["Converted", 9]["val_ppl"] / trials["Control", 9]["val_ppl"] - 1, 2)
     assert [against(text, "Converted", "9") for text in (report, japanese)] == [[apart], [apart]]
     assert against(report, "Control", "9") == ["–"]
-    metrics = metrics_of(finished)
-    for row in metrics["settings"]:
-        if (row["model"], row["setting"]["heal.steps"]) == ("Control", 9):
-            row["seeds"] = [1]
-        # By position the models are compared whose samples have the first one's length.
-        if row["model"] == "shared":
-            row["positions"][-1]["to"] += 1
+    trials["Control", 9]["seed"] = 1
+    # By position the models are compared whose samples have the first one's length.
+    trials["shared", None]["val_ppl_by_position"][-1]["to"] += 1
     report = to_markdown(list(SweepReport(metrics, {}, Texts("en", "sweep")).blocks()))
     assert against(report, "Converted", "9") == ["–"]
     section = report[report.index("## Quality by position") : report.index("## Importance")]
