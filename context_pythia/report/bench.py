@@ -141,11 +141,8 @@ class TrainReport(BenchReport):
         yield self.steps()
         yield from failures({row["name"]: row["error"] for row in metrics["rows"]}, text)
         shown = {"recipe": metrics["recipe"]["name"], "tokens": integer(metrics["tokens_per_step"])}
-        # In older records each model has its own process.
-        key = "train_peak_of_process" if "process_bytes" in plain else "train_peak"
-        peak = text(key, empty=megabytes(plain.get("process_bytes")))
         rates = [f"{dtype} {median(found) / 1e9:,.1f} GFLOP/s" for dtype, found in metrics["rates"].items() if found]
-        yield Paragraph(text("train_note", plain=plain["name"], rates=", ".join(rates), peak=peak, **shown))
+        yield Paragraph(text("train_note", plain=plain["name"], rates=", ".join(rates), **shown))
 
     def steps(self) -> Table:
         plain, peer = self._plain(), next((row for row in self.metrics["rows"] if row["peer"]), None)

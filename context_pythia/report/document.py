@@ -7,7 +7,6 @@ because model names, paths and errors come from users.
 from __future__ import annotations
 
 import base64
-import functools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from markupsafe import Markup, escape
 
 from context_pythia.files import write_bytes
 from context_pythia.report.figures import png
@@ -92,20 +90,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
 
 def rendered(template: str, **values: Any) -> str:
     """A template of the folder `pages` with the values. In HTML `{{ }}` escapes texts, in Markdown `| text` does."""
-    return _templates().get_template(template).render(**values)
-
-
-@functools.cache
-def _templates() -> Environment:
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("pages")),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {"text": _markdown_text, "fence": _fence, "unbroken": _unbroken}
-    return templates
+    return _TEMPLATES.get_template(template).render(**values)
 
 
 def to_console(blocks: Iterable[Block]) -> str:
@@ -134,12 +119,11 @@ def _markdown_text(text: str) -> str:
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # inside a word an underscore has no meaning in Markdown
 
 
-def _fence(code: str) -> str:
-    """A fence that is longer than any in the code."""
-    return "`" * max([2, *map(len, re.findall("`+", code))]) + "`"
-
-
-def _unbroken(figure: str) -> Markup:
-    """Lets a figure in a narrow column break only before a bracket or after a slash, and never inside `1e-10`."""
-    whole = escape(figure).replace("-", "\u2011").replace(" ", "\xa0")
-    return whole.replace("\xa0(", " (").replace("/\xa0", "/ ")
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("pages")),
+    autoescape=select_autoescape(["html"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["text"] = _markdown_text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,13 +192,10 @@ def png(draw: Callable[[], Figure]) -> bytes:
     """The figure that `draw` returns, as a PNG file with few colors, a third as large as one with all colors."""
     import matplotlib.style
     import numpy
-    from matplotlib.font_manager import get_font_names
     from PIL import Image  # a dependency of matplotlib
 
-    installed = set(get_font_names())
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every font of the style is installed
     with matplotlib.style.context(Path(__file__).parent / "pages" / "pictures.mplstyle"):
-        fonts = matplotlib.rcParams["font.family"]
-        matplotlib.rcParams["font.family"] = [font for font in fonts if font in installed]
         canvas: Any = draw().canvas
         canvas.draw()
     content = io.BytesIO()

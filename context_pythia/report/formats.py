@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 DASH = "–"
 
@@ -11,10 +10,6 @@ DASH = "–"
 def finite(value: float | None) -> bool:
     """Whether there is a figure; a model that failed or diverged has none."""
     return value is not None and math.isfinite(value)
-
-
-def plain(value: Any) -> str:
-    return DASH if value is None else str(value)
 
 
 def integer(value: float | None) -> str:

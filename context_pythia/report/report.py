@@ -43,7 +43,7 @@ def write_report(folder: Path, *langs: str) -> list[Path]:
         FileNotFoundError: metrics.json or provenance.json is missing.
     """
     if (folder / RECORD).is_file():
-        return write_card(folder)
+        return [write_card(folder)]
     metrics = read_record(folder / "metrics.json")
     # Records of runs and of older evaluations have no kind.
     kind = metrics.get("kind") or ("evaluation" if "settings" in metrics else "run")
@@ -53,7 +53,7 @@ def write_report(folder: Path, *langs: str) -> list[Path]:
     record = read_record(folder / "provenance.json")
     documents = {lang: _filled(compose(metrics, record, Texts(lang, prefix)).blocks()) for lang in langs or ("en",)}
     written = write_documents(folder, documents)
-    return written + [path for card in sorted(folder.glob(f"models/*/{RECORD}")) for path in write_card(card.parent)]
+    return written + [write_card(path.parent) for path in sorted(folder.glob(f"models/*/{RECORD}"))]
 
 
 def show(metrics: Mapping[str, Any]) -> None:

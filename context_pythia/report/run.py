@@ -13,7 +13,8 @@ from typing import Any
 from context_pythia.report import sections
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
 from context_pythia.report.figures import Panel, Series, draw_panels
-from context_pythia.report.formats import DASH, change, finite, integer, kilobytes, number, pair, percent, perplexity
+from context_pythia.report.formats import DASH, finite, integer, number, pair, percent
+from context_pythia.report.sections import compared
 from context_pythia.report.texts import Texts
 
 Model = dict[str, Any]
@@ -32,22 +33,22 @@ class RunReport:
         self.models: list[Model] = [_filled(model) for model in metrics["models"]]
         entered = {model["name"] for model in self.models}
         self.pending: list[Model] = [_filled(m) for m in self.recipe["models"] if m["name"] not in entered]
-        self.done = [model for model in self.models if model["error"] is None and finite(model["best_val_ppl"])]
-        self.baseline = next((model for model in self.done if model["baseline"]), None)
-        self.healed = [model for model in self.done if model["from_baseline"]]
-        self.control = next((model for model in self.healed if model["context_source"] is None), None)
+        self.healed = [model for model in self.models if model["from_baseline"]]
         self.by_tokens = bool(self.recipe["train"].get("tokens"))
         self.unit = "million tokens" if self.by_tokens else "epoch"
         self.series = [
             Series(
                 model["name"],
-                model["baseline"],
+                model["context_source"] is None and not model["from_baseline"],
                 model["best_val_ppl"] if finite(model["best_val_ppl"]) else 0,
                 model["cache"].get("bytes_measured", 0),
                 model["val_ppl_by_position"] or (),
             )
-            for model in self.models
+            for model in self.models + self.pending
         ]
+        self.baseline = next((one for one in self.series if one.baseline and one.perplexity), None)
+        controls = [model["name"] for model in self.healed if model["context_source"] is None]
+        self.control = next((one for one in self.series if one.name in controls and one.perplexity), None)
 
     def blocks(self) -> Iterator[Block]:
         text = self.text
@@ -55,8 +56,9 @@ class RunReport:
         yield sections.headline(self.series, text)
         failed = len([model for model in self.models if model["error"] is not None])
         if failed or self.pending:
-            counts = {"done": len(self.done), "failed": failed, "pending": len(self.pending)}
-            yield Paragraph(text("unfinished", total=len(self.models) + len(self.pending), **counts), "note")
+            done = len([one for one in self.series if one.perplexity])
+            counts = {"total": len(self.series), "done": done, "failed": failed, "pending": len(self.pending)}
+            yield Paragraph(text("unfinished", **counts), "note")
         yield Heading(text("results"))
         yield self._results()
         caches = {model["name"]: model["cache"] for model in self.models if model["cache"]}
@@ -66,7 +68,7 @@ class RunReport:
             origin = self.healed[0]["from_baseline"]["name"]
             yield Paragraph(text("healed_note", baseline=origin, steps=self.recipe["heal"]["steps"]), "note")
         if self.control:
-            yield Paragraph(text("control_note", control=self.control["name"], baseline=origin), "note")
+            yield Paragraph(text("control_note", control=self.control.name, baseline=origin), "note")
         yield from sections.failures({model["name"]: model["error"] for model in self.models}, text)
         if any(model["context_source"] == "input" for model in self.models):
             yield Paragraph(text("input_note"), "note")
@@ -82,28 +84,23 @@ class RunReport:
         yield sections.facts(self._settings(), text)
         yield from sections.provenance(self.provenance, text)
 
-    def _change(self, model: Model, base: Model | None) -> str:
-        if base is None or model is base or not finite(model["best_val_ppl"]):
-            return DASH
-        return change(model["best_val_ppl"] / base["best_val_ppl"] - 1)
-
     def _results(self) -> Table:
         rows = []
-        for model in self.models + self.pending:
-            cache = model["cache"]
+        for model, one in zip(self.models + self.pending, self.series, strict=True):
             state = "pending" if model in self.pending else "failed" if model["error"] is not None else ""
+            figures = compared(one, self.baseline)
             row = {
-                "model": model["name"],
+                "model": one.name,
                 "context": self._context(model),
-                "best_ppl": self.text(state) if state else perplexity(model["best_val_ppl"]),
-                "change": self._change(model, self.baseline),
-                "change_to_control": self._change(model, self.control),
-                "kb": kilobytes(cache.get("bytes_measured")),
-                "reduction": percent(cache.get("reduction_measured")),
+                "best_ppl": self.text(state) if state else figures["ppl"],
+                "change": figures["change"],
+                "change_to_control": compared(one, self.control)["change"],
+                "kb": figures["kb"],
+                "reduction": figures["reduction"],
                 "parameters": pair(model["trainable_parameters"], model["parameters"]),
                 "best_epoch": self._best_epoch(model),
                 "accuracy": percent(model["val_accuracy"]),
-                "seconds_epoch": self._seconds(model),
+                "seconds_epoch": number(model["seconds_per_epoch"], 1),
             }
             if not self.control:
                 del row["change_to_control"]
@@ -129,15 +126,6 @@ class RunReport:
         if epoch is None:
             return DASH
         return f"{origin['best_epoch']} + {epoch:.3g}" if origin else f"{epoch:.3g}"
-
-    def _seconds(self, model: Model) -> str:
-        """Seconds per epoch, and in brackets their ratio to the baseline's if it ran on the same machine."""
-        seconds, base = model["seconds_per_epoch"], self.baseline
-        shown = number(seconds, 1)
-        # Healing has a teacher and its own batch size.
-        if seconds and base and not model["from_baseline"] and model["machine"] == base["machine"]:
-            shown += f" (×{seconds / base['seconds_per_epoch']:.2f})"
-        return shown
 
     def _curves(self) -> Iterator[Block]:
         if panels := self.panels():
@@ -165,9 +153,10 @@ class RunReport:
             for model in self.models
             if model["phase1"]
         }
+        validation = Panel("Validation perplexity (star: best)", self.unit, ppl, stars=stars, scaled="y")
         panels = [
-            Panel("Validation perplexity (star: best)", self.unit, ppl, stars=stars, scaled="y"),
-            *sections.difference(ppl, self.series, " at the same time", self.unit),
+            validation,
+            *sections.difference(validation, self.series, " at the same time"),
             Panel("Training loss", self.unit, loss),
             Panel("Phase 1: converged tokens (%)", "iteration", converged),
         ]
@@ -213,16 +202,18 @@ class RunReport:
             yield sections.table(rows, self.text, text_columns=2)
 
     def _settings(self) -> dict[str, str]:
-        """The settings of data, model and training, by the keys of the texts."""
+        """Data and recipe by the keys of the texts, without the sections of the recipe that no model has used."""
         used = {"phase1": any(model["phase1"] for model in self.models), "heal": bool(self.healed)}
-        recipe = {section: values for section, values in self.recipe.items() if used.get(section, True)}
-        return sections.data_facts(self.data, self.text) | sections.recipe_facts(recipe, self.text)
+        values = {"seed": self.recipe["seed"]}
+        for section, options in self.recipe.items():
+            if isinstance(options, dict) and used.get(section, True):
+                values |= {f"{section}.{name}": value for name, value in options.items()}
+        shown = {key: str(value) for key, value in values.items() if key in self.text.texts and value is not None}
+        return sections.data_facts(self.data, self.text) | shown
 
 
 def _filled(model: Mapping[str, Any]) -> Model:
     """The model with None for what it lacks. Failed models and older versions lack some figures."""
     found = defaultdict(lambda: None, model)
     found["cache"], found["history"] = found["cache"] or {}, found["history"] or []
-    if found["baseline"] is None:
-        found["baseline"] = found["context_source"] is None and not found["from_baseline"]
     return found

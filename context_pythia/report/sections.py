@@ -7,9 +7,9 @@ from functools import partial
 from operator import attrgetter
 from typing import Any
 
-from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
+from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table
 from context_pythia.report.figures import Panel, Points, Series, draw_frontier, draw_panels, short
-from context_pythia.report.formats import DASH, change, integer, kilobytes, pair, percent, perplexity, plain
+from context_pythia.report.formats import change, integer, kilobytes, pair, percent, perplexity
 from context_pythia.report.texts import Texts
 
 
@@ -64,18 +64,16 @@ def baselines(series: Sequence[Series]) -> dict[str, bool]:
     return {one.name: one.baseline for one in series}
 
 
-def difference(
-    curves: Mapping[str, Points], series: Sequence[Series], of: str, where: str, scaled: str = ""
-) -> Iterator[Panel]:
+def difference(panel: Panel, series: Sequence[Series], of: str = "") -> Iterator[Panel]:
     """The panel of the curves' differences to the first baseline, if there is a baseline and another model."""
-    base = next((one.name for one in series if one.baseline and curves.get(one.name)), None)
-    if base is None or sum(map(bool, curves.values())) < 2:
-        return
-    values = dict(curves[base])
-    apart = {
-        name: [(x, 100 * (y / values[x] - 1)) for x, y in points if x in values] for name, points in curves.items()
-    }
-    yield Panel(f"Difference to {short(base)}{of} (%)", where, apart, scaled=scaled)
+    base = next((one.name for one in series if one.baseline and panel.curves.get(one.name)), None)
+    if base is not None and sum(map(bool, panel.curves.values())) > 1:
+        values = dict(panel.curves[base])
+        apart = {
+            name: [(x, 100 * (y / values[x] - 1)) for x, y in points if x in values]
+            for name, points in panel.curves.items()
+        }
+        yield Panel(f"Difference to {short(base)}{of} (%)", panel.x, apart, scaled=panel.scaled.replace("y", ""))
 
 
 def positions(series: Sequence[Series], text: Texts) -> Iterator[Block]:
@@ -105,10 +103,10 @@ def positions(series: Sequence[Series], text: Texts) -> Iterator[Block]:
     yield Paragraph(text("positions_note"))
     if base and len(measured) > 1:
         yield Paragraph(text("positions_change", baseline=base.name))
-    where = "end of the band of positions (tokens)"
-    panels = [Panel("Perplexity by position in the sample", where, curves, scaled="xy")]
-    panels += difference(curves, series, "", where, scaled="x")
-    yield Picture("positions.png", text("positions_caption"), partial(draw_panels, panels, baselines(series)))
+    x = "end of the band of positions (tokens)"
+    panel = Panel("Perplexity by position in the sample", x, curves, scaled="xy")
+    draw = partial(draw_panels, [panel, *difference(panel, series)], baselines(series))
+    yield Picture("positions.png", text("positions_caption"), draw)
 
 
 def cache_table(caches: Mapping[str, Mapping[str, Any]], text: Texts) -> Table:
@@ -145,30 +143,12 @@ def facts(values: Mapping[str, str], text: Texts) -> Table:
     return table(rows, text, text_columns=2)
 
 
-def recipe_facts(recipe: Mapping[str, Any], text: Texts) -> dict[str, str]:
-    """The values of a recipe, by path, that have a text and are not None."""
-    found = {}
-    for section, values in recipe.items():
-        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
-            key = f"{section}.{name}" if name else section
-            if key in text.texts and value is not None:
-                share = name.endswith(("_ratio", "_rate")) and name != "learning_rate"
-                found[key] = percent(value) if share else plain(value)
-    return found
-
-
 def provenance(record: Mapping[str, Any], text: Texts) -> Iterator[Block]:
-    """The machine, date and versions of the figures, and the other commands in the same folder."""
-    keys = ("device", "platform", "threads", "commit", "created", "command")
-    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-    values = {key: plain(record.get(key)) for key in keys} | {"versions": versions or DASH}
-    values |= {"fingerprint": record["data_fingerprint"]} if record.get("data_fingerprint") else {}
+    """The machine, date and versions of the figures."""
+    known = {key: record.get(key) for key in ("device", "platform", "threads", "commit", "created", "command")}
+    known["versions"] = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    known["fingerprint"] = record.get("data_fingerprint")
     yield Heading(text("provenance"))
-    yield facts(values, text)
-    # Several processes of a sweep have the same command: its first call stands for all.
-    first = {call.get("command"): call for call in reversed(record.get("earlier", []))}
-    first.pop(record.get("command"), None)
-    if first:
-        yield Paragraph(text("earlier"))
-        calls = reversed(first.values())
-        yield Code("\n".join(f"{plain(call.get('updated'))}  {plain(call.get('command'))}" for call in calls))
+    yield facts({key: str(value) for key, value in known.items() if value is not None}, text)
+    if earlier := record.get("earlier"):
+        yield Paragraph(text("earlier", calls=len(earlier)))

@@ -43,7 +43,6 @@ def model_entry(options: ModelOptions, **figures: Any) -> dict[str, Any]:
         "layer_context_dims": options.layer_context_dims,
         "cache_token_ids": options.cache_token_ids,
         "key_value_heads": options.key_value_heads if source == "grouped" else None,
-        "baseline": options.is_baseline,
         **dict.fromkeys(FIGURES),
         "history": [],
         **figures,
@@ -120,7 +119,6 @@ class Run:
             known = {entry["name"]: entry for entry in [*self.metrics["models"], *entries]}
             models = [known[model.name] for model in self.recipe.models if model.name in known]
             self.metrics |= {"models": models, "recipe": recipe_to_dict(self.recipe)}
-            _set_reductions(models)
             save_recipe(self.recipe, self.folder / "recipe.yaml")
             write_json(self.folder / "metrics.json", self.metrics)
 
@@ -149,16 +147,6 @@ class Run:
             write_call(self.folder / "provenance.json", provenance(device) | facts)
 
 
-def _set_reductions(entries: list[dict[str, Any]]) -> None:
-    """Set each cache's reduction against the baseline's measured bytes, whichever call recorded the baseline."""
-    done = [entry for entry in entries if entry["cache"]]
-    baseline = next((entry["cache"]["bytes_measured"] for entry in done if entry["baseline"]), None)
-    for entry in done:
-        entry["cache"]["reduction_measured"] = None
-        if baseline is not None and not entry["baseline"]:
-            entry["cache"]["reduction_measured"] = 1 - entry["cache"]["bytes_measured"] / baseline
-
-
 def merged(recorded: Recipe, wanted: Recipe, folder: Path, healed: bool) -> Recipe:
     """The wanted recipe with the recorded models before its own; `UsageError` if their figures are not comparable.
 
@@ -183,7 +171,4 @@ def read_metrics(path: Path) -> dict[str, Any]:
     if missing := {"models", "data", "recipe"} - metrics.keys():
         raise damaged(path, f"it has no {min(missing)!r}")
     every = dict.fromkeys(model_entry(ModelOptions()))
-    for i, model in enumerate(metrics["models"]):
-        baseline = model["context_source"] is None and not model.get("from_baseline")
-        metrics["models"][i] = every | {"baseline": baseline} | model
-    return metrics
+    return metrics | {"models": [every | model for model in metrics["models"]]}

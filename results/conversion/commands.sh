@@ -35,4 +35,4 @@ context-pythia convert $M --control $HEAL --heal-ce-weight 1 --out control
 python "$HERE/random_model.py" pythia-410m "$2" 410m
 context-pythia convert 410m --kv-reduction 0.5 --out 410m-half
 context-pythia convert 410m --kv-reduction 0.75 $DATA --calibration-tokens 2048 --out 410m-quarter
-# Of the healed models and those of 410M the folder keeps conversion.json, of gradients-0.875 and -0.75 spectrum.png.
+# Of the healed models and those of 410M the folder keeps conversion.json.

@@ -30,7 +30,7 @@ def test_figures_are_rounded_once_and_signed(written, expected):
 
 
 def test_what_is_missing_is_a_dash():
-    one = (formats.plain, formats.integer, formats.percent, formats.change, formats.perplexity, formats.kilobytes)
+    one = (formats.integer, formats.percent, formats.change, formats.perplexity, formats.kilobytes)
     assert {write(None) for write in one} | {formats.number(None, 2), formats.pair(None, None)} == {"–"}
 
 

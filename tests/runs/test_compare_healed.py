@@ -70,12 +70,10 @@ def test_healing_begins_at_the_trained_baseline(run):
     assert baseline["from_baseline"] is None
 
 
-def test_caches_are_measured_against_the_baseline_s(run):
+def test_caches_are_measured(run):
     baseline, control, converted = (entry["cache"] for entry in entries(run).values())
     assert [cache["numbers_per_token"] for cache in (baseline, control, converted)] == [128, 128, 12]
     assert converted["length"] == 16 and converted["bytes_measured"] == 4 * 16 * 12
-    reductions = [cache["reduction_measured"] for cache in (baseline, control, converted)]
-    assert reductions == [None, 0, pytest.approx(1 - 12 / 128)]
 
 
 def test_saved_weights_have_the_recorded_perplexity(folder, run):

@@ -51,7 +51,6 @@ def test_half_the_cache_is_exact_and_reads_no_text(convert, original, tmp_path, 
     assert (record["context_dim"], record["cache"]["numbers_per_token"]) == (HIDDEN, HIDDEN * LAYERS)
     card = (tmp_path / "half" / "README.md").read_text()
     assert "# pythia-tiny, 50.0% less cache" in card and "Converted exactly" in card
-    assert not (tmp_path / "half" / "spectrum.png").exists()
 
 
 def test_a_quarter_of_the_cache_with_its_papers(quarter, original):
@@ -68,7 +67,6 @@ def test_a_quarter_of_the_cache_with_its_papers(quarter, original):
     assert "A layer caches one context a token in place of keys and values: 75.0% less." in card
     assert "75.0% less cache" in card and "calibrated on 256 tokens" in card and "base_model" not in card
     assert "trust_remote_code" not in card
-    assert (quarter / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     assert AutoTokenizer.from_pretrained(quarter).eos_token_id == 0
     assert not list(quarter.parent.glob(".*")) and not list(quarter.glob("*.py"))
 
@@ -165,7 +163,7 @@ def test_healing_writes_the_healed_weights_and_its_record(healed, below):
     assert "healed for 4 steps" in (healed / "README.md").read_text()
     code = {path.name for path in Path(context_pythia.model.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert {path.name for path in healed.iterdir()} == code | {
-        "README.md", "config.json", "conversion.json", "generation_config.json", "model.safetensors", "spectrum.png",
+        "README.md", "config.json", "conversion.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json", "train.json",
     }  # fmt: skip
     assert isinstance(load(healed), ContextPythiaForCausalLM)
