@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from context_pythia.cli.command import RecipeCommand, Report, folder_of, reported, required
+from context_pythia.cli.command import RecipeCommand, Report, reported, required
 from context_pythia.config.options import option
 
 
@@ -20,11 +19,10 @@ class Compare(Report, RecipeCommand):
     resumable = joint = True
 
     models: tuple[str, ...] | None = option(None, "only these models of the recipe", metavar="A,B")
-    out: Path | None = option(None, "run folder (default: runs/NAME-OF-THE-RECIPE)", metavar="DIR")
 
     def run(self) -> None:
         recipe = self.load_recipe(self.models)
-        out = folder_of(recipe, self.out)
+        out = self.folder_of(recipe)
         from context_pythia.runs.train import compare
 
         with reported(out, self.lang):
@@ -38,14 +36,13 @@ class Train(RecipeCommand):
     resumable = joint = True
 
     model: str = required("the model of the recipe", metavar="NAME")
-    out: Path | None = option(None, "run folder (default: runs/NAME-OF-THE-RECIPE)", metavar="DIR")
     quiet: bool = option(False, "show no progress bars")
 
     def run(self) -> None:
         from context_pythia.runs.train import compare
 
         recipe = self.load_recipe([self.model])
-        compare(recipe, folder_of(recipe, self.out), progress=not self.quiet)
+        compare(recipe, self.folder_of(recipe), progress=not self.quiet)
 
 
 @dataclass(kw_only=True)
@@ -57,4 +54,4 @@ class Phase1(Train):
         from context_pythia.runs.train import run_phase1
 
         recipe = self.load_recipe([self.model])
-        run_phase1(recipe, folder_of(recipe, self.out), progress=not self.quiet)
+        run_phase1(recipe, self.folder_of(recipe), progress=not self.quiet)

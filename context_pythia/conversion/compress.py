@@ -247,7 +247,7 @@ def _statistics(
     text = PackedDataset(train.tokens[chosen.numpy()])
     files = {readers: partial / f"statistics-{readers.layers[0]:03d}.safetensors" for readers in contexts}
     missing = [readers for readers, file in files.items() if not file.exists()]
-    room = min(MOST_STATISTICS, (free_memory(torch.device("cpu")) or MOST_STATISTICS) / 2)
+    room = min(MOST_STATISTICS, (free_memory() or MOST_STATISTICS) / 2)
     at_once = max(1, int(room / max(readers.statistics_bytes(hidden) for readers in contexts)))
     for start in range(0, len(missing), at_once):
         held = collect(
