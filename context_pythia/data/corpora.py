@@ -7,20 +7,17 @@ into about a hundred documents, because one document cannot be split into traini
 
 from __future__ import annotations
 
-import codecs
 import functools
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import sysconfig
-import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from context_pythia.config.recipe import DataOptions
 from context_pythia.errors import UsageError, first_line
@@ -45,17 +42,25 @@ def documents(options: DataOptions) -> Iterator[str]:
     Raises FileNotFoundError for a path or Hub name that is not found, UsageError for text that cannot be read (the file
     and the line are named), ConnectionError when the Hub fails while a data set is read.
     """
-    if options.data == "builtin":
-        texts = _builtin_documents()
-    elif (path := _local_path(options.data)) is None:
-        name, _, config = options.data.partition(":")
-        texts = hub_documents(name, options.data_split, options.text_field, config or None)
-    elif path.is_dir():
-        texts = (text for file in _files(path) for text in _file_documents(file, options.text_field, _LONGEST_PIECE))
+    kind, files = _corpus(options)
+    if kind == "hub":
+        texts = _hub_documents(options)
     else:
-        piece = path.stat().st_size // _PIECES_OF_A_FILE
-        texts = _file_documents(path, options.text_field, min(max(piece, _SHORTEST_PIECE), _LONGEST_PIECE))
+        piece = _LONGEST_PIECE
+        if kind == "file":
+            piece = min(max(files[0].stat().st_size // _PIECES_OF_A_FILE, _SHORTEST_PIECE), _LONGEST_PIECE)
+        texts = (text for file in files for text in _file_documents(file, options.text_field, piece))
     return (whole_characters(text) for text in texts if text and not text.isspace())
+
+
+def _corpus(options: DataOptions) -> tuple[str, list[Path]]:
+    """What the corpus is, and its files; a Hub data set has none."""
+    if options.data == "builtin":
+        return "builtin", _builtin_files()
+    path = _local_path(options.data)
+    if path is None:
+        return "hub", []
+    return ("folder", _files(path)) if path.is_dir() else ("file", [path])
 
 
 def whole_characters(text: str) -> str:
@@ -69,14 +74,9 @@ def whole_characters(text: str) -> str:
 
 def corpus_digest(options: DataOptions) -> str:
     """Hex digest of the bytes that `documents` reads; for a Hub data set, of its name and split only."""
-    if options.data == "builtin":
-        kind, files = "builtin", _builtin_files()
-    elif (path := _local_path(options.data)) is None:
-        kind, files = f"hub {options.data} {options.data_split}", []
-    elif path.is_dir():
-        kind, files = "folder", _files(path)
-    else:
-        kind, files = "file", [path]
+    kind, files = _corpus(options)
+    if kind == "hub":
+        kind = f"hub {options.data} {options.data_split}"
     stats = [file.stat() for file in files]
     return _digest(kind, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
 
@@ -131,30 +131,23 @@ def require_on_hub(kind: str, name: str, revision: str | None = None) -> None:
         ) from error
 
 
-def hub_documents(name: str, split: str, text_field: str, config: str | None = None) -> Iterator[str]:
-    """Streams the texts of a data set that `datasets` can load: `name` on the Hub, or a folder on this machine.
-
-    Raises what `documents` raises; UsageError also for a split, configuration or field that the data set lacks.
-    """
+def _hub_documents(options: DataOptions) -> Iterator[str]:
+    """Streams the texts of the Hub data set `NAME[@REVISION][:CONFIGURATION]`."""
     from datasets import load_dataset
     from datasets.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)  # its errors say the same
-    revision = None
-    if not Path(name).is_dir():
-        name, revision = hub_revision(name)
-        require_on_hub("dataset", name, revision)
+    place, _, config = options.data.partition(":")
+    name, revision = hub_revision(place)
+    require_on_hub("dataset", name, revision)
     try:
-        try:
-            rows = load_dataset(name, config, split=split, streaming=True, revision=revision)
-        except ValueError as error:
-            raise UsageError(f"data set {name!r}: {' '.join(str(error).split())}") from error
+        rows = load_dataset(name, config or None, split=options.data_split, streaming=True, revision=revision)
         for number, row in enumerate(rows, 1):
-            yield _text_of(row, text_field, f"data set {name!r}, row {number}")
+            yield _text_of(row, options.text_field, f"data set {name!r}, row {number}")
     except UsageError:
         raise
     except ValueError as error:
-        raise UsageError(f"data set {name!r} cannot be read: {first_line(error)}") from error
+        raise UsageError(f"data set {name!r} cannot be read: {' '.join(str(error).split())}") from error
     except Exception as error:  # as in require_on_hub
         raise ConnectionError(
             f"data set {name!r} cannot be read ({first_line(error)}): check the network, or name a local file"
@@ -185,7 +178,7 @@ def _files(folder: Path) -> list[Path]:
     paths = ((path.relative_to(folder), path) for path in folder.rglob("*") if _suffix(path) and path.is_file())
     files = [path for name, path in sorted(paths) if not any(part.startswith(".") for part in name.parts)]
     if not files:
-        raise UsageError(f"{folder} is an empty corpus: it holds no {', '.join(SUFFIXES)} file")
+        raise UsageError(f"{folder} has no {', '.join(SUFFIXES)} file: give a folder with text")
     return files
 
 
@@ -207,34 +200,28 @@ def _no_corpus(name: str) -> bool:
     return name in _NO_CORPUS_FOLDERS or name.startswith(("config-", "_sysconfigdata"))
 
 
-def _builtin_documents() -> Iterator[str]:
-    for path in _builtin_files():
-        with tokenize.open(path) as file:
-            yield file.read()
-
-
 def _file_documents(path: Path, text_field: str, piece: int) -> Iterator[str]:
     suffix = _suffix(path)
     if suffix == ".parquet":
         yield from _parquet_documents(path, text_field)
-    elif suffix in TEXT_SUFFIXES:
-        with path.open("rb") as file:
-            yield from _pieces(path, file, piece)
-    elif suffix == ".jsonl":
-        with path.open("rb") as file:
-            yield from _jsonl_documents(path, file, text_field)
-    else:
-        try:
-            with gzip.open(path, "rb") as file:
-                yield from _jsonl_documents(path, file, text_field)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UsageError(f"{path}: damaged gzip file ({error}), fetch or pack it again") from error
+        return
+    plain = suffix in TEXT_SUFFIXES
+    opened: Any = gzip.open if suffix == ".jsonl.gz" else open
+    try:
+        # Lines of JSON end at "\n" alone; in plain text every kind of line end becomes "\n".
+        with opened(path, "rt", encoding="utf-8-sig", newline=None if plain else "\n") as file:
+            yield from _pieces(file, piece) if plain else _jsonl_documents(path, file, text_field)
+    except UnicodeDecodeError:
+        with opened(path, "rb") as lines:
+            raise _not_utf8(path, lines) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: damaged gzip file ({error}), fetch or pack it again") from error
 
 
-def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
+def _pieces(file: Any, longest: int) -> Iterator[str]:
     """A text file in pieces of at most `longest` characters, cut after a blank line, a line or a word if possible."""
     rest = ""
-    for text in _decoded(path, file):
+    while text := file.read(_READ_BYTES):
         rest += text
         start = 0
         while len(rest) - start > longest:
@@ -247,40 +234,23 @@ def _pieces(path: Path, file: BinaryIO, longest: int) -> Iterator[str]:
     yield rest
 
 
-def _decoded(path: Path, file: BinaryIO) -> Iterator[str]:
-    """UTF-8 text chunk by chunk, line ends as "\\n". Raises UsageError with line and byte where it is not UTF-8."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    offset, line, chunk = 0, 1, b" "
-    while chunk:
-        chunk = file.read(_READ_BYTES)
+def _not_utf8(path: Path, lines: Iterable[bytes]) -> UsageError:
+    """The error for a file that is not UTF-8; it names the first bad byte."""
+    for number, line in enumerate(lines, 1):
         try:
-            text = decoder.decode(chunk, final=not chunk)
+            line.decode()
         except UnicodeDecodeError as error:
-            # `error.object` may begin with the unfinished character of the chunk before.
-            at = offset + len(chunk) - len(error.object) + error.start
-            line += error.object[: error.start].count(b"\n")
-            raise UsageError(_not_utf8(path, line, at)) from error
-        offset += len(chunk)
-        line += text.count("\n")
-        yield text
+            place = f"line {number}, byte {error.start + 1} of the line"
+            break
+    return UsageError(f"{path}: not UTF-8 text at {place}; convert the file to UTF-8")
 
 
-def _not_utf8(path: Path, line: int, byte: int) -> str:
-    return f"{path}: not UTF-8 text at line {line}, byte {byte}; convert the file to UTF-8"
-
-
-def _jsonl_documents(path: Path, file: Any, text_field: str) -> Iterator[str]:
-    offset = 0
+def _jsonl_documents(path: Path, file: Iterable[str], text_field: str) -> Iterator[str]:
     for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(_not_utf8(path, number, offset + error.start)) from error
-        offset += len(line)
-        if text.isspace() or not text:
+        if line.isspace():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: not JSON ({error})") from error
         yield _text_of(row, text_field, f"{path}, line {number}")

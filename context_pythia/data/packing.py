@@ -32,7 +32,7 @@ from context_pythia.config.recipe import DataOptions
 from context_pythia.data import associations
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
-from context_pythia.errors import Failure, UsageError
+from context_pythia.errors import UsageError
 from context_pythia.files import write_json
 
 _FORMAT = 1
@@ -93,37 +93,24 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
     if options.data == associations.NAME:
         return _associations(options)
     tokenizer = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
-    digest = corpus_digest(options)
-    fingerprint = _fingerprint(options, digest, tokenizer)
     root = Path(options.cache_dir).expanduser() if options.cache_dir else _default_cache()
-    folder = root / fingerprint
-    packed = _open(folder, options)
+    folder = root / _fingerprint(options, tokenizer)
+    packed = _open(folder, options, tokenizer)
     if packed is None:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".packing-", dir=root) as temporary:
-            made = Path(temporary, "packed")
-            _pack(options, tokenizer, made, progress)
-            if corpus_digest(options) != digest:
-                raise Failure(f"{options.data} changed while it was read: run again when it is complete")
-            _publish(made, folder, options)
-        packed = _open(folder, options)
-        if packed is None:
-            raise OSError(f"{folder} cannot be read back: delete it, or choose another cache_dir")
-    train, validation, trained, counts = packed
-    tokenizer = tokenizer or trained
-    assert tokenizer is not None
-    summary = {
-        "source": _name(options.data),
-        **counts,
-        "samples_train": len(train),
-        "samples_validation": len(validation),
-        "sequence_length": options.sequence_length,
-        "tokens_train": train.num_tokens,
-        "tokenizer": _name(options.tokenizer),
-        "vocab_size": vocabulary_rows(tokenizer),
-        "fingerprint": fingerprint,
-    }
-    return PackedData(train, validation, tokenizer, summary)
+            partial = Path(temporary, "packed")
+            _pack(options, tokenizer, partial, progress)
+            if _open(folder, options, tokenizer) is None:
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if not folder.exists():  # else another process has packed the same meanwhile
+                    raise
+        packed = _open(folder, options, tokenizer)
+        assert packed is not None, f"{folder} cannot be read back"
+    return packed
 
 
 def _associations(options: DataOptions) -> PackedData:
@@ -136,10 +123,10 @@ def _associations(options: DataOptions) -> PackedData:
     return PackedData(train, validation, tokenizer, associations.summary(options))
 
 
-def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
+def _fingerprint(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> str:
     key = {
         "format": _FORMAT,
-        "text": digest,
+        "text": corpus_digest(options),
         "text_field": options.text_field,
         "tokenizer": options.vocab_size
         if tokenizer is None
@@ -162,7 +149,34 @@ def _name(data: str) -> str:
     return path.resolve().name if path.exists() and data not in ("builtin", "train") else data
 
 
-# --- Packing: the stream of documents into rows -----------------------------------------------------------------
+def _open(folder: Path, options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> PackedData | None:
+    """The contents of a cache folder, which has the tokenizer if none is given; None if it is missing or damaged."""
+    try:
+        counts = json.loads((folder / "counts.json").read_text())
+        counts = {key: int(counts[key]) for key in ("documents_train", "documents_validation")}
+        train, validation = (
+            PackedDataset(np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False))
+            for split in ("train", "validation")
+        )
+        if tokenizer is None:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    shapes = [(rows, options.sequence_length + 1) for rows in options.split_sizes(options.samples)]
+    if [train.tokens.shape, validation.tokens.shape] != shapes:
+        return None
+    summary = {
+        "source": _name(options.data),
+        **counts,
+        "samples_train": len(train),
+        "samples_validation": len(validation),
+        "sequence_length": options.sequence_length,
+        "tokens_train": train.num_tokens,
+        "tokenizer": _name(options.tokenizer),
+        "vocab_size": vocabulary_rows(tokenizer),
+        "fingerprint": folder.name,
+    }
+    return PackedData(train, validation, tokenizer, summary)
 
 
 class _Rows:
@@ -178,11 +192,11 @@ class _Rows:
 
     def add(self, tokens: list[int], end: int) -> int:
         """Writes a document and its end token as far as there is room; returns the number of tokens written."""
-        taken = [*tokens, end][: self.room]
-        self.tokens[self.used : self.used + len(taken)] = taken
-        self.used += len(taken)
-        self.documents += bool(taken)
-        return len(taken)
+        row = [*tokens, end][: self.room]
+        self.tokens[self.used : self.used + len(row)] = row
+        self.used += len(row)
+        self.documents += bool(row)
+        return len(row)
 
 
 def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool) -> None:
@@ -200,9 +214,7 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
         _Rows(folder / f"{name}.npy", (rows, width), dtype)
         for name, rows in zip(("train", "validation"), options.split_sizes(options.samples), strict=True)
     )
-    assigned = (
-        (train if _hash(text) > threshold else validation, text) for text in itertools.chain(_drained(head), stream)
-    )
+    assigned = ((train if _hash(text) > threshold else validation, text) for text in itertools.chain(head, stream))
     with tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=not progress) as bar:
         for batch in _batches((rows, text) for rows, text in assigned if rows.room):
             for (rows, _), tokens in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
@@ -232,12 +244,9 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
         lengths[_hash(text)] = lengths.get(_hash(text), 0) + len(text)
         if characters >= _HEAD_CHARACTERS and len(lengths) > 1:
             break
-    if not head:
-        raise UsageError(f"{options.data} is an empty corpus: it holds no text")
     if len(lengths) < 2:
-        raise UsageError(
-            f"{options.data} has only one distinct document; training and validation need one each: give more text"
-        )
+        found = "only one distinct document" if lengths else "no text"
+        raise UsageError(f"{options.data} has {found}; training and validation need a document each: give more text")
     hashes = sorted(lengths)
     reached = itertools.accumulate(lengths[key] for key in hashes)
     last = next(i for i, length in enumerate(reached) if length >= options.validation_fraction * characters)
@@ -246,13 +255,6 @@ def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _drained(head: list[str]) -> Iterator[str]:
-    """The documents of the head; each is freed once it is read."""
-    head.reverse()
-    while head:
-        yield head.pop()
 
 
 def _batches(pairs: Iterable[tuple[_Rows, str]]) -> Iterator[list[tuple[_Rows, str]]]:
@@ -289,39 +291,3 @@ def _too_short(options: DataOptions, train: int, validation: int) -> str:
         f"{options.split_sizes(most)[0] * options.sequence_length if most else 0} training tokens; "
         f"{mend}give more text or a shorter sequence_length"
     )
-
-
-# --- The cache folder -------------------------------------------------------------------------------------------
-
-
-def _open(
-    folder: Path, options: DataOptions
-) -> tuple[PackedDataset, PackedDataset, PreTrainedTokenizerFast | None, dict[str, int]] | None:
-    """The contents of a cache folder; None if it is missing or damaged and must be made again."""
-    width = options.sequence_length + 1
-    shapes = [(rows, width) for rows in options.split_sizes(options.samples)]
-    try:
-        counts = json.loads((folder / "counts.json").read_text())
-        counts = {key: int(counts[key]) for key in ("documents_train", "documents_validation")}
-        maps = [
-            np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False) for split in ("train", "validation")
-        ]
-        trained = None
-        if options.tokenizer == "train":
-            trained = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if [tokens.shape for tokens in maps] != shapes:
-        return None
-    return PackedDataset(maps[0]), PackedDataset(maps[1]), trained, counts
-
-
-def _publish(made: Path, folder: Path, options: DataOptions) -> None:
-    """Moves a finished folder to its place, unless another process has done so meanwhile."""
-    if folder.exists() and _open(folder, options) is None:
-        shutil.rmtree(folder)
-    try:
-        os.replace(made, folder)
-    except OSError:
-        if not folder.exists():
-            raise

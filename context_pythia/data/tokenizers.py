@@ -31,7 +31,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         if backend.token_to_id(END_OF_TEXT) is None:
             raise UsageError(f"{name} has no token {END_OF_TEXT}: give a folder whose tokenizer_config.json names one")
         return _wrapped(backend)
-    if not path.is_dir() and (not name.strip() or not is_hub_name(name)):
+    if not path.is_dir() and not is_hub_name(name):
         raise FileNotFoundError(f"no such tokenizer: {name!r} (give train, a tokenizer.json, a folder or a Hub name)")
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         # transformers would make up an empty tokenizer from the model's configuration.
