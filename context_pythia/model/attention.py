@@ -9,7 +9,6 @@ Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F =
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from .token_ids import to_digits
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
-# Decoding turns this many numbers at a time, so they are still in the processor's cache when they are read. Each thread
-# works on one sequence, so the total is this number times the threads.
-TURNED_NUMBERS = 2**20
+# On a CPU, RoPE is applied to this many cached numbers at a time, so they are still in the processor's cache when they
+# are read.
+TURNED_NUMBERS = 2**18
 
 
 class RotaryUp(nn.Module):
@@ -62,12 +61,6 @@ class RotaryUp(nn.Module):
         own = at_pairs(torch.eye(frequencies, dtype=self.weight.dtype, device=self.weight.device), self.pairs)
         real, imaginary = (part.unsqueeze(1) * own for part in self.weight.unbind(-1))
         return torch.cat([torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=1)
-
-    def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        """`[B, H, Q, d]` -> `[B, H, Q, R]`, the queries times `maps`, without building these."""
-        real, imaginary = (at_pairs(part, self.pairs) for part in query.chunk(2, dim=-1))
-        up_real, up_imaginary = self.weight.unsqueeze(1).unbind(-1)
-        return torch.cat([real * up_real + imaginary * up_imaginary, imaginary * up_real - real * up_imaginary], dim=-1)
 
 
 class ContextAttention(GPTNeoXAttention):
@@ -127,8 +120,10 @@ class ContextAttention(GPTNeoXAttention):
             if self.id_digits:
                 assert contexts.ids is not None
                 new = torch.cat([new, to_digits(contexts.ids, self.id_digits, new.dtype).unsqueeze(1)], dim=-1)
-            made = cache_context(new, layer_past, self.layer_idx)
-            contexts[self.layer_idx] = contexts.with_embeddings(made, self.id_digits) if self.reads_embedding else made
+            context = cache_context(new, layer_past, self.layer_idx)
+            if self.reads_embedding:
+                context = contexts.with_embeddings(context, self.id_digits)
+            contexts[self.layer_idx] = context
         context = contexts[self.context_layer].to(query.device)
 
         # Per cached token, rebuilding keys and values costs W (d_k + d_v); attending to the contexts costs W for each
@@ -201,7 +196,7 @@ class ContextAttention(GPTNeoXAttention):
         batch, heads, queries, _ = query.shape
         rotary, query_pass = query.split([self.rotary_ndims, self.head_size - self.rotary_ndims], dim=-1)
         if hasattr(self, "rotary_up"):
-            rotary = self.rotary_up.absorb(rotary)
+            rotary = torch.einsum("bhqd,hdr->bhqr", rotary, self.rotary_up.maps())
         elif self.num_rotary_keys > 1:
             # Each head has its own rotary key, so its query is zero in the columns of the other keys.
             own = torch.eye(heads, dtype=query.dtype, device=query.device)
@@ -247,11 +242,16 @@ class ContextAttention(GPTNeoXAttention):
         splits = splits_for(query, key, self.config._attn_implementation) if value is key else 1
         if splits > 1:
             return attend_in_splits(query, key, attention_mask, self.scaling, splits), None
-        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        return interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
+        return host_attention(self, query, key, value, attention_mask, **kwargs)
+
+
+def host_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that the module's configuration names: output `[B, Q, H, D]`, and the weights if it gives them."""
+    attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    dropout = module.attention_dropout if module.training else 0.0
+    return attend(module, query, key, value, mask, scaling=module.scaling, dropout=dropout, **kwargs)
 
 
 def at_pairs(table: torch.Tensor, pairs: list[int]) -> torch.Tensor:
@@ -283,25 +283,13 @@ def turned_scores(
     cached number thus needs only two products with tables that the sequences share.
     """
     queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
-    if keys.device.type != "cpu" or not only_values():
-        cos, sin = position_embeddings
-        return queries @ torch.cat([keys * cos, keys * sin], dim=-1).transpose(1, 2)
-    batch, length, width = keys.shape
-    rows = min(batch, torch.get_num_threads())
-    tokens = min(length, max(1, TURNED_NUMBERS // (2 * width * rows)))
-    room = keys.new_empty(rows, tokens, 2 * width)
-    scores = query.new_empty(*query.shape[:2], length)
-    for i in range(0, batch, rows):
-        some = slice(i, i + rows)
-        cos, sin = (table if len(table) == 1 else table[some] for table in position_embeddings)
-        for t in range(0, length, tokens):
-            part = slice(t, t + tokens)
-            key = keys[some, part]
-            turned = room[: key.shape[0], : key.shape[1]]
-            torch.mul(key, cos[:, part], out=turned[..., :width])
-            torch.mul(key, sin[:, part], out=turned[..., width:])
-            scores[some, :, part] = queries[some] @ turned.transpose(1, 2)
-    return scores
+    batch, tokens, width = keys.shape
+    if keys.device.type == "cpu" and only_values():
+        tokens = max(1, TURNED_NUMBERS // (2 * batch * width))
+    scores = []
+    for key, cos, sin in zip(*(table.split(tokens, dim=1) for table in (keys, *position_embeddings)), strict=True):
+        scores.append(queries @ torch.cat([key * cos, key * sin], dim=-1).transpose(1, 2))
+    return torch.cat(scores, dim=-1)
 
 
 def add_mask(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

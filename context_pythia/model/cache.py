@@ -64,22 +64,11 @@ class StaticContextLayer(StaticLayer):
     """`ContextLayer` of a fixed size; the stock layer can store contexts as they are."""
 
     _layer_type = "context"
-    is_initialized: bool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states[..., :0])
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Raises `ValueError` in `torch.export` if `early_initialization` got another shape than a context's."""
-        if self.is_initialized and self.keys.shape[1::2] != key_states.shape[1::2]:
-            # `early_initialization` got the heads of GPT-NeoX.
-            if torch.compiler.is_exporting():
-                raise ValueError(
-                    f"the static cache was initialized for {self.num_heads} heads of {self.k_head_dim} dims: a layer "
-                    f"of this model caches 1 head of {key_states.shape[-1]} dims"
-                )
-            self.is_initialized = bool(self.cumulative_length)
-        return super().update(key_states, value_states)
+        # `early_initialization` may give the heads of GPT-NeoX; then the first context initializes the layer.
+        if key_states.shape[1] == 1:
+            super().lazy_initialization(key_states, value_states[..., :0])
 
 
 class EmptyLayer(DynamicLayer):
@@ -125,15 +114,15 @@ class RecurrentContext:
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
         # For transformers 5.16 a positive number is the length to keep; newer versions refuse it.
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
-        kept = 0 if self.contexts is None else self.contexts.shape[1] - removed
-        if self.contexts is not None and kept < 1 and removed < length:
-            raise RuntimeError(
-                f"crop({tokens_to_remove}): the context before the last {removed} tokens was not kept; "
-                "call `activate_past_recording()` on the cache before the tokens that may be cropped"
-            )
-        super().crop(tokens_to_remove)  # type: ignore[misc]
         if self.contexts is not None:
-            self.contexts = self.contexts[:, kept - 1 : kept] if removed < length else None
+            last = self.contexts.shape[1] - removed
+            if last < 1 and removed < length:
+                raise RuntimeError(
+                    f"crop({tokens_to_remove}): the cache has no context before the last {removed} tokens; call "
+                    "`activate_past_recording()` on the cache before the tokens that may be cropped"
+                )
+            self.contexts = self.contexts[:, last - 1 : last] if removed < length else None
+        super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -200,24 +189,26 @@ def previous_context(config: ContextPythiaConfig, cache: Cache | None) -> torch.
     if cache is None or not cache.layers or not getattr(cache.layers[0], "is_initialized", False):
         return None
     length, layer = cache.get_seq_length(), cache.layers[0]
-    static = isinstance(length, torch.Tensor)
-    if isinstance(layer, RecurrentContext) and layer.contexts is not None:
+    if isinstance(layer, RecurrentContext):
+        if layer.contexts is None:
+            return None
         state = layer.contexts[:, -1]
-    elif config.context_source == "shared" and not isinstance(layer, RecurrentContext):
-        if layer.keys.shape[-1] != config.cached_width() or (not static and length == 0):
-            return None  # initialized and never written to
-        bring_back(cache, 0)
-        keys = layer.keys[:, 0, :, config.rotary_dim :]
-        # Only the device knows a static cache's length: reading it would recompile each decoding step.
-        last = (length - 1).clamp(min=0).view(1) if static else None
-        state = keys[:, -1] if last is None else keys.index_select(1, last)[:, 0] * (length > 0)
-    elif not static and length > 0:
+    elif config.context_source == "input":
         raise ValueError(f"{type(cache).__name__} cannot store the recurrent state: create it with config=model.config")
     else:
-        return None
+        bring_back(cache, 0)
+        contexts = layer.keys[:, 0, :, config.rotary_dim :]
+        if isinstance(length, torch.Tensor):
+            # Only the device knows a static cache's length: reading it would recompile each decoding step.
+            last = (length - 1).clamp(min=0).view(1)
+            state = contexts.index_select(1, last)[:, 0] * (length > 0)
+        elif length and layer.keys.shape[-1] == config.cached_width():  # `cache_context` refuses other contents
+            state = contexts[:, -1]
+        else:
+            return None
     # Autograd accepts no tensor of inference mode. A trace cannot ask for the mode, and has no such tensor.
-    foreign = torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference()
-    return state.clone() if foreign else state
+    no_autograd = torch.is_grad_enabled() and not torch.compiler.is_compiling() and state.is_inference()
+    return state.clone() if no_autograd else state
 
 
 def keep_context(cache: Cache | None, contexts: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ if not Version(OLDEST).release <= Version(transformers.__version__).release < Ve
     )
 
 CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
+FOR_LAYERS = ("rotary_pairs", "context_layers", "layer_context_dims", "reuse_rotary_keys", "cache_token_ids")
 
 
 @strict
@@ -83,56 +84,43 @@ class ContextPythiaConfig(GPTNeoXConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.context_source not in CONTEXT_SOURCES:
-            raise ValueError(f"context_source {self.context_source!r}: must be one of {', '.join(CONTEXT_SOURCES)}")
-        if self.context_source != "grouped" and not 1 <= self.context_dim <= 2 * self.hidden_size:
-            raise ValueError(
-                f"context_dim {self.context_dim}: must be between 1 and 2 * hidden_size = {2 * self.hidden_size}"
-            )
-        if self.context_block_layers < 1:
-            raise ValueError(f"context_block_layers {self.context_block_layers}: must be at least 1")
-        if not 1 <= self.context_sharing <= self.num_hidden_layers:
-            raise ValueError(
-                f"context_sharing {self.context_sharing}: must be between 1 and "
-                f"num_hidden_layers = {self.num_hidden_layers}"
-            )
-        if self.key_value_heads < 1 or self.num_attention_heads % self.key_value_heads:
-            raise ValueError(
-                f"key_value_heads {self.key_value_heads}: must divide num_attention_heads = {self.num_attention_heads}"
-            )
-        if self.num_rotary_keys not in (1, self.num_attention_heads):
-            raise ValueError(
-                f"num_rotary_keys {self.num_rotary_keys}: must be 1 or num_attention_heads = {self.num_attention_heads}"
-            )
-        self._validate_layers()
+        heads, layers, widest = self.num_attention_heads, self.num_hidden_layers, 2 * self.hidden_size
+        self._check("context_source", self.context_source in CONTEXT_SOURCES, f"be one of {', '.join(CONTEXT_SOURCES)}")
+        fits = self.context_source == "grouped" or 1 <= self.context_dim <= widest
+        self._check("context_dim", fits, f"be between 1 and 2 * hidden_size = {widest}")
+        self._check("context_block_layers", self.context_block_layers >= 1, "be at least 1")
+        fits = 1 <= self.context_sharing <= layers
+        self._check("context_sharing", fits, f"be between 1 and num_hidden_layers = {layers}")
+        fits = self.key_value_heads >= 1 and heads % self.key_value_heads == 0
+        self._check("key_value_heads", fits, f"divide num_attention_heads = {heads}")
+        self._check("num_rotary_keys", self.num_rotary_keys in (1, heads), f"be 1 or num_attention_heads = {heads}")
+        if self.context_source == "layer":
+            self._check_layers()
+        else:
+            for name in FOR_LAYERS:
+                self._check("context_source", not getattr(self, name), f"be 'layer' beside {name}")
 
-    def _validate_layers(self) -> None:
+    def _check(self, name: str, fits: bool, rule: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} {getattr(self, name)!r}: must {rule}")
+
+    def _check_layers(self) -> None:
         """Check the options of contexts that layers compute."""
-        if self.context_source != "layer":
-            of_layers = ("rotary_pairs", "context_layers", "layer_context_dims", "reuse_rotary_keys", "cache_token_ids")
-            if given := [name for name in of_layers if getattr(self, name)]:
-                raise ValueError(f"context_source {self.context_source!r}: {given[0]} is for 'layer'")
-            return
         layers, frequencies = self.num_hidden_layers, self.rotary_dim // 2
         if self.context_layers is not None:
             steps = enumerate(pairwise([0, *self.context_layers]))
-            if len(self.context_layers) != layers or any(maker not in (i, before) for i, (before, maker) in steps):
-                raise ValueError(
-                    f"context_layers {self.context_layers}: must have {layers} entries, each the layer's own index or "
-                    "the entry before it"
-                )
-            if self.context_sharing > 1:
-                raise ValueError(f"context_sharing {self.context_sharing}: must be 1 beside context_layers")
-        if self.layer_context_dims is not None and len(self.layer_context_dims) != layers:
-            raise ValueError(f"layer_context_dims {self.layer_context_dims}: must name {layers} layers")
+            fits = len(self.context_layers) == layers and all(maker in (i, before) for i, (before, maker) in steps)
+            rule = f"have {layers} entries, each the layer's own index or the entry before it"
+            self._check("context_layers", fits, rule)
+            self._check("context_sharing", self.context_sharing == 1, "be 1 beside context_layers")
+        if self.layer_context_dims is not None:
+            self._check("layer_context_dims", len(self.layer_context_dims) == layers, f"name {layers} layers")
         if self.rotary_pairs is not None:
-            fits = all(len(row) == frequencies and min(row) >= 0 for row in self.rotary_pairs)
-            if len(self.rotary_pairs) != layers or not fits or not all(map(any, self.rotary_pairs)):
-                raise ValueError(
-                    f"rotary_pairs: must have {layers} rows of {frequencies} counts, and a pair at least in each row"
-                )
-        if self.cache_token_ids and self.reuse_rotary_keys:
-            raise ValueError("cache_token_ids: keys and values are rebuilt from the embedding, not from rotary keys")
+            counts = all(len(row) == frequencies and min(row) >= 0 and any(row) for row in self.rotary_pairs)
+            rule = f"have {layers} rows of {frequencies} counts, and a pair at least in each row"
+            self._check("rotary_pairs", len(self.rotary_pairs) == layers and counts, rule)
+        if self.cache_token_ids:
+            self._check("reuse_rotary_keys", not self.reuse_rotary_keys, "be False beside cache_token_ids")
         for layer_idx in range(layers):
             rotary = self.rotary_width(layer_idx)
             least = rotary + (0 if self.reuse_rotary_keys or self.cache_token_ids else 1)

@@ -70,15 +70,11 @@ class ContextBlock(nn.Module):
     def __init__(self, context_dim: int, embedding_dim: int, num_layers: int = 1, eps: float = 1e-5):
         super().__init__()
         self.context_dim = context_dim
-        self.layers = nn.ModuleList(ContextBlockLayer(context_dim, embedding_dim, eps) for _ in range(num_layers))
-
-    @property
-    def _layers(self) -> list[Any]:
-        return list(self.layers)
+        self.layers: Any = nn.ModuleList(ContextBlockLayer(context_dim, embedding_dim, eps) for _ in range(num_layers))
 
     def step(self, previous: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """Previous contexts `[..., C]`, embeddings `[..., E]` -> contexts `[..., C]`."""
-        for layer in self._layers:
+        for layer in self.layers:
             previous = layer.step(previous, embeddings)
         return previous
 
@@ -130,7 +126,7 @@ class ContextBlock(nn.Module):
         if initial is None:
             initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim)
         initial = initial.to(embeddings.dtype)
-        at_once = embeddings.shape[1] > 1 and all(layer.is_plain for layer in self._layers)
+        at_once = embeddings.shape[1] > 1 and all(layer.is_plain for layer in self.layers)
         return (self._scan_at_once if at_once else self._scan_by_steps)(embeddings, initial, mask, starts)
 
     def _scan_by_steps(
@@ -149,11 +145,11 @@ class ContextBlock(nn.Module):
         self, embeddings: torch.Tensor, initial: torch.Tensor, mask: torch.Tensor | None, starts: torch.Tensor | None
     ) -> torch.Tensor:
         # The recurrence runs in the dtype of the weights, because autocast would round the state at each token.
-        norm = self._layers[0].norm
+        norm = self.layers[0].norm
         dtype = norm.weight.dtype
-        projected = torch.stack([layer.project(embeddings).transpose(0, 1) for layer in self._layers]).to(dtype)
+        projected = torch.stack([layer.project(embeddings).transpose(0, 1) for layer in self.layers]).to(dtype)
         keep, carry = (None if m is None else m.t().unsqueeze(-1) for m in (mask, None if starts is None else ~starts))
-        parameters = [p for layer in self._layers for p in (layer.recurrent_weight, layer.norm.weight, layer.norm.bias)]
+        parameters = [p for layer in self.layers for p in (layer.recurrent_weight, layer.norm.weight, layer.norm.bias)]
         with torch.autocast(embeddings.device.type, enabled=False):
             contexts = Recurrence.apply(projected, initial.to(dtype), keep, carry, norm.eps, *parameters)
         return contexts.transpose(0, 1)

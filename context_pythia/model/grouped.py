@@ -6,15 +6,12 @@ arXiv 1911.02150), which consecutive layers may share (cross-layer attention, ar
 Shapes: B batch, Q queries, T keys, H heads, G heads of keys and values, D head size.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention, eager_attention_forward
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
-from .attention import PositionEmbeddings, turn_rotary_keys
+from .attention import PositionEmbeddings, host_attention, turn_rotary_keys
 from .configuration import ContextPythiaConfig
 from .layer_contexts import Contexts
 
@@ -66,11 +63,5 @@ class GroupedAttention(GPTNeoXAttention):
         group = self.num_heads // self.key_value_heads
         shared = (heads.to(query.device) for heads in contexts[self.context_layer])
         key, value = (heads.repeat_interleave(group, dim=1) for heads in shared)
-        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = interface(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )
+        output, weights = host_attention(self, query, key, value, attention_mask, **kwargs)
         return self.dense(output.reshape(batch, length, -1)), weights

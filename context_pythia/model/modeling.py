@@ -1,6 +1,6 @@
 """Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from typing import Any, Self, Unpack, cast
@@ -117,18 +117,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             self._table = state, nn.functional.pad(self.token_norm(self.embed_in.weight), (self.room, 0))
         return self._table[1]
 
-    def train(self, mode: bool = True) -> Self:
-        """As the host's; training drops the table of embeddings."""
-        if mode:
-            self._table = None, None
-        return super().train(mode)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._table = None, None  # not to stay where the weights were
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_table": (None, None)}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -152,9 +143,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 four-dimensional `attention_mask`: a two-dimensional one says the same.
 
         Raises:
-            ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`.
+            ValueError: `inputs_embeds` with `cache_token_ids`.
         """
-        cache = _only_cache(past_key_values, cache, kwargs)
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if self.config.cache_token_ids and input_ids is None:
@@ -237,14 +228,6 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         return (cos[:, new], sin[:, new]), (cos, sin)
 
 
-def _only_cache(past_key_values: Cache | None, cache: Cache | None, others: Mapping[str, object]) -> Cache | None:
-    if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
-        raise ValueError(f"{unknown[0]}: no argument of this model; give the cache as past_key_values or as cache")
-    if cache is not None and past_key_values not in (None, cache):
-        raise ValueError("past_key_values and cache: are one argument by two names; give one of them")
-    return past_key_values if cache is None else cache
-
-
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):
     def __init__(self, config: ContextPythiaConfig):
         # Skip the host's __init__, which would build a whole GPT-NeoX for nothing.
@@ -284,35 +267,22 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         return inputs
 
 
-class ContextPythiaForSequenceClassification(ContextPythiaPreTrainedModel, GPTNeoXForSequenceClassification):
+class WithHead(ContextPythiaPreTrainedModel):
+    """The host's head on our body, which takes the place of the host's."""
+
+    def __init__(self, config: ContextPythiaConfig):
+        super().__init__(config)
+        self.gpt_neox = ContextPythiaModel(config)
+        self.post_init()
+
+
+class ContextPythiaForSequenceClassification(WithHead, GPTNeoXForSequenceClassification):
     """Scores of a text, `[B, num_labels]`, from its last token that is not padding."""
 
-    def __init__(self, config: ContextPythiaConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.gpt_neox = ContextPythiaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
-
-class ContextPythiaForTokenClassification(ContextPythiaPreTrainedModel, GPTNeoXForTokenClassification):
+class ContextPythiaForTokenClassification(WithHead, GPTNeoXForTokenClassification):
     """Scores of each token, `[B, T, num_labels]`."""
 
-    def __init__(self, config: ContextPythiaConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.gpt_neox = ContextPythiaModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
-
-class ContextPythiaForQuestionAnswering(ContextPythiaPreTrainedModel, GPTNeoXForQuestionAnswering):
+class ContextPythiaForQuestionAnswering(WithHead, GPTNeoXForQuestionAnswering):
     """Scores of each token as the first and as the last one of an answer, `[B, T]` each."""
-
-    def __init__(self, config: ContextPythiaConfig):
-        PreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.gpt_neox = ContextPythiaModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()

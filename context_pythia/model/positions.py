@@ -5,8 +5,6 @@ Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included.
 
 import torch
 
-TextMasks = tuple[torch.Tensor | None, torch.Tensor | None]
-
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
     """A four-dimensional mask as booleans: which keys a query sees."""
@@ -18,7 +16,7 @@ def text_masks(
     position_ids: torch.Tensor | None,
     queries: int,
     past: int | torch.Tensor | None,
-) -> TextMasks:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Padding and beginnings of texts among the new tokens, for the recurrence.
 
     Texts packed into one row are separated as in attention: by a four-dimensional mask; or, without a mask and a cache,
@@ -72,7 +70,7 @@ def positions_in_cache(
         counts = is_text.cumsum(dim=-1) - 1
         padding = ~is_text[:, new]
         by_place, by_count = (
-            (padding | (position_ids == wanted[:, new])).all(dim=-1, keepdim=True) for wanted in (places, counts)
+            (padding | (position_ids == expected[:, new])).all(dim=-1, keepdim=True) for expected in (places, counts)
         )
     if torch.compiler.is_compiling():
         return places if causal_mask is None else torch.where(by_place, places, counts)

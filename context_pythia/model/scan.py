@@ -50,18 +50,15 @@ class Recurrence(torch.autograd.Function):
         # The products W c + p, and the norms' inputs.
         products, residuals = torch.empty_like(projected), torch.empty_like(projected)
         contexts = torch.empty_like(projected[0])
-        kept, carried = (None if mask is None else mask.unbind(0) for mask in (keep, carry))
-        views = [tensor.flatten(0, 1).unbind(0) for tensor in (projected, products, residuals)]
-        tokens, width = contexts.shape[0], contexts.shape[-1:]
-        context = initial
-        for t, out in enumerate(contexts.unbind(0)):
-            context = previous = context if carried is None else context * carried[t]
+        width, context = contexts.shape[-1:], initial
+        for t, out in enumerate(contexts):
+            context = previous = context if carry is None else context * carry[t]
             for i, (weight, bias) in enumerate(norms):
-                p, product, residual = (view[i * tokens + t] for view in views)
-                torch.addmm(p, context, transposed[i], out=product)
+                product, residual = products[i, t], residuals[i, t]
+                torch.addmm(projected[i, t], context, transposed[i], out=product)
                 torch.add(context, aten.gelu(product), out=residual)
                 context = aten.native_layer_norm(residual, width, weight, bias, eps)[0]
-            context = out.copy_(context) if kept is None else torch.where(kept[t], context, previous, out=out)
+            context = out.copy_(context) if keep is None else torch.where(keep[t], context, previous, out=out)
         ctx.save_for_backward(products, residuals, contexts, initial, keep, carry, *parameters)
         ctx.eps = eps
         return contexts
@@ -78,35 +75,23 @@ class Recurrence(torch.autograd.Function):
         ]
         # Gradients of the norms' outputs, and of the products.
         of_outputs, of_products = torch.empty_like(residuals), torch.empty_like(products)
-        kept, carried = (None if mask is None else mask.unbind(0) for mask in (keep, carry))
-        views = [
-            [tensors.unbind(0) for tensors in stacked]
-            for stacked in (
-                residuals,
-                products,
-                [mean for _, mean, _ in normed],
-                [rstd for _, _, rstd in normed],
-                of_outputs,
-                of_products,
-            )
-        ]
         flow = torch.zeros_like(initial)
         for t in reversed(range(len(contexts))):
             flow = flow + gradient[t]
-            if kept is not None:
-                past, flow = flow * ~kept[t], flow * kept[t]
+            if keep is not None:
+                past, flow = flow * ~keep[t], flow * keep[t]
             for i in reversed(range(len(norms))):
-                residual, product, mean, rstd, of_output, of_product = (view[i][t] for view in views)
-                of_output.copy_(flow)
+                of_outputs[i, t], of_product = flow, of_products[i, t]
+                mean, rstd = (part[t] for part in normed[i][1:])
                 flow = aten.native_layer_norm_backward(
-                    flow, residual, width, mean, rstd, *norms[i], [True, False, False]
+                    flow, residuals[i, t], width, mean, rstd, *norms[i], [True, False, False]
                 )[0]
-                aten.gelu_backward.grad_input(flow, product, grad_input=of_product)
+                aten.gelu_backward.grad_input(flow, products[i, t], grad_input=of_product)
                 flow = torch.addmm(flow, of_product, weights[i])
-            if kept is not None:
+            if keep is not None:
                 flow = flow + past
-            if carried is not None:
-                flow = flow * carried[t]
+            if carry is not None:
+                flow = flow * carry[t]
         previous = torch.cat([initial.unsqueeze(0), contexts[:-1]])
         before = [previous if carry is None else previous * carry] + [output for output, _, _ in normed[:-1]]
         of_parameters: list[Tensor | None] = []

@@ -166,7 +166,7 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         ),
         (
             "models: [{name: a, context_source: shared, context_layers: [0, 0, 0, 0, 0, 0]}]",
-            "context_source 'shared': context_layers is for 'layer'",
+            "context_source 'shared': must be 'layer' beside context_layers",
         ),
         (
             BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"),

@@ -40,7 +40,7 @@ def test_token_by_token_is_one_forward(source, model, ids, kind):
 
 
 @torch.no_grad()
-def test_the_cache_has_two_names_and_any_other_is_refused(ids):
+def test_the_cache_has_two_names(ids):
     model = build("layer", num_hidden_layers=1)
     whole = model(ids).logits[:, 8:]
     for name in ("past_key_values", "cache"):
@@ -48,11 +48,6 @@ def test_the_cache_has_two_names_and_any_other_is_refused(ids):
         model(ids[:, :8], **{name: cache})
         torch.testing.assert_close(model.gpt_neox(ids[:, 8:], **{name: cache})[0] @ model.lm_head.weight.t(), whole)
         assert cache.get_seq_length() == 17
-    for others in (dict(kv_cache=cache), dict(past_key_values=cache, cache=DynamicCache(config=model.config))):
-        with pytest.raises(ValueError, match="give"):
-            model.gpt_neox(ids, **others)
-    with pytest.raises(ValueError, match="kv_cache: no argument of this model"):
-        model(ids, kv_cache=cache)
 
 
 @torch.no_grad()
@@ -237,7 +232,7 @@ def test_pythia_70m_has_the_reports_parameters():
         (dict(context_layers=[0, 1, 0]), r"context_layers \[0, 1, 0\]"),
         (dict(context_layers=[0, 0, 2], context_sharing=2), "context_sharing 2: must be 1 beside context_layers"),
         (dict(context_layers=[0, 0, 2], layer_context_dims=[9, 9, 4]), "layer_context_dims 4 of layer 2: leaves"),
-        (dict(context_source="shared", context_layers=[0, 1, 2]), "context_layers is for 'layer'"),
+        (dict(context_source="shared", context_layers=[0, 1, 2]), "must be 'layer' beside context_layers"),
         (dict(num_rotary_keys=3), "num_rotary_keys 3"),
         (dict(context_block_layers=0), "context_block_layers 0"),
     ],
