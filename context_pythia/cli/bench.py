@@ -43,12 +43,13 @@ class Bench(Report, Command):
 
     def run(self) -> None:
         name = "report" if self.train and self.recipe is None else self.recipe
-        other, mend = ("bench", "leave out --serve") if self.serve else ("serve", "add --serve")
+        other = "bench" if self.serve else "serve"
         if foreign := self.values_of(other):
-            raise UsageError(f"bench: {other}.{next(iter(foreign))}: {mend}")
-        if sum(map(bool, (self.models, name, self.size))) != 1 or (self.serve and name):
-            one = "either MODELs, --recipe RECIPE or --size SIZE"
-            raise UsageError(f"bench: give {one} (--train takes a recipe alone, --serve none)")
+            with_serve = "does not go with" if self.serve else "needs"
+            raise UsageError(f"bench: {other}.{next(iter(foreign))} {with_serve} --serve")
+        if sum([bool(self.models), name is not None, self.size is not None]) != 1 or (self.serve and name is not None):
+            one = "a recipe alone" if self.train else "either MODELs, --recipe RECIPE or --size SIZE"
+            raise UsageError("bench --serve: give either MODELs or --size SIZE" if self.serve else f"bench: give {one}")
         if self.sources is not None and self.size is None:
             raise UsageError("bench: --sources needs --size")
         of_recipe = {path: value for path, value in self.values.items() if not path.startswith(("bench.", "serve."))}

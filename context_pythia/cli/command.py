@@ -68,14 +68,10 @@ class RecipeCommand(Command):
     flagged = ("", "data", "architecture", "phase1", "train", "model")
 
     recipe: str = option("quick", f"{', '.join(packaged_recipes())}, or a YAML file")
-    out: Path | None = option(None, "run folder (default: runs/NAME-OF-THE-RECIPE)", metavar="DIR")
 
     def load_recipe(self, models: Sequence[str] | None = None) -> Recipe:
         """The recipe after the user's overrides, with only these models."""
         return load_recipe(self.recipe, self.values, models)
-
-    def folder_of(self, recipe: Recipe) -> Path:
-        return self.out or Path("runs") / recipe.name
 
 
 @dataclass(kw_only=True)
@@ -115,3 +111,8 @@ def _write_report(out: Path | None, lang: str) -> None:
 def required(help: str, **declared: Any) -> Any:
     """An option that must be given."""
     return option(MISSING, help, **declared)
+
+
+def folder_of(recipe: Recipe, out: Path | None) -> Path:
+    """The run folder: `out`, or one named after the recipe."""
+    return out or Path("runs") / recipe.name

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from context_pythia.cli.command import RecipeCommand, Report, reported, required
+from context_pythia.cli.command import RecipeCommand, Report, folder_of, reported, required
 from context_pythia.config.options import option
 
 
@@ -19,10 +20,11 @@ class Compare(Report, RecipeCommand):
     resumable = joint = True
 
     models: tuple[str, ...] | None = option(None, "only these models of the recipe", metavar="A,B")
+    out: Path | None = option(None, "run folder (default: runs/NAME-OF-THE-RECIPE)", metavar="DIR")
 
     def run(self) -> None:
         recipe = self.load_recipe(self.models)
-        out = self.folder_of(recipe)
+        out = folder_of(recipe, self.out)
         from context_pythia.runs.train import compare
 
         with reported(out, self.lang):
@@ -36,13 +38,14 @@ class Train(RecipeCommand):
     resumable = joint = True
 
     model: str = required("the model of the recipe", metavar="NAME")
+    out: Path | None = option(None, "run folder (default: runs/NAME-OF-THE-RECIPE)", metavar="DIR")
     quiet: bool = option(False, "show no progress bars")
 
     def run(self) -> None:
         from context_pythia.runs.train import compare
 
         recipe = self.load_recipe([self.model])
-        compare(recipe, self.folder_of(recipe), progress=not self.quiet)
+        compare(recipe, folder_of(recipe, self.out), progress=not self.quiet)
 
 
 @dataclass(kw_only=True)
@@ -54,4 +57,4 @@ class Phase1(Train):
         from context_pythia.runs.train import run_phase1
 
         recipe = self.load_recipe([self.model])
-        run_phase1(recipe, self.folder_of(recipe), progress=not self.quiet)
+        run_phase1(recipe, folder_of(recipe, self.out), progress=not self.quiet)

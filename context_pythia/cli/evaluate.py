@@ -33,9 +33,7 @@ class Evaluate(Report, Command):
         4096, "validation tokens that are also scored token by token through the cache", bounds=">= 1"
     )
     tasks: tuple[str, ...] = option((), "also run these tasks of lm-evaluation-harness", metavar="A,B")
-    tasks_path: Path | None = option(
-        None, "folder with task files of your own, in place of the harness's", metavar="DIR"
-    )
+    tasks_path: Path | None = option(None, "folder with task files of your own", metavar="DIR")
     limit: int | None = option(None, "at most N documents per task", bounds=">= 1")
     recall: int = option(0, "also test recall of words 32 tokens back and more, in N texts per distance", bounds=">= 0")
     out: Path | None = option(None, "folder for figures, report and picture (default: none)", metavar="DIR")

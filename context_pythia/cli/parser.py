@@ -15,6 +15,7 @@ from context_pythia.config.recipe_files import options_by_path, path_of, plain_n
 from context_pythia.errors import UsageError
 
 PROGRAM = "context-pythia"
+SETTING = "setting "  # begins the argparse destination of a section's flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +40,7 @@ def build_parser(commands: dict[str, type[Command]]) -> argparse.ArgumentParser:
         **common,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {context_pythia.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in commands.items():
         subparser = subparsers.add_parser(
@@ -49,7 +51,9 @@ def build_parser(commands: dict[str, type[Command]]) -> argparse.ArgumentParser:
             epilog=_examples(*command.examples),
             **common,
         )
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
         _add_options(subparser, command)
         subparser.set_defaults(command=command, parser=subparser)
     return parser
@@ -66,31 +70,43 @@ def parse(commands: dict[str, type[Command]], argv: Sequence[str] | None) -> tup
         known = [flag for action in args.parser._actions for flag in action.option_strings]
         args.parser.error(f"unknown argument {unknown[0]}{_advice(unknown[0], args.command, known)}")
     given = vars(args)
-    fields = {declared.name: given[declared.name] for declared in options_of(args.command) if declared.name in given}
-    values = {path: given[path] for path in options_by_path(args.command.sections) if path in given}
-    return args, fields | {"values": values}
+    values = {dest.removeprefix(SETTING): value for dest, value in given.items() if dest.startswith(SETTING)}
+    values |= _set_values(args.command, given.get("set") or [], args.parser.prog)
+    fields = {declared.name for declared in options_of(args.command)}
+    return args, {name: value for name, value in given.items() if name in fields} | {"values": values}
 
 
-class SetAction(argparse.Action):
+class SetAction(argparse._AppendAction):
     """`--set KEY=VALUE`; `--set help` lists the keys and exits, as `--help` does."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        known = _settable(parser.get_default("command"))
         if values == "help":
-            for path, declared in known.items():
+            for path, declared in _settable(parser.get_default("command")).items():
                 print(f"{path:32} {_help(declared)}")
             parser.exit()
-        key, equals, value = values.partition("=")
-        if not equals:
-            raise UsageError(f"--set {values!r}: give section.key=value, such as data.samples=100")
-        path = path_of(key, known, "--set", f"{parser.prog} --set help")
-        setattr(namespace, path, known[path].parse(value))
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _settable(command: type[Command]) -> dict[str, Option]:
     """The options that `--set` knows, by path."""
     known = options_by_path(command.sections)
     return {path: declared for path, declared in known.items() if path not in ("name", *OF_ONE_MODEL)}
+
+
+def _set_values(command: type[Command], texts: Sequence[str], program: str) -> dict[str, Any]:
+    known = _settable(command)
+    values = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text!r}: give section.key=value, such as {_setting_example(command)}")
+        path = path_of(key, known, "--set", f"{program} --set help")
+        values[path] = known[path].parse(value)
+    return values
+
+
+def _setting_example(command: type[Command]) -> str:
+    return "train.max_grad_norm=0.5" if "train" in command.sections else "data.text_field=body"
 
 
 def _advice(unknown: str, command: type[Command], flags: Sequence[str]) -> str:
@@ -102,13 +118,12 @@ def _advice(unknown: str, command: type[Command], flags: Sequence[str]) -> str:
 
 
 def _usage(command: type[Command]) -> str:
-    words = []
-    for declared in options_of(command):
-        if declared.name in command.arguments:
-            words.append(declared.name.upper() if declared.required else f"[{declared.name.upper()}]")
-        elif declared.required:
-            words.append(f"{_flag(declared.name)} {_metavar(declared)}")
-    return " ".join([*words, "[options]"])
+    declared = options_of(command)
+    arguments = [
+        o.name.upper() if o.required else f"[{o.name.upper()}]" for o in declared if o.name in command.arguments
+    ]
+    flags = [f"--{o.name} {_metavar(o)}" for o in declared if o.required and o.name not in command.arguments]
+    return " ".join([*arguments, *flags, "[options]"])
 
 
 def _examples(*lines: str) -> str:
@@ -136,14 +151,13 @@ def _add_options(parser: argparse.ArgumentParser, command: type[Command]) -> Non
             if declared.flag:
                 # The recipe decides the defaults.
                 text = declared.help if of_recipe else _help(declared)
-                _add_flag(group, declared, _flag(plain_name(path)), path, text)
+                _add_flag(group, declared, _flag(plain_name(path)), SETTING + path, text)
     if command.sections:
         parser.add_argument(
             "--set",
             action=SetAction,
-            default=argparse.SUPPRESS,
             metavar="KEY=VALUE",
-            help=f"any value of {', '.join(filter(None, command.sections))}, such as data.samples=100; "
+            help=f"any value of {', '.join(filter(None, command.sections))}, such as {_setting_example(command)}; "
             "`--set help` lists all; may be given several times",
         )
 

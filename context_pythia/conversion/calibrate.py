@@ -100,19 +100,16 @@ class LayerStatistics:
         share = columns.trace() / variance
         return mean, columns / share, self.row_moment * (share / (self.row_moment.trace() * self.tokens))
 
-    def identity(self) -> torch.Tensor:
-        return torch.eye(len(self.row_moment), dtype=torch.float64)
-
 
 # The inputs' mean and covariance and the errors' metric for a factorization. The last two are for comparison: principal
 # components of keys and values, and singular values of the weights.
 WEIGHTINGS: dict[str, Callable[[LayerStatistics], Moments]] = {
     "gradients": LayerStatistics.fisher_factors,
-    "inputs": lambda held: (*held.input_moments(), held.identity()),
-    "none": lambda held: (
-        torch.zeros_like(held.input_sum),
-        torch.eye(len(held.input_sum), dtype=torch.float64),
-        held.identity(),
+    "inputs": lambda sums: (*sums.input_moments(), torch.eye(len(sums.row_moment), dtype=torch.float64)),
+    "none": lambda sums: (
+        torch.zeros_like(sums.input_sum),
+        torch.eye(len(sums.input_sum), dtype=torch.float64),
+        torch.eye(len(sums.row_moment), dtype=torch.float64),
     ),
 }
 
@@ -156,8 +153,8 @@ def collect(
             seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(start, stop)]
             gradients = [loss_gradients(model, state, own) for state, own in zip(states.detach(), seeds, strict=True)]
             states.backward(torch.stack(gradients))
-    for readers, held in statistics.items():
-        if not all(bool(getattr(held, f.name).isfinite().all()) for f in fields(held)):
+    for readers, sums in statistics.items():
+        if not all(bool(getattr(sums, f.name).isfinite().all()) for f in fields(sums)):
             raise Failure(
                 f"layer {readers.layers[0]} has inputs or gradients that are not finite: the checkpoint is damaged"
             )
@@ -193,15 +190,11 @@ def _sandwich(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 def observed(model: GPTNeoXForCausalLM, statistics: dict[Readers, LayerStatistics]) -> Iterator[Event]:
     """In the `with` block, a forward pass while the event is set, and its backward pass, add to `statistics`.
 
-    Only activations get gradients, not weights. Clear the event before the backward pass, which runs each layer forward
+    Weights get no gradients, now or later. Clear the event before the backward pass, which runs each layer forward
     again.
     """
     heads = model.config.num_attention_heads
-    # By name: a tied weight on disk is one parameter before it is read, and two after.
-    required = {name: weight.requires_grad for name, weight in model.named_parameters(remove_duplicate=False)}
-    handles = []
     recording = Event()
-
     inputs: dict[int, torch.Tensor] = {}  # of each layer, `[B, T, D]`
     gradients: dict[int, torch.Tensor] = {}  # of each layer's keys, then values, `[B, T, 2, D]`
 
@@ -209,35 +202,36 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[Readers, LayerStatistic
         return torch.cat([inputs[layer] for layer in readers.inputs], dim=-1)
 
     def watch(layer: int):
-        own = next((readers for readers in statistics if layer in readers.layers), None)
+        readers = next((readers for readers in statistics if layer in readers.layers), None)
 
         def forward(module: nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
             if not recording.is_set():
                 return
             states = arguments[0].detach()
             inputs[layer] = states.to(torch.promote_types(states.dtype, torch.float32))
-            if own is None:
+            if readers is None:
                 return
-            output.register_hook(partial(backward, own))
-            if layer == own.layers[-1]:
-                held, states = statistics[own], joined(own).flatten(0, 1)
-                held.tokens += states.shape[0]
-                held.input_sum += states.sum(0).double().cpu()
-                held.input_moment += (states.T @ states).double().cpu()
+            output.register_hook(partial(backward, readers))
+            if layer == readers.layers[-1]:
+                sums, states = statistics[readers], joined(readers).flatten(0, 1)
+                sums.tokens += states.shape[0]
+                sums.input_sum += states.sum(0).double().cpu()
+                sums.input_moment += (states.T @ states).double().cpu()
 
-        def backward(own: Readers, gradient: torch.Tensor) -> None:
+        def backward(readers: Readers, gradient: torch.Tensor) -> None:
             # [B, T, H * (query, key, value) * head size] -> [B, T, 2, D]
             parts = gradient.to(inputs[layer].dtype).unflatten(-1, (heads, 3, -1))
             gradients[layer] = parts[..., 1:, :].transpose(2, 3).flatten(3)
-            if layer == own.layers[0]:
-                held, kept = statistics[own], torch.cat([gradients.pop(i) for i in own.layers], dim=-1).flatten(2)
-                states = nn.functional.pad(joined(own), (0, 1), value=1.0)
-                # dW is keptᵀ states. Products between tokens give its moments without forming dW for each sample.
-                held.column_moment += _sandwich(states, kept).double().cpu()
-                held.row_moment += _sandwich(kept, states[..., :-1]).double().cpu()
+            if layer == readers.layers[0]:
+                sums, states = statistics[readers], nn.functional.pad(joined(readers), (0, 1), value=1.0)
+                rows = torch.cat([gradients.pop(i) for i in readers.layers], dim=-1).flatten(2)
+                # dW is rowsᵀ states. Products between tokens give its moments without forming dW for each sample.
+                sums.column_moment += _sandwich(states, rows).double().cpu()
+                sums.row_moment += _sandwich(rows, states[..., :-1]).double().cpu()
 
         return forward
 
+    handles = []
     try:
         model.eval().requires_grad_(False)
         recompute_activations(model)  # this also makes embeddings require gradients
@@ -253,5 +247,3 @@ def observed(model: GPTNeoXForCausalLM, statistics: dict[Readers, LayerStatistic
             handle.remove()
         recompute_activations(model.eval(), False)
         model.disable_input_require_grads()
-        for name, require in required.items():
-            model.get_parameter(name).requires_grad_(require)

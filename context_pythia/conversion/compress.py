@@ -58,25 +58,21 @@ def checked_form(options: ConvertOptions, original: GPTNeoXForCausalLM) -> Form:
     hidden, layers, rotary = config.hidden_size, config.num_hidden_layers, attention.rotary_ndims
     dims = options.layer_context_dims
     try:
-        made = context_config(config, None, dims or [hidden] * layers, options.context_layers, options.cache_token_ids)
+        ours = context_config(config, None, dims or [hidden] * layers, options.context_layers, options.cache_token_ids)
     except StrictDataclassError as error:
         raise UsageError(f"convert: {error.__cause__ or error}") from error
-    contexts, digits = readers_of(made), made.id_digits
-    widths = [made.context_width(readers.layers[0]) for readers in contexts] if dims else None
+    contexts, digits = readers_of(ours), ours.id_digits
+    widths = [ours.context_width(readers.layers[0]) for readers in contexts] if dims else None
     numbers = sum(widths) if widths else options.width(hidden) * layers - digits
     most, least = hidden * len(contexts), (rotary + (digits == 0)) * len(contexts)
     exact = numbers == most and not digits and len(contexts) == layers
     if numbers > most or max(widths or [0]) > hidden:
         width = (most + digits) // layers
-        limit = f"the layers have {len(contexts)} contexts, each at most as wide as the model, {hidden}"
-        if options.plain and not dims:
-            limit = f"a context of {hidden}, the model's width, is already exact"
-        mend = f"a context_dim of at most {width}"
-        if dims:
-            mend = f"layer_context_dims of at most {hidden}"
-        elif options.kv_reduction is not None:
-            mend = f"a kv_reduction of at least {1 - width / (2 * hidden):g}"
-        raise UsageError(f"{options.asked}: {limit}: give {mend}")
+        mend = f"a context_dim of at most {width} (a kv_reduction of at least {1 - width / (2 * hidden):g})"
+        raise UsageError(
+            f"{options.asked}: the layers have {len(contexts)} contexts, each at most as wide as the model, {hidden}: "
+            f"give {f'layer_context_dims of at most {hidden}' if dims else mend}"
+        )
     if rotary == attention.head_size and not exact:
         raise UsageError(
             f"{options.asked}: RoPE turns whole keys in this model, so the smallest cache is its keys, {hidden} "
@@ -170,9 +166,9 @@ def _calibrated(
 
     def factorizer_of(context: int) -> LayerFactorizer:
         # Built on each call, to keep only one context's moments in memory.
-        held, readers = LayerStatistics.load(statistics[context]), form.contexts[context]
+        sums, readers = LayerStatistics.load(statistics[context]), form.contexts[context]
         weights = [keys_and_values(original, layer) for layer in readers.layers]
-        return readers.factorizer(weights, *WEIGHTINGS[options.weighting](held))
+        return readers.factorizer(weights, *WEIGHTINGS[options.weighting](sums))
 
     count, layers = len(form.contexts), original.config.num_hidden_layers
     frontiers, splits = zip(*(factorizer_of(context).frontier() for context in range(count)), strict=True)
@@ -210,9 +206,9 @@ def allocate(frontiers: Sequence[torch.Tensor], total: int, multiple: int = 1) -
     left = total - sum(widths)
     assert left >= 0, "the contexts' least widths take more than there is"
     for _, layer, width in sorted(segments):
-        taken = min(width, left)
-        widths[layer] += taken
-        left -= taken
+        share = min(width, left)
+        widths[layer] += share
+        left -= share
     return widths
 
 
@@ -247,10 +243,10 @@ def _statistics(
     text = PackedDataset(train.tokens[chosen.numpy()])
     files = {readers: partial / f"statistics-{readers.layers[0]:03d}.safetensors" for readers in contexts}
     missing = [readers for readers, file in files.items() if not file.exists()]
-    room = min(MOST_STATISTICS, (free_memory() or MOST_STATISTICS) / 2)
+    room = min(MOST_STATISTICS, (free_memory(torch.device("cpu")) or MOST_STATISTICS) / 2)
     at_once = max(1, int(room / max(readers.statistics_bytes(hidden) for readers in contexts)))
     for start in range(0, len(missing), at_once):
-        held = collect(
+        collected = collect(
             original,
             text,
             missing[start : start + at_once],
@@ -258,6 +254,6 @@ def _statistics(
             seed=options.seed,
             progress=progress,
         )
-        for readers, statistics in held.items():
+        for readers, statistics in collected.items():
             statistics.save(files[readers])
     return list(files.values())

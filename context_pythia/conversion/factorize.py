@@ -209,9 +209,11 @@ class LayerFactorizer:
     def errors(self, pairs: list[int]) -> torch.Tensor:
         """Error with latents of 0, 1, … D - rank dims beside the pairs, `[D - rank + 1]`."""
         free = self._free(self._rotary(pairs)[0])
-        return self._errors(pairs, torch.linalg.eigvalsh(free.T @ self.gram @ free).clamp(min=0))
+        return self._errors(pairs, torch.linalg.eigvalsh(free.T @ self.gram @ free))
 
     def _errors(self, pairs: list[int], values: torch.Tensor) -> torch.Tensor:
+        """`errors`, from the eigenvalues of `gram` in the directions for the latent, ascending."""
+        values = values.clamp(min=0)
         tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
         lost = sum(self.worth[f, count:].sum() for f, count in enumerate(pairs))
         return (tail + lost) / 2
@@ -234,19 +236,15 @@ class LayerFactorizer:
         gram = basis.T @ self.gram @ basis
         rounding = ROUNDING * float(gram.trace() + self.worth.sum())
         # With a known embedding, the latent's directions are the same beside any pairs.
-        known_values = torch.linalg.eigvalsh(self.gram).clamp(min=0) if self.known else None
+        values = torch.linalg.eigvalsh(self.gram)
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # Always try one pair, so every width with room for a pair and a latent has a finite error.
         for total in sorted({1, *(max(1, most * step // GRID) for step in range(1, GRID + 1))}):
-            counts = self.pair_counts(total)
-            if known_values is not None:
-                errors = self._errors(counts, known_values)
-            elif independent:
-                errors = self._errors(counts, torch.linalg.eigvalsh(gram[2 * total :, 2 * total :]).clamp(min=0))
-            else:
-                errors = self.errors(counts)
-            widths = torch.arange(2 * total, width + 1)
+            counts, widths = self.pair_counts(total), torch.arange(2 * total, width + 1)
+            if independent and not self.known:
+                values = torch.linalg.eigvalsh(gram[2 * total :, 2 * total :])
+            errors = self._errors(counts, values) if independent or self.known else self.errors(counts)
             errors = errors[: len(widths)]
             better = errors < least[widths] - rounding
             least[widths[better]], choice[widths[better]] = errors[better], total
@@ -255,19 +253,18 @@ class LayerFactorizer:
     def factors(self, pairs: list[int], latent_dim: int) -> Factors:
         """The best factors with these pairs and a latent of this width, at most D - R, or D if an embedding is
         known."""
-        layer = self.layer
+        layer, rows = self.layer, self.layer.content_rows
         rotary_weight, rotary_bias = self._rotary(pairs)
         free = self._free(rotary_weight)
         values, vectors = torch.linalg.eigh(free.T @ self.gram @ free)
-        values = values.clamp(min=0)
         directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
         latent_weight = torch.linalg.solve(self.root, directions).T
-        content = layer.weight[layer.content_rows] @ self.root
+        content = layer.weight[rows] @ self.root
         up, content_mean = content @ directions, self.mean.new_zeros(latent_dim)
         if self.known:
-            missed = layer.weight[layer.content_rows] - up @ latent_weight
-            beside = self.known.weight[layer.content_rows] + missed @ self.known.inputs
-            up, content_mean = torch.cat([up, beside], dim=1), torch.cat([content_mean, self.known.mean])
+            # The embedding also tells the part of the input that the latent leaves out.
+            from_embedding = self.known.weight[rows] + (layer.weight[rows] - up @ latent_weight) @ self.known.inputs
+            up, content_mean = torch.cat([up, from_embedding], dim=1), torch.cat([content_mean, self.known.mean])
         else:
             # The latent is orthogonal to the pairs, so the two regressions are independent.
             up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), up], dim=1)
@@ -282,7 +279,7 @@ class LayerFactorizer:
             up,
             content_mean,
             float(self._errors(pairs, values)[latent_dim]),
-            values.flip(0) / 2,
+            values.clamp(min=0).flip(0) / 2,
         )
 
 

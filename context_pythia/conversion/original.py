@@ -10,7 +10,6 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from context_pythia.conversion.factorize import KeysAndValues
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.evaluation.pretrained import load_pretrained, quantizer_of, stored_config
-from context_pythia.model import ContextPythiaConfig
 
 # These kinds of RoPE change their angles as the text grows, and a cached key must be turned by its original angles.
 CHANGING_ROPE = ("dynamic", "longrope")
@@ -29,13 +28,8 @@ def load_original(name: str, device: torch.device) -> GPTNeoXForCausalLM:
     # Read the bare file first: transformers may not know the family. Without a family in it, loading reports the fault.
     stored = stored_config(name)
     family = stored.get("model_type")
-    if family == ContextPythiaConfig.model_type:
-        raise UsageError(f"{name} is a Context-Pythia already: give the original GPT-NeoX checkpoint")
     if family not in (None, GPTNeoXConfig.model_type):
-        raise UsageError(
-            f"{name} is a {family} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert; other "
-            "families, such as Llama, Qwen, Mistral, DeepSeek, GPT-2 or GPT-J, do not"
-        )
+        raise UsageError(f"{name} is a {family} model: only GPT-NeoX checkpoints (Pythia and its relatives) convert")
     if quantizer := quantizer_of(stored):
         raise UsageError(f"{name} is quantized ({quantizer}): give the original checkpoint in full precision")
     # A module on the GPU makes accelerate compute there.

@@ -52,14 +52,14 @@ class Readers:
         width = layers[0].weight.shape[1]
         columns = {layer: torch.arange(width) + i * width for i, layer in enumerate(self.inputs)}
         weight = covariance.new_zeros(2, len(layers), width, len(mean))
-        for i, (layer, held) in enumerate(zip(self.layers, layers, strict=True)):
-            weight[:, i, :, columns[layer]] = held.weight.unflatten(0, (2, -1))
+        for i, (layer_idx, layer) in enumerate(zip(self.layers, layers, strict=True)):
+            weight[:, i, :, columns[layer_idx]] = layer.weight.unflatten(0, (2, -1))
         weight = weight.flatten(0, 2)
-        bias = torch.stack([held.bias.unflatten(0, (2, -1)) for held in layers], dim=1).flatten()
+        bias = torch.stack([layer.bias.unflatten(0, (2, -1)) for layer in layers], dim=1).flatten()
         expected = weight @ mean + bias
 
         own, known = columns[self.layers[0]], None
-        heads = sum(held.num_heads for held in layers)
+        heads = sum(layer.num_heads for layer in layers)
         joint = KeysAndValues(weight @ regression(covariance, own), bias, heads, layers[0].rotary_dim)
         if self.embedding:
             embedding = columns[0]

@@ -1,18 +1,17 @@
 """From a GPT-NeoX model and the factors of its layers to a Context-Pythia: every weight has a place or an error.
 
-No model is held whole: the original's weights are read from its checkpoint as they are needed, a layer's new ones are
-written to a file as they come, and the converted model reads both when it runs or is saved.
+Neither model is ever whole in memory: weights are read from the original's checkpoint one at a time and written to a
+file each, from which the converted model reads them when it runs or is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from accelerate import dispatch_model
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -53,34 +52,6 @@ def context_config(
     )
 
 
-class ConvertedWeights(Mapping[str, torch.Tensor]):
-    """A converted model's weights. Each is read on access, from its layer's file or from the original.
-
-    Args:
-        original: the model that was converted.
-        kept: names of the original's weights that the converted model has too.
-        files: file of each other weight, by name.
-        dtype: dtype of the converted model.
-    """
-
-    def __init__(self, original: GPTNeoXForCausalLM, kept: set[str], files: dict[str, Path], dtype: torch.dtype):
-        self.original, self.kept, self.files, self.dtype = original, kept, files, dtype
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self.files:
-            with safe_open(self.files[name], framework="pt") as file:
-                return file.get_tensor(name)
-        if name in self.kept:
-            return read_weight(self.original, name).to(self.dtype)
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self.kept, *self.files])
-
-    def __len__(self) -> int:
-        return len(self.kept) + len(self.files)
-
-
 def transplant(
     original: GPTNeoXForCausalLM,
     factors: Iterable[Factors],
@@ -91,25 +62,31 @@ def transplant(
     """The converted model. It reads a module's weights from disk when the module runs or is saved.
 
     Args:
-        original: in memory or on disk; the converted model reads their common weights from it.
+        original: in memory or on disk.
         factors: factors of each layer in turn; may be a generator.
-        folder: gets a file of new weights for each layer, which the converted model needs until it is saved.
+        folder: gets a file for each weight, which the converted model needs until it is saved.
         dtype: dtype of the converted model.
 
     Raises:
         Failure: a weight of the original is not part of the converted model, or one of its weights is missing.
     """
-    files: dict[str, Path] = {}
+    files: dict[str, dict[str, str]] = {}
+
+    def write(name: str, weight: torch.Tensor) -> None:
+        path = folder / f"{name}.safetensors"
+        save_file({name: weight.to(dtype).contiguous()}, path)
+        files[name] = {"safetensors_file": str(path)}
+
     for layer_idx, layer_factors in enumerate(factors):
-        weights = _attention_weights(original, layer_idx, layer_factors, config, dtype)
-        path = folder / f"layer-{layer_idx:03d}.safetensors"
-        save_file(weights, path)
-        files |= dict.fromkeys(weights, path)
-    kept = {name for name in original.state_dict() if ".query_key_value." not in name}
+        for name, weight in _attention_weights(original, layer_idx, layer_factors, config).items():
+            write(name, weight)
+    for name in original.state_dict():
+        if ".query_key_value." not in name:
+            write(name, read_weight(original, name))
     with torch.device("meta"):
         model = ContextPythiaForCausalLM(config).to(dtype)
     places = set(model.state_dict())
-    if wrong := sorted((kept | files.keys()) ^ places):
+    if wrong := sorted(files.keys() ^ places):
         what = "is missing from the checkpoint" if wrong[0] in places else "of the checkpoint is not part of the model"
         raise Failure(f"weight {wrong[0]} {what}")
     model.tie_weights()
@@ -119,15 +96,14 @@ def transplant(
     return dispatch_model(
         model.eval(),
         {"": "disk"},
-        state_dict=ConvertedWeights(original, kept, files, dtype),
-        offload_index={},
+        offload_index=files,
         # Absorbed attention reads the weights of its submodules without running them.
         preload_module_classes=["ContextAttention"],
     )
 
 
 def _attention_weights(
-    original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, config: ContextPythiaConfig, dtype: torch.dtype
+    original: GPTNeoXForCausalLM, layer_idx: int, factors: Factors, config: ContextPythiaConfig
 ) -> dict[str, torch.Tensor]:
     """The weights that replace a layer's fused projection; for layer 0 also the norm of the embeddings in keys and
     values, which is its own."""
@@ -149,4 +125,4 @@ def _attention_weights(
     if config.cache_token_ids and layer_idx == 0:
         for part in ("weight", "bias"):
             named[f"gpt_neox.token_norm.{part}"] = read_weight(original, f"gpt_neox.layers.0.input_layernorm.{part}")
-    return {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
+    return named

@@ -26,7 +26,7 @@ def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
 
     Args:
         tasks: names of tasks, groups or tags.
-        tasks_path: folder with own task files, in place of the harness's.
+        tasks_path: folder with own task files.
 
     Raises:
         UsageError: the harness is not installed, or a task is unknown.
@@ -38,8 +38,12 @@ def require_tasks(tasks: Sequence[str], tasks_path: Path | None = None) -> Any:
         raise FileNotFoundError(f"--tasks-path {tasks_path}: is not a folder")
     from lm_eval.tasks import TaskManager
 
-    # The harness's own thousands of task files take seconds to find.
-    manager = TaskManager(include_path=tasks_path and str(tasks_path), include_defaults=tasks_path is None)
+    if tasks_path is not None:
+        # The harness's own thousands of task files take seconds to find.
+        manager = TaskManager(include_path=str(tasks_path), include_defaults=False)
+        if set(tasks) <= set(manager.all_tasks):
+            return manager
+    manager = TaskManager(include_path=None if tasks_path is None else str(tasks_path))
     known = manager.all_tasks
     for task in tasks:
         if task not in known:

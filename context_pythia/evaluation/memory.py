@@ -111,19 +111,14 @@ def peak_during(run: Callable[[], T], device: torch.device) -> tuple[T, int | No
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         result = run()
-        return result, torch.cuda.max_memory_allocated(device) - before
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        resident = process_memory("VmRSS")
-    except OSError:  # the system does not allow it
-        resident = None
+        return result, torch.cuda.max_memory_allocated(device) - held
+    release_memory(device)
+    before = process_memory("VmRSS") if _reset_mark() else None
     result = run()
     peak = process_memory("VmHWM")
-    return result, None if resident is None or peak is None else max(0, peak - resident)
+    return result, None if before is None or peak is None else max(0, peak - before)
 
 
 def process_memory(figure: str) -> int | None:
@@ -131,14 +126,32 @@ def process_memory(figure: str) -> int | None:
 
     `VmHWM` counts only this program's memory; getrusage's ru_maxrss would start from the parent's.
     """
-    return _bytes_in(Path("/proc/self/status"), figure)
-
-
-def free_memory() -> int | None:
-    """Bytes that the process can still allocate on the CPU; None outside Linux."""
-    return _bytes_in(Path("/proc/meminfo"), "MemAvailable")
-
-
-def _bytes_in(file: Path, figure: str) -> int | None:
-    found = re.search(rf"{figure}:\s+(\d+) kB", file.read_text()) if file.exists() else None
+    status = Path("/proc/self/status")
+    found = re.search(rf"{figure}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, to the GPU's other users or (glibc) to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None where the system cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+def _reset_mark() -> bool:
+    """Reset `VmHWM` to `VmRSS`; returns whether the system allowed it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -15,6 +15,7 @@ Papers on caches that layers or heads share report perplexity, which changes lit
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from context_pythia.errors import UsageError
 
 TASKS = ("key", "passkey")
-SHORTEST_DISTANCE, SEED = 32, 0
+SHORTEST_DISTANCE = 32
 _FILLER = " The sky is wide and the day is long. We walk here and there, and then we go home."
 
 
@@ -41,16 +42,17 @@ class Words:
 
     @property
     def fact_length(self) -> int:
-        return len(self.fact(0, 0))
+        """Tokens of a fact: key, joint, value, end."""
+        return 2 + len(self.joint) + len(self.end)
 
     def fact(self, key: int, value: int) -> list[int]:
-        return [*self.question(key), value, *self.end]
+        return [key, *self.joint, value, *self.end]
 
     def question(self, key: int) -> list[int]:
         return [key, *self.joint]
 
 
-def choose_words(tokenizer: PreTrainedTokenizerFast, length: int) -> Words:
+def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
     """Keys and values for texts of `length` tokens: twice as many as one text of facts needs.
 
     Raises:
@@ -71,12 +73,14 @@ def choose_words(tokenizer: PreTrainedTokenizerFast, length: int) -> Words:
             f"texts of {facts} facts need {4 * facts} whole words, the tokenizer has {len(whole)}: "
             "shorten --sequence-length, or use a larger vocabulary"
         )
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(SEED)).tolist()
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [whole[i] for i in order[: 4 * facts]]
     return replace(words, keys=chosen[: 2 * facts], values=chosen[2 * facts :])
 
 
-def recall_texts(words: Words, task: str, distance: int, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def recall_texts(
+    words: Words, task: str, distance: int, length: int, samples: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Texts that ask for a value `distance` tokens back.
 
     Args:
@@ -87,23 +91,28 @@ def recall_texts(words: Words, task: str, distance: int, length: int, samples: i
     Returns:
         ids `[N, length]`, candidates `[N, K]`, and the answers' columns among the candidates `[N]`.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    facts = (length - len(words.question(0))) // words.fact_length
-    room = length - words.fact_length - len(words.question(0))  # around the right fact
-    before = room - (distance - words.fact_length)
-    filler = words.filler * (room // len(words.filler) + 2)
+    generator = torch.Generator().manual_seed(seed)
+    size = words.fact_length
     texts, candidates, answers = [], [], []
     for _ in range(samples):
         keys = [words.keys[i] for i in torch.randperm(len(words.keys), generator=generator).tolist()]
         values = [words.values[i] for i in torch.randperm(len(words.values), generator=generator).tolist()]
+        question = words.question(keys[0])
+        facts = (length - len(question)) // size
         if task == "key":
-            others = [token for i in range(1, facts) for token in words.fact(keys[i], values[i])]
-            around = [*filler[: room - len(others)], *others]  # so every text has the trained length
+            back = distance // size  # facts from the right one to the end, itself included
+            order = [*range(1, facts - back + 1), 0, *range(facts - back + 1, facts)]
+            body = [token for i in order for token in words.fact(keys[i], values[i])]
         else:
+            room = length - len(question) - size
+            after = distance - len(question) - len(words.end) - 1
+            filler = words.filler * (room // len(words.filler) + 2)
             start = int(torch.randint(len(words.filler), (), generator=generator))
             around = filler[start : start + room]
-        fact, question = words.fact(keys[0], values[0]), words.question(keys[0])
-        texts.append([*around[:before], *fact, *around[before:], *question])
+            body = [*around[: room - after], *words.fact(keys[0], values[0]), *around[room - after :]]
+        # Fill the front with the repeated sentences, so every text has the trained length.
+        front = length - len(question) - len(body)
+        texts.append([*(words.filler * (front // len(words.filler) + 1))[:front], *body, *question])
         column = int(torch.randint(facts, (), generator=generator))
         choice = values[1:facts]
         candidates.append([*choice[:column], values[0], *choice[column:]])
@@ -134,8 +143,10 @@ def recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     length: int,
+    tasks: Sequence[str] = TASKS,
     samples: int = 256,
     batch_size: int = 16,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """How often a model finds the value, by task and distance.
 
@@ -150,15 +161,22 @@ def recall(
         UsageError: a text too short for any distance, or a tokenizer without enough words.
     """
     model.eval()
-    words = choose_words(tokenizer, length)
-    rows, asked = [], [(task, distance) for task in TASKS for distance in distances(words, task, length)]
-    for task, distance in asked:
-        ids, candidates, answers = recall_texts(words, task, distance, length, samples)
-        right = 0
-        for part, choice, answer in zip(*(t.split(batch_size) for t in (ids, candidates, answers)), strict=True):
-            logits = model(input_ids=part.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1].cpu()
-            right += int((logits.gather(1, choice).argmax(-1) == answer).sum())
-        accuracy, chance = right / samples, 1 / candidates.shape[1]
-        row = {"task": task, "distance": distance, "accuracy": accuracy, "chance": chance, "samples": samples}
-        rows.append(row)
+    words = choose_words(tokenizer, length, seed)
+    rows = []
+    for task in tasks:
+        for distance in distances(words, task, length):
+            ids, candidates, answers = recall_texts(words, task, distance, length, samples, seed)
+            right = 0
+            for part, choice, answer in zip(*(t.split(batch_size) for t in (ids, candidates, answers)), strict=True):
+                logits = model(input_ids=part.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1].cpu()
+                right += int((logits.gather(1, choice).argmax(-1) == answer).sum())
+            rows.append(
+                {
+                    "task": task,
+                    "distance": distance,
+                    "accuracy": right / samples,
+                    "chance": 1 / candidates.shape[1],
+                    "samples": samples,
+                }
+            )
     return rows

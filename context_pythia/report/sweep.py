@@ -80,6 +80,7 @@ class SweepReport:
             "searched": ", ".join(self.searched) or DASH,
             "sampler": metrics["sampler"],
             "seeds": ", ".join(map(str, metrics["seeds"])),
+            "study": metrics["study"],
         }
         yield facts(shown, text)
         yield from provenance(self.provenance, text)

@@ -156,6 +156,7 @@ class Worker:
             trials = [trial_row(setting, entry, searched) for setting, entry in found.values()]
             metrics = {
                 "kind": "sweep",
+                "study": self.out.resolve().name,
                 "sampler": self.plan.sampler,
                 "seeds": sorted({trial["seed"] for trial in trials}),
                 "searched": searched,

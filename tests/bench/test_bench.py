@@ -126,7 +126,7 @@ def test_results_are_not_overwritten(tiny_size, tmp_path):
     [
         ([], "give either MODELs, --recipe RECIPE or --size SIZE"),
         (["there", "--size", "pythia-14m"], "give either"),
-        (["there", "--train"], "--train takes a recipe alone"),
+        (["there", "--train"], "give a recipe alone"),
         (["there", "--sources", "layer:8"], "--sources needs --size"),
         (["there", "--only", "Pythia"], "options of a recipe need --recipe"),
         (["--recipe", "quick", "--only", "Pythi"], "did you mean Pythia?"),

@@ -28,9 +28,9 @@ def test_without_vllm_it_says_where_to_get_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--serve"], "give either MODELs, "),
-        (["--serve", "--size", "pythia-14m", "--rounds", "2"], "bench.rounds: leave out --serve"),
-        (["--size", "pythia-14m", "--set", "serve.rounds=2"], "serve.rounds: add --serve"),
+        (["--serve"], "give either MODELs or --size"),
+        (["--serve", "--size", "pythia-14m", "--rounds", "2"], "bench.rounds does not go with --serve"),
+        (["--size", "pythia-14m", "--set", "serve.rounds=2"], "serve.rounds needs --serve"),
     ],
 )
 def test_options_of_another_kind_of_bench(arguments, message, capsys):

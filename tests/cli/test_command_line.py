@@ -272,7 +272,7 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
         (["compare", "--set", "bogus=1"], "--set 'bogus' is unknown; `context-pythia compare --set help` lists all"),
         (["sweep", "--out=o", "--over", "bogus=1"], "--over 'bogus' is unknown; `context-pythia sweep --set help` li"),
         (["bench", "--set", "rounds=3"], "--set 'rounds' is unknown (did you mean serve.rounds or bench.rounds"),
-        (["compare", "--set", "train.epochs"], "--set 'train.epochs': give section.key=value, such as data.sam"),
+        (["compare", "--set", "train.epochs"], "--set 'train.epochs': give section.key=value, such as train.max"),
         (
             ["compare", "--set", "model.name=a"],
             "--set 'model.name' is unknown (did you mean model.phase1?); `context-pythia compare --set help` lists all",
@@ -333,6 +333,8 @@ def test_errors_become_one_line_and_an_exit_code(run_failing, capsys, error, cod
 def test_debug_shows_the_traceback(run_failing):
     with pytest.raises(UsageError, match="why"):
         run_failing(UsageError("why"), "runs/x", "--debug")
+    with pytest.raises(ValueError, match="why"):
+        cli.main(["--debug", "report", "runs/x"])
 
 
 def test_our_own_mistakes_keep_their_traceback_and_ask_to_be_reported(run_failing):

@@ -17,7 +17,7 @@ from tests.runs.conftest import BELOW, HALF, HEADS, LAYERS, assert_same_weights,
     [
         ((), "give --context-dim N, --kv-reduction R or --layer-context-dims N,N"),
         (("--context-dim", 16, "--kv-reduction", 0.5), "give only one of --context-dim, --kv-reduction"),
-        (("--context-dim", 33), "context_dim 33: a context of 32, the model's width, is already exact"),
+        (("--context-dim", 33), "context_dim 33: the layers have 3 contexts, each at most as wide as the model, 32"),
         (("--kv-reduction", 0.99), "kv_reduction 0.99: is too small for one rotary key of 2 dims and a latent"),
         (("--context-dim", 16, "--calibration-tokens", 63), "a width of 32 takes at least 64 tokens"),
         (("--context-dim", 16, "--calibration-tokens", 5000), "the training split has 864 tokens"),
@@ -36,7 +36,7 @@ from tests.runs.conftest import BELOW, HALF, HEADS, LAYERS, assert_same_weights,
         (
             ("--kv-reduction", 0.5, "--context-layers", "0,1,1"),
             "kv_reduction 0.5: the layers have 2 contexts, each at most as wide as the model, 32: give a "
-            "kv_reduction of at least 0.671875",
+            "context_dim of at most 21 (a kv_reduction of at least 0.671875)",
         ),
         (("--layer-context-dims", "8,x,8"), "convert.layer_context_dims 'x': must be a whole number"),
         (("--context-dim", 2, "--cache-token-ids"), "context_dim 2: is too small for one rotary key of 2 dims in each"),
@@ -67,7 +67,7 @@ def test_models_of_other_families_are_named(refused, below, tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=280, **sizes)).save_pretrained(tmp_path / "llama")
     line = refused(2, tmp_path / "llama", *HALF, data=False)
     assert "llama is a llama model: only GPT-NeoX checkpoints" in line
-    assert "is a Context-Pythia already" in refused(2, below, *HALF, data=False)
+    assert "out is a context_pythia model: only GPT-NeoX" in refused(2, below, *HALF, data=False)
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json").write_text('{"model_type": "of_tomorrow"}')
     assert "new is a of_tomorrow model: only GPT-NeoX" in refused(2, tmp_path / "new", *HALF, data=False)
