@@ -1,6 +1,6 @@
 """Context-Pythia: GPT-NeoX with a context in place of cached keys and values. Everything else is the host's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from typing import Any, Self, Unpack, cast
@@ -143,9 +143,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 four-dimensional `attention_mask`: a two-dimensional one says the same.
 
         Raises:
-            ValueError: `inputs_embeds` with `cache_token_ids`.
+            ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`.
         """
-        cache = past_key_values if cache is None else cache
+        cache = _only_cache(past_key_values, cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if self.config.cache_token_ids and input_ids is None:
@@ -226,6 +226,14 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             positions = positions_in_cache(position_ids, causal_mask, length, new)
         cos, sin = self.rotary_emb(states, position_ids=positions)
         return (cos[:, new], sin[:, new]), (cos, sin)
+
+
+def _only_cache(past_key_values: Cache | None, cache: Cache | None, others: Mapping[str, object]) -> Cache | None:
+    if unknown := [name for name, value in others.items() if isinstance(value, Cache)]:
+        raise ValueError(f"{unknown[0]}: no argument of this model; give the cache as past_key_values or as cache")
+    if cache is not None and past_key_values not in (None, cache):
+        raise ValueError("past_key_values and cache: are one argument by two names; give one of them")
+    return past_key_values if cache is None else cache
 
 
 class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM):

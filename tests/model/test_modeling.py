@@ -40,7 +40,7 @@ def test_token_by_token_is_one_forward(source, model, ids, kind):
 
 
 @torch.no_grad()
-def test_the_cache_has_two_names(ids):
+def test_the_cache_has_two_names_and_any_other_is_refused(ids):
     model = build("layer", num_hidden_layers=1)
     whole = model(ids).logits[:, 8:]
     for name in ("past_key_values", "cache"):
@@ -48,6 +48,11 @@ def test_the_cache_has_two_names(ids):
         model(ids[:, :8], **{name: cache})
         torch.testing.assert_close(model.gpt_neox(ids[:, 8:], **{name: cache})[0] @ model.lm_head.weight.t(), whole)
         assert cache.get_seq_length() == 17
+    for others in (dict(kv_cache=cache), dict(past_key_values=cache, cache=DynamicCache(config=model.config))):
+        with pytest.raises(ValueError, match="give"):
+            model.gpt_neox(ids, **others)
+    with pytest.raises(ValueError, match="kv_cache: no argument of this model"):
+        model(ids, kv_cache=cache)
 
 
 @torch.no_grad()
