@@ -32,7 +32,7 @@ from context_pythia.config.recipe import DataOptions
 from context_pythia.data import associations
 from context_pythia.data.corpora import corpus_digest, documents
 from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, vocabulary_rows
-from context_pythia.errors import UsageError
+from context_pythia.errors import Failure, UsageError
 from context_pythia.files import write_json
 
 _FORMAT = 1
@@ -94,13 +94,16 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
         return _associations(options)
     tokenizer = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
     root = Path(options.cache_dir).expanduser() if options.cache_dir else _default_cache()
-    folder = root / _fingerprint(options, tokenizer)
+    digest = corpus_digest(options)
+    folder = root / _fingerprint(options, digest, tokenizer)
     packed = _open(folder, options, tokenizer)
     if packed is None:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".packing-", dir=root) as temporary:
             partial = Path(temporary, "packed")
             _pack(options, tokenizer, partial, progress)
+            if corpus_digest(options) != digest:
+                raise Failure(f"{options.data} changed while it was read: run again when it is complete")
             if _open(folder, options, tokenizer) is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged
             try:
@@ -123,10 +126,10 @@ def _associations(options: DataOptions) -> PackedData:
     return PackedData(train, validation, tokenizer, associations.summary(options))
 
 
-def _fingerprint(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None) -> str:
+def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
     key = {
         "format": _FORMAT,
-        "text": corpus_digest(options),
+        "text": digest,
         "text_field": options.text_field,
         "tokenizer": options.vocab_size
         if tokenizer is None

@@ -1,4 +1,4 @@
-"""One record of the screening's run folders: `python together.py OUT RUN...`, the baseline's first. The report draws
+"""One record of several run folders: `python together.py OUT RUN...`, the baseline's first. The report draws
 them together; every figure is of the runs' own metrics.json."""
 
 import json
@@ -18,15 +18,13 @@ records = [json.loads((run / "metrics.json").read_text()) for run in runs]
 for record in records:
     for options, entry in zip(record["recipe"]["models"], record["models"], strict=True):
         entry |= {key: options.get(key) for key in ("context_layers", "layer_context_dims")}
-        entry["cache_token_ids"] = ids = bool(options.get("token_values"))
-        if ids:
-            entry["layer_context_dims"] = [options["layer_context_dims"][0] - 1, *options["layer_context_dims"][1:]]
-        entry["name"] = options["name"] = TODAY.get(options["name"], options["name"])
+        entry["cache_token_ids"] = options.get("cache_token_ids", False)
+        if options["name"] in TODAY:
+            first, *others = options["layer_context_dims"]
+            entry |= {"cache_token_ids": True, "layer_context_dims": [first - 1, *others]}
+            entry["name"] = options["name"] = TODAY[options["name"]]
 together = records[0]
 together["models"] = [entry for record in records for entry in record["models"]]
-for entry in together["models"][1:]:
-    first = together["models"][0]["cache"]["bytes_measured"]
-    entry["cache"]["reduction_measured"] = 1 - entry["cache"]["bytes_measured"] / first
 together["recipe"]["models"] = [options for record in records for options in record["recipe"]["models"]]
 out.mkdir(parents=True, exist_ok=True)
 (out / "metrics.json").write_text(json.dumps(together, indent=2) + "\n")

@@ -230,6 +230,19 @@ def test_a_second_writer_takes_what_the_first_published(options, tmp_path, monke
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [data.summary["fingerprint"]]
 
 
+def test_text_that_changes_under_packing_is_not_cached(options, tmp_path, monkeypatch):
+    real = packing._pack
+
+    def edited(*arguments):
+        real(*arguments)
+        write_jsonl(Path(options.data), texts(61))
+
+    monkeypatch.setattr(packing, "_pack", edited)
+    with pytest.raises(RuntimeError, match="changed while it was read"):
+        load(options)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_the_default_cache_is_the_users(options, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     options.cache_dir = None
