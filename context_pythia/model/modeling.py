@@ -275,22 +275,35 @@ class ContextPythiaForCausalLM(ContextPythiaPreTrainedModel, GPTNeoXForCausalLM)
         return inputs
 
 
-class WithHead(ContextPythiaPreTrainedModel):
-    """The host's head on our body, which takes the place of the host's."""
+class ContextPythiaForSequenceClassification(ContextPythiaPreTrainedModel, GPTNeoXForSequenceClassification):
+    """Scores of a text, `[B, num_labels]`, from its last token that is not padding."""
 
     def __init__(self, config: ContextPythiaConfig):
-        super().__init__(config)
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
         self.gpt_neox = ContextPythiaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
-class ContextPythiaForSequenceClassification(WithHead, GPTNeoXForSequenceClassification):
-    """Scores of a text, `[B, num_labels]`, from its last token that is not padding."""
-
-
-class ContextPythiaForTokenClassification(WithHead, GPTNeoXForTokenClassification):
+class ContextPythiaForTokenClassification(ContextPythiaPreTrainedModel, GPTNeoXForTokenClassification):
     """Scores of each token, `[B, T, num_labels]`."""
 
+    def __init__(self, config: ContextPythiaConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = ContextPythiaModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
-class ContextPythiaForQuestionAnswering(WithHead, GPTNeoXForQuestionAnswering):
+
+class ContextPythiaForQuestionAnswering(ContextPythiaPreTrainedModel, GPTNeoXForQuestionAnswering):
     """Scores of each token as the first and as the last one of an answer, `[B, T]` each."""
+
+    def __init__(self, config: ContextPythiaConfig):
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = ContextPythiaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
