@@ -6,6 +6,10 @@ Any other error is a bug of ours and keeps its traceback, except those of the ma
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UsageError(ValueError):
@@ -24,6 +28,16 @@ def is_failure(error: BaseException) -> bool:
     if isinstance(error, Failure | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error)))
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of `run`, or a line with the reason of its failure, such as too little memory. Bugs are raised."""
+    try:
+        return run(), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_failure(error):
+            raise
+        return None, first_line(error)
 
 
 def exit_code(error: BaseException) -> int | None:

@@ -50,17 +50,12 @@ def joined() -> Iterator[None]:
     """In the `with` block the processes can exchange tensors, and only process 0 prints on stdout.
 
     Raises:
-        UsageError: more processes on this machine than GPUs, or accelerate's DeepSpeed or FSDP.
+        UsageError: more processes on this machine than GPUs.
         SystemExit: in a process that fails after another one.
     """
     if count() == 1:
         yield
         return
-    for engine in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true":
-            raise UsageError(
-                f"accelerate's {engine} is not supported: start without it, because each process loads the whole model"
-            )
     import torch
     from torch import distributed
 

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 
 from context_pythia.bench.models import Subject, is_peer, subjects
 from context_pythia.bench.options import CONVERSATION, BenchOptions
-from context_pythia.bench.timing import attempt, interleave, seconds_of
-from context_pythia.errors import UsageError
+from context_pythia.bench.timing import interleave, seconds_of
+from context_pythia.errors import UsageError, attempt
 from context_pythia.evaluation.memory import (
     CACHE,
     generate_tokens,

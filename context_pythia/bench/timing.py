@@ -13,19 +13,9 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from context_pythia.errors import first_line, is_failure
+from context_pythia.errors import attempt
 
 T = TypeVar("T")
-
-
-def attempt(run: Callable[[], T]) -> tuple[T | None, str | None]:
-    """The result of `run`, or a line with the reason of its failure, such as too little memory. Bugs are raised."""
-    try:
-        return run(), None
-    except (RuntimeError, MemoryError) as error:
-        if not is_failure(error):
-            raise
-        return None, first_line(error)
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:

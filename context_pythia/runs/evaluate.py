@@ -21,7 +21,7 @@ from context_pythia.config.recipe import DataOptions
 from context_pythia.config.same import check_same
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
-from context_pythia.errors import Failure, UsageError, first_line, is_failure
+from context_pythia.errors import Failure, UsageError, attempt
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_digits, score, score_cached
 from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
@@ -99,14 +99,10 @@ def evaluate(
     device, reference = best_device(), None
     for name, path in paths.items():
         model = load_pretrained(path, getattr(torch, dtype)).to(device)
-        try:
-            rows = evaluate_model(
-                model, name, packed.validation, batch_size, cached_tokens, caches, reference, progress=progress
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not is_failure(error):
-                raise
-            raise Failure(f"{name}: {first_line(error)}") from error
+        settings = (batch_size, cached_tokens, caches, reference, progress)
+        rows, error = attempt(partial(evaluate_model, model, name, packed.validation, *settings))
+        if rows is None:
+            raise Failure(f"{name}: {error}")
         metrics["models"] += rows
         compare_with_first(metrics["models"])
         if recall_samples:
@@ -154,15 +150,11 @@ def evaluate_model(
     rows = [_row(model, name) | _figures(whole) | _compared(whole) | _through_cache(model, through, whole)]
     for kind in caches:
         make = partial(quantized_cache, model.config, kind, dataset.sequence_length)
-        row = _row(model, name) | {"quantised": kind}
-        try:
-            through = score_cached(model, dataset, cached_tokens, make, batch_size, reference or model, progress)
-        except (RuntimeError, MemoryError) as error:
-            if not is_failure(error):
-                raise
-            row["error"] = first_line(error)
-        else:
-            row |= _compared(through) | _through_cache(model, through)
+        settings = (cached_tokens, make, batch_size, reference or model, progress)
+        quantized, error = attempt(partial(score_cached, model, dataset, *settings))
+        row = _row(model, name) | {"quantised": kind, "error": error}
+        if quantized is not None:
+            row |= _compared(quantized) | _through_cache(model, quantized)
             # No formula knows a quantized cache.
             row["cache"] |= {"bytes_formula": None, "residual_length": residual_length(row["cache"]["length"])}
         rows.append(row)
@@ -226,19 +218,13 @@ def _through_cache(model: PreTrainedModel, through: CachedScore, whole: Score | 
 
 
 def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
-    """Raises UsageError if `out` cannot be the folder of this evaluation, or holds another one, finished or not."""
-    kinds = {"recipe.yaml": "training run", "config.json": "model"}
-    what = next((f"holds a {kind}" for file, kind in kinds.items() if (out / file).exists()), None)
-    if out.exists() and not out.is_dir():
-        what = "is a file"
-    if what:
-        raise UsageError(f"--out {out}: {what}; choose another folder")
+    """Raises UsageError if `out` holds a training run or another evaluation, finished or not."""
     if (out / "metrics.json").exists():
         recorded = read_record(out / "metrics.json")
         done = list(dict.fromkeys(row.get("name") for row in recorded.get("models", [])))
         wanted = {key: metrics[key] for key in ("kind", "data", "settings")} | {"models": names[: len(done)]}
         found = {key: recorded.get(key) for key in wanted} | {"models": done}
-        check_same(found, wanted, f"--out {out}: holds an evaluation", "choose another folder")
+        check_same(found, wanted, f"--out {out}: holds other work", "choose another folder")
 
 
 def _config_of(path: str, dtype: torch.dtype) -> GPTNeoXConfig:
