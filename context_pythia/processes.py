@@ -117,9 +117,9 @@ def highest(value: int) -> int:
 
     if count() == 1:
         return value
-    held = torch.tensor(value)
-    distributed.all_reduce(held, distributed.ReduceOp.MAX, group=_patient)
-    return int(held)
+    tensor = torch.tensor(value)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=_patient)
+    return int(tensor)
 
 
 def wait() -> None:

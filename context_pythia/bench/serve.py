@@ -169,9 +169,9 @@ def converse(llm: Any, asked: list[list[int]], answer_tokens: int) -> dict[str, 
         engine.add_request(str(i), {"prompt_token_ids": prompt}, greedy)
     steps = 0
     while engine.has_unfinished_requests():
-        now_answered = engine.step()
+        outputs = engine.step()
         now = time.perf_counter() - started
-        for output in now_answered:
+        for output in outputs:
             first.setdefault(output.request_id, now)
         if steps % COUNT_EVERY == 0:
             running.append(_counters(llm)["num_requests_running"])

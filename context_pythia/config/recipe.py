@@ -6,12 +6,10 @@ this module imports neither torch nor transformers: `context-pythia compare --he
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from context_pythia.config.contexts import check_context
 from context_pythia.config.options import Options, default_of, option
 from context_pythia.errors import UsageError
 
@@ -19,6 +17,7 @@ CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 RECURRENT = ("input", "shared")  # the sources with a ContextBlock
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("float32", "bfloat16", "float16")
+AUTOCAST = ("float32", "bfloat16")
 HEALED_PARAMETERS = ("attention", "all")
 ROTARY_FRACTION = 0.25
 
@@ -118,8 +117,8 @@ class Phase1Options(Options):
     noise: float = option(0.05, "standard deviation of the noise added to the previous contexts", bounds=">= 0")
     mean_penalty: float = option(0.1, "weight of the squared norm of the mean context", bounds=">= 0")
     max_grad_norm: float = option(2.0, "gradient norm limit", bounds="> 0")
-    state_dtype: str = option("float32", "dtype in which the contexts of the corpus are kept", ("float32", "bfloat16"))
-    precision: str = option("float32", "float32, or autocast to bfloat16", ("float32", "bfloat16"))
+    state_dtype: str = option("float32", "dtype in which the contexts of the corpus are kept", AUTOCAST)
+    precision: str = option("float32", "float32, or autocast to bfloat16", AUTOCAST)
     checkpoint_seconds: float = option(60.0, "least time between two checkpoints", bounds=">= 0", free=True)
 
 
@@ -135,7 +134,7 @@ class OptimizationOptions(Options):
     max_grad_norm: float = option(1.0, "gradient norm limit, 0 for none", bounds=">= 0")
     gradient_accumulation: int = option(1, "batches a step", bounds=">= 1")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass", free=True)
-    precision: str = option("float32", "float32, or autocast to bfloat16 or float16", PRECISIONS, flag=True)
+    precision: str = option("float32", "float32, or autocast to bfloat16", AUTOCAST, flag=True)
     checkpoint_steps: int = option(
         0, "also checkpoint every so many steps (0: once an epoch)", bounds=">= 0", free=True
     )
@@ -271,10 +270,9 @@ class Recipe(Options):
             raise UsageError(f"train.tokens {tokens}: must be at least {step}, the tokens of one step")
         packed = self.data.split_sizes(self.data.samples)[0] * length
         if tokens > packed:
-            samples = math.ceil(tokens / length / (1 - self.data.validation_fraction)) + 1
             raise UsageError(
                 f"train.tokens {tokens}: data.samples {self.data.samples} gives {packed} training tokens, "
-                f"lower train.tokens or set data.samples to {samples}"
+                "lower train.tokens or raise data.samples"
             )
 
     def _check_models(self) -> None:
@@ -291,7 +289,23 @@ class Recipe(Options):
             if model.from_baseline:
                 self._check_healed(model, later=self.models[number:])
             elif model.context_source is not None:
-                check_context(model, self.architecture)
+                self._check_context(model)
+
+    def _check_context(self, model: ModelOptions) -> None:
+        """Raise `UsageError` if the model's context does not fit the body, by the rules of the model itself."""
+        # Only here, because help must answer without torch.
+        from huggingface_hub.errors import StrictDataclassError
+
+        from context_pythia.model.configuration import ContextPythiaConfig
+
+        known = {declared.name for declared in fields(ContextPythiaConfig)}
+        values = {name: value for name, value in (asdict(self.architecture) | asdict(model)).items() if name in known}
+        if model.layer_context_dims:
+            values["context_dim"] = 1  # they take its place
+        try:
+            ContextPythiaConfig(**values)
+        except StrictDataclassError as error:
+            raise UsageError(str(error.__cause__ or error)) from error
 
     def _check_healed(self, model: ModelOptions, later: list[ModelOptions]) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""

@@ -78,8 +78,7 @@ class Plan:
     def epochs(self, step: int) -> float:
         """Epochs done after `step`; an int at the end of an epoch."""
         whole, rest = divmod(step, self.epoch_steps)
-        batches = math.ceil(self.samples / self.options.batch_size)
-        return whole + rest * self.options.gradient_accumulation / batches if rest else whole
+        return step / self.epoch_steps if rest else whole
 
     def tokens(self, step: int) -> int:
         """Tokens of the training split that are read after `step`, counted again in each epoch."""

@@ -25,8 +25,7 @@ from context_pythia.training.loss import IGNORED, linear_cross_entropy, token_sc
 # tokens in bfloat16 a step of Pythia-70M took 0.93 times as long with plain attention, and a model of a quarter of its
 # width 0.8 times, at 256 tokens too. For longer samples the attention weights take too much memory.
 EAGER_ATTENTION_LENGTH = 256
-PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-STATEFUL = ("model", "optimizer", "schedule", "scaler")  # the parts of `Optimization` in a checkpoint
+STATEFUL = ("model", "optimizer", "schedule")  # the parts of `Optimization` in a checkpoint
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,6 @@ class Optimization:
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
         warmup = math.ceil(steps * options.warmup_ratio)
         self.schedule = get_scheduler(options.schedule, self.optimizer, warmup, steps)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
 
     def backward(self, batches: list[Batch]) -> Tensor:
         """Compute the gradients of the mean loss over all tokens of the step, in all processes; returns it in fp64."""
@@ -93,20 +91,16 @@ class Optimization:
                 with self.autocast():
                     loss = self.loss(self.parallel, batch) / tokens
                 # DDP averages over the processes, but the loss is a sum over them.
-                self.scaler.scale(loss * processes.count()).backward()
+                (loss * processes.count()).backward()
             mean = loss.detach().double() + mean
         return processes.total(mean)
 
     def update(self) -> None:
-        """Clip the gradients and step. The learning rate then moves on, unless float16 overflowed."""
+        """Clip the gradients, then step."""
         if self.options.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:
-            self.schedule.step()
+        self.optimizer.step()
+        self.schedule.step()
         self.model.zero_grad()
 
     @torch.no_grad()
@@ -124,8 +118,7 @@ class Optimization:
         return processes.total(totals).cpu()
 
     def autocast(self) -> torch.autocast:
-        dtype = PRECISIONS.get(self.options.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16")
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from. Processes start from one seed, so one random state serves all."""

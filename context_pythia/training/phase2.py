@@ -101,14 +101,12 @@ def train_language_model(
 
 
 def check_options(options: OptimizationOptions) -> None:
-    """Raise UsageError for options that contradict each other or do not fit this machine or number of processes."""
+    """Raise UsageError for options that contradict each other or do not fit the number of processes."""
     section, count = options.section, processes.count()
     if options.warmup_ratio and options.schedule == "constant":
         raise UsageError(
             f"{section}.warmup_ratio {options.warmup_ratio}: schedule constant has no warm-up, use constant_with_warmup"
         )
-    if options.precision == "float16" and not torch.cuda.is_available():
-        raise UsageError(f"{section}.precision float16: needs a CUDA GPU, choose bfloat16 or float32")
     if options.batch_size % count:
         raise UsageError(
             f"{section}.batch_size {options.batch_size}: must be a multiple of {count}, the number of processes"

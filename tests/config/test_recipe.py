@@ -121,15 +121,12 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         ("trian: {epochs: 3}", r"section 'trian' is unknown \(did you mean train\?\); valid: name, seed, data, "),
         ("train: {epoch: 3}", r"option train: 'epoch' is unknown \(did you mean epochs\?\); valid: batch_size, "),
         ("train: {epochs: three}", "train.epochs 'three': must be a whole number"),
-        ("train: {epochs: null}", "train.epochs None: must be a whole number"),
         ("train: {learning_rate: .nan}", "train.learning_rate nan: must be a finite number"),
         ("train: {tensorboard: 1}", "train.tensorboard 1: must be true or false"),
         ("train: {schedule: cosin}", r"train.schedule 'cosin': must be one of constant, .*did you mean cosine"),
         ("data: corpus.txt", "section data: must be a mapping"),
         ("[1, 2]", "must be a mapping"),
-        ("models: {name: base}", "section models: must be a list"),
         ("models: []", "models: is empty"),
-        ("models: [{context_dim: 3}]", "model 1: has no name"),
         (
             "models: [{name: a, context_width: 3}]",
             "model a: option 'context_width' is unknown .*context_dim.*valid: name, ",
@@ -143,30 +140,12 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
         ),
         (HEALED.format("context_source: shared"), "a: from_baseline makes contexts of source layer, not shared"),
         (HEALED.format("context_source: layer, context_dim: 16"), "a: context_dim 16: must be between 17 .* and"),
-        (
-            HEALED.format("context_source: layer, context_dim: 513"),
-            "a: context_dim 513: .* hidden_size = 512 .exact.",
-        ),
         (HEALED.format("context_source: layer, context_sharing: 2"), "a: context_sharing 2 does not apply"),
-        (HEALED.format("context_source: layer, context_layers: [0]"), r"a: context_layers \[0\] does not apply"),
         (BY_LAYERS.format("[0, 1, 1]"), r"context_layers \[0, 1, 1\]: must have 6 entries"),
-        (BY_LAYERS.format("[0, 1, 2, 2, 4, 2]"), "context_layers .*: must have 6 .* own index or the entry before it"),
         (BY_LAYERS.format("[0, 1.5, 2]"), "model a: context_layers 1.5: must be a whole number"),
         (
             BY_LAYERS.format("[0, 0, 0, 3, 3, 3], context_sharing: 3"),
             "context_sharing 3: must be 1 beside context_layers",
-        ),
-        (
-            BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [9]"),
-            r"layer_context_dims \[9\]: must name 6 layers",
-        ),
-        (
-            BY_LAYERS.format("[0, 0, 0, 3, 3, 3], layer_context_dims: [40, 0, 0, 16, 0, 0]"),
-            "layer_context_dims 16 of layer 3: leaves no latent beside the 16 dims of its rotary keys",
-        ),
-        (
-            "models: [{name: a, context_source: shared, context_layers: [0, 0, 0, 0, 0, 0]}]",
-            "context_source 'shared': must be 'layer' beside context_layers",
         ),
         (
             BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"),
@@ -233,11 +212,9 @@ def test_numbers_out_of_bounds_are_named(path, value, message):
         load_recipe("report", {path: value})
 
 
-def test_a_pass_of_more_tokens_than_are_packed_is_refused_with_the_samples_it_takes():
-    given = {"train.tokens": 2_000_000, "data.samples": 10_000}
-    with pytest.raises(ValueError, match="gives 1152000 training tokens.*set data.samples to 17363") as error:
-        load_recipe("report", given)
-    load_recipe("report", given | {"data.samples": int(str(error.value).rpartition(" ")[2])})
+def test_a_pass_of_more_tokens_than_are_packed_or_of_less_than_a_step_is_refused():
+    with pytest.raises(ValueError, match="data.samples 10000 gives 1152000 training tokens, lower train.tokens"):
+        load_recipe("report", {"train.tokens": 2_000_000})
     with pytest.raises(ValueError, match="train.tokens 4095: must be at least 4096, the tokens of one step"):
         load_recipe("report", {"train.tokens": 4095})
 
@@ -250,5 +227,5 @@ def test_bounds_admit_their_edges():
 def test_python_code_meets_the_same_checks():
     with pytest.raises(ValueError, match="context_dim 0"):
         Recipe(models=[ModelOptions("a", "shared", 0)])
-    with pytest.raises(ValueError, match="must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="must be one of float32, bfloat16"):
         replace(TrainOptions(), precision="int8")

@@ -267,13 +267,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_first_weights(tmp_path):
     assert checkpoint(tmp_path)["step"] == 0 and (tmp_path / "model.safetensors").exists()
 
 
-def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_what_cannot_be_healed_is_refused(tmp_path):
     teacher = make_teacher()
-    for options, message in [
-        (replace(OPTIONS, precision="float16"), "heal.precision float16: needs a CUDA GPU"),
-        (replace(OPTIONS, schedule="constant"), "heal.warmup_ratio 0.05: schedule constant has no warm-up"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            run(tmp_path, make_student(teacher), teacher, options)
+    with pytest.raises(ValueError, match="heal.warmup_ratio 0.05: schedule constant has no warm-up"):
+        run(tmp_path, make_student(teacher), teacher, replace(OPTIONS, schedule="constant"))
     assert not list(tmp_path.iterdir())

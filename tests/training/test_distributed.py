@@ -6,7 +6,6 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -155,14 +154,13 @@ def command(tmp_path, *flags):
     return [*flags[:1], str(recipe), *flags[1:], "--out", str(tmp_path / "run")]
 
 
-def test_torchrun_trains_in_two_processes_like_one_and_prints_once(tmp_path, own_cache):
+def test_two_processes_train_both_phases_like_one_and_print_once(tmp_path, own_cache):
     arguments = command(tmp_path, "train", "--model", "shared", "--batch-size", "6")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "context_pythia"]
-    ended = subprocess.run([sys.executable, *launcher, *arguments], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    lines = [line for line in ended.stdout.splitlines() if line]
-    assert [line.split()[0] for line in lines] == ["shared:", "shared:", "Epoch", "Epoch", "Done", "shared:"]
+    codes, errors = run_pair(tmp_path, main, arguments)
+    assert codes == [0, 0], errors
+    lines, others = ((tmp_path / f"out{rank}").read_text().splitlines() for rank in (0, 1))
+    assert [line.split()[0] for line in lines if line] == ["shared:", "shared:", "Epoch", "Epoch", "Done", "shared:"]
+    assert not others
     assert json.loads((tmp_path / "run" / "provenance.json").read_text())["processes"] == 2
     assert main([*arguments[:-1], str(tmp_path / "one")]) == 0
     pair = [json.loads((tmp_path / name / "metrics.json").read_text())["models"] for name in ("run", "one")]

@@ -347,10 +347,8 @@ def test_the_console_shows_each_epoch_and_the_end(tmp_path, capsys, monkeypatch)
 
 
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for options, message in [
-        (replace(OPTIONS, precision="float16"), "precision float16: needs a CUDA GPU"),
         (replace(OPTIONS, warmup_ratio=0.1), "warmup_ratio 0.1: schedule constant has no warm-up, use"),
         (replace(OPTIONS, tensorboard=True), r"context-pythia\[tensorboard\]"),
     ]:
