@@ -77,8 +77,7 @@ class Plan:
 
     def epochs(self, step: int) -> float:
         """Epochs done after `step`; an int at the end of an epoch."""
-        whole, rest = divmod(step, self.epoch_steps)
-        return step / self.epoch_steps if rest else whole
+        return step / self.epoch_steps if step % self.epoch_steps else step // self.epoch_steps
 
     def tokens(self, step: int) -> int:
         """Tokens of the training split that are read after `step`, counted again in each epoch."""
