@@ -15,7 +15,6 @@ import torch
 from context_pythia import processes
 from context_pythia.cli.command_line import main
 from context_pythia.config.recipe_files import save_recipe
-from context_pythia.errors import UsageError
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.training import phase2
 from context_pythia.training.optimization import Optimization
@@ -169,14 +168,6 @@ def test_two_processes_train_both_phases_like_one_and_print_once(tmp_path, own_c
     assert entry["best_val_ppl"] == pytest.approx(expected["best_val_ppl"], rel=1e-5)
     histories = [[(row["loss"], row["convergence_rate"]) for row in one["phase1"]["history"]] for (one,) in pair]
     assert histories[0] == histories[1] and len(histories[0]) > 1  # the first process iterates alone
-
-
-@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
-def test_engines_that_divide_the_model_are_refused(monkeypatch, engine):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    with pytest.raises(UsageError, match=f"accelerate's {engine} is not supported"), processes.joined():
-        pass
 
 
 @pytest.mark.parametrize(
