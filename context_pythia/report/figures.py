@@ -25,7 +25,6 @@ _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
 _MARKERS = {True: "D", False: "o"}  # of baselines and others
-_FAR = 4.0  # beyond so many times the range of the unbeaten models, an arrow replaces a model's point
 _LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
 _MARKERS_AT_MOST = 30  # on a curve
 _ROWS_AT_MOST = 30  # in a picture with one line per setting
@@ -113,31 +112,23 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
 def draw_frontier(series: Sequence[Series], title: str) -> Figure:
     """Perplexity against measured cache, with a line through the points that no other of their group beats in both.
 
-    In a picture without seeds, an arrow at the upper edge with the perplexity replaces a point far above the line.
-    Otherwise it would squeeze the other points together. In a sweep only the points on the line have their setting.
+    In a sweep only the points on the line have their setting.
     """
     models = _models(series)
     colors, figure = model_colors(models), _figure(4.9)
     ax = figure.subplots()
     points = [one for one in series if one.perplexity and one.cache_bytes]
     lines = frontiers(series)
-    ceiling = math.inf
-    if len(lines) == 1 and len(lines[0]) > 1 and not any(one.seeds for one in points):
-        worst, best = lines[0][0].perplexity, lines[0][-1].perplexity
-        ceiling = best + _FAR * (worst - best)
     for line in lines:
         xy = [(one.cache_bytes / 1024, one.perplexity) for one in line]
         ax.plot(*zip(*xy, strict=True), color=_LINE, linestyle="--", linewidth=1.2, zorder=1)
     labels = []
     for one in points:
-        x, y, color = one.cache_bytes / 1024, min(one.perplexity, ceiling), colors[one.model or one.name]
+        x, y, color = one.cache_bytes / 1024, one.perplexity, colors[one.model or one.name]
         label = short(one.name if not one.model else one.setting if any(one in line for line in lines) else "")
-        marker = _MARKERS[one.baseline]
-        if one.perplexity > ceiling:
-            label, marker = f"{label}: {one.perplexity:,.4g}", "^"
         if one.seeds:
             ax.vlines(x, min(one.seeds), max(one.seeds), color=color, linewidth=1.2)
-        ax.plot(x, y, marker=marker, markersize=8, color=color, zorder=3)
+        ax.plot(x, y, marker=_MARKERS[one.baseline], markersize=8, color=color, zorder=3)
         labels.append((label, color, x, y))
     _scale(ax, "x", [x for *_, x, _ in labels])
     _scale(ax, "y", [y for *_, y in labels])

@@ -1,4 +1,4 @@
-"""The report of a sweep: settings over seeds, perplexity against the cache, and the importance of options."""
+"""The report of a sweep: settings over seeds, and perplexity against the cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import yaml
 
 from context_pythia.report.document import Block, Code, Heading, Paragraph, Picture, Table
 from context_pythia.report.figures import Series, draw_frontier, draw_settings, frontiers, short
-from context_pythia.report.formats import DASH, percent, perplexity
-from context_pythia.report.sections import compared, facts, failures, headline, positions, provenance, table
+from context_pythia.report.formats import DASH, perplexity
+from context_pythia.report.sections import compared, facts, failures, headline, positions, provenance
 from context_pythia.report.texts import Texts
 
 
@@ -74,7 +74,6 @@ class SweepReport:
         yield Paragraph(text("table_note"))
         yield from failures({trial["folder"]: trial["error"] for trial in metrics["trials"]}, text)
         yield from positions([row.series for row in best], text)
-        yield from self._importance()
         yield Heading(text("settings"))
         shown = {
             "searched": ", ".join(self.searched) or DASH,
@@ -106,16 +105,6 @@ class SweepReport:
             lines.append(line | {"unbeaten": self.text("yes") if one in unbeaten else ""})
         head = [_name(key) if key in self.searched else self.text(key) for key in lines[0]]
         return Table(head, [list(line.values()) for line in lines])
-
-    def _importance(self) -> Iterator[Block]:
-        found = self.metrics["importance"]
-        yield Heading(self.text("importance"))
-        if "reason" in found:
-            yield Paragraph(self.text("no_importance", **found), "note")
-            return
-        shares = [{"setting": _name(path), "share": percent(share)} for path, share in found["shares"].items()]
-        yield table(shares, self.text)
-        yield Paragraph(self.text("importance_note", **found | {"quantile": percent(found["quantile"])}))
 
 
 def _over_seeds(trials: Sequence[dict[str, Any]]) -> Row:

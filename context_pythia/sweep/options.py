@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from context_pythia.config.options import Option
 from context_pythia.config.recipe import OF_ONE_MODEL, SECTIONS, ModelOptions, Recipe
 from context_pythia.config.recipe_files import options_by_path, overridden, path_of, plain_name
 from context_pythia.errors import UsageError
@@ -45,7 +44,9 @@ class Dimension(NamedTuple):
     @property
     def log(self) -> bool:
         """Whether numbers of the range are drawn on a logarithmic scale."""
-        return self.ranged and by_logarithm(KEYS[self.path])
+        option = KEYS[self.path]
+        # Rates, thresholds and others that must be above 0.
+        return self.ranged and option.kind is float and option.bounds.startswith("> 0") and "<" not in option.bounds
 
 
 def parse_over(text: str) -> Dimension:
@@ -65,11 +66,6 @@ def parse_over(text: str) -> Dimension:
     if ends and (option.kind not in (int, float) or str in map(type, values) or values[0] >= values[-1]):
         raise UsageError(f"--over {path}: {given} must be two numbers, low..high")
     return Dimension(path, values, bool(ends))
-
-
-def by_logarithm(option: Option) -> bool:
-    """Whether to draw the option on a logarithmic scale: rates, thresholds and others that must be above 0."""
-    return option.kind is float and option.bounds.startswith("> 0") and "<" not in option.bounds
 
 
 class Setting(NamedTuple):

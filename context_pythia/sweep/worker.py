@@ -8,6 +8,7 @@ worker reads a finished training, and resumes an unfinished one from its checkpo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,20 @@ from context_pythia.runs.provenance import provenance, write_call
 from context_pythia.runs.record import Run, merged, model_entry, read_metrics
 from context_pythia.runs.train import check_training, compare
 from context_pythia.sweep.options import Setting, SweepPlan, differences
-from context_pythia.sweep.results import importances, trial_row
 from context_pythia.sweep.search import Search, require_optuna
 
 Trial = tuple[Setting, dict[str, Any] | None]  # with the entry of its model; None until it has ended
 TRIALS, PROVENANCE, METRICS, RECIPE = "trials", "provenance.json", "metrics.json", "recipe.yaml"
+# The fields that a trial copies from the model's entry in the run folder's metrics.
+COPIED = (
+    "parameters",
+    "best_epoch",
+    "val_accuracy",
+    "val_ppl_by_position",
+    "stop_reason",
+    "seconds_per_epoch",
+    "error",
+)
 
 
 def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool = True) -> dict[str, Any]:
@@ -153,22 +163,37 @@ class Worker:
             # Another call in the same folder may have searched other options.
             differing = {path for setting, _ in found.values() for path in differences(setting.recipe, recipe)}
             searched = list(dict.fromkeys([*(one.path for one in self.plan.dimensions), *sorted(differing)]))
-            trials = [trial_row(setting, entry, searched) for setting, entry in found.values()]
             metrics = {
                 "kind": "sweep",
                 "study": self.out.resolve().name,
                 "sampler": self.plan.sampler,
-                "seeds": sorted({trial["seed"] for trial in trials}),
+                "seeds": sorted({setting.recipe.seed for setting, _ in found.values()}),
                 "searched": searched,
                 "recipe": recipe_to_dict(recipe),
-                "trials": trials,
-                "importance": importances(trials, searched),
+                "trials": [_trial_row(setting, entry, searched) for setting, entry in found.values()],
             }
             write_json(self.out / METRICS, metrics)
         return metrics
 
     def _folder(self, setting: Setting) -> Path:
         return self.out / TRIALS / setting.name
+
+
+def _trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterable[str]) -> dict[str, Any]:
+    """A trial in metrics.json, with the values of the `searched` options; the report computes means over seeds."""
+    done = entry if entry and not entry["error"] else None
+    return {
+        "state": "unfinished" if entry is None else "failed" if done is None else "complete",
+        "folder": setting.name,
+        "model": setting.model.name,
+        "baseline": setting.model.is_baseline,
+        "setting": {path: setting.value(path) for path in searched},
+        "seed": setting.recipe.seed,
+        **{key: entry and entry[key] for key in COPIED},
+        "val_ppl": done and done["best_val_ppl"],
+        "cache_bytes": done and done["cache"]["bytes_measured"],
+        "phase1": done and done["phase1"] and {key: x for key, x in done["phase1"].items() if key != "history"},
+    }
 
 
 def _read(path: Path) -> Trial:

@@ -12,14 +12,6 @@ def test_names_in_the_frontier_do_not_overlap():
     assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
 
 
-def test_a_model_far_above_the_others_is_an_arrow_with_its_perplexity():
-    models = {"whole": (68.0, 8192), "half": (69.0, 4096), "quarter": (71.0, 2048), "other": (121.5, 2048)}
-    axes = draw_frontier([Series(name, name == "whole", *figures) for name, figures in models.items()], "").axes[0]
-    assert [label.get_text() for label in axes.texts] == ["whole", "half", "quarter", "other: 121.5"]
-    assert axes.get_ylim()[1] < 90
-    assert [line.get_marker() for line in axes.lines[1:]] == ["D", "o", "o", "^"]
-
-
 def test_a_sweep_names_the_settings_that_nothing_beats_and_has_a_line_for_each_of_the_best(monkeypatch):
     def settings(figures):
         return [

@@ -18,7 +18,7 @@ def trial(model, ppl, cache_bytes, seed=0, state="complete", **setting):
 def report(*trials) -> SweepReport:
     metrics = {
         "trials": trials, "searched": list(trials[0]["setting"]), "recipe": {"name": "r", "models": []},
-        "sampler": "grid", "seeds": [0], "study": "s", "importance": {"reason": "few trials"},
+        "sampler": "grid", "seeds": [0], "study": "s",
     }  # fmt: skip
     return SweepReport(metrics, {}, Texts("en", "sweep"))
 

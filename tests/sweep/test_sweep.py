@@ -119,7 +119,7 @@ def test_the_report_is_made_again_from_the_folder_alone(finished, monkeypatch):
 def test_the_report_says_where_in_a_sample_the_best_setting_of_each_model_loses(finished):
     found = {trial["model"]: trial["val_ppl_by_position"][0] for trial in metrics_of(finished)["trials"]}
     report = (finished / "report.md").read_text()
-    section = report[report.index("## Quality by position") : report.index("## Importance")]
+    section = report[report.index("## Quality by position") : report.index("## Settings")]
     first, whole = (found[model]["perplexity"] for model in ("shared", "Pythia"))
     assert f"| {perplexity(first)} ({change(first / whole - 1)})" in section
     assert f"| Pythia | {perplexity(whole)} |" in section and "In brackets: against Pythia." in section
@@ -146,5 +146,5 @@ def test_the_report_compares_with_the_control_of_the_same_setting_and_seeds(fini
     trials["shared", None]["val_ppl_by_position"][-1]["to"] += 1
     report = to_markdown(list(SweepReport(metrics, {}, Texts("en", "sweep")).blocks()))
     assert against(report, "Converted", "9") == ["–"]
-    section = report[report.index("## Quality by position") : report.index("## Importance")]
+    section = report[report.index("## Quality by position") : report.index("## Settings")]
     assert "\n| Pythia |" in section and "\n| shared |" not in section
