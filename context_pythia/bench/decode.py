@@ -24,13 +24,12 @@ from context_pythia.errors import UsageError, attempt
 from context_pythia.evaluation.memory import (
     CACHE,
     generate_tokens,
-    measure_any_cache,
     measure_generated_cache,
     peak_during,
     random_ids,
     weight_bytes,
 )
-from context_pythia.model.cache import CacheMeasurement
+from context_pythia.model.cache import CacheMeasurement, measure_cache
 from context_pythia.model.token_ids import to_digits
 
 GIGABYTE = 2**30
@@ -136,7 +135,7 @@ def measure_cell(
             lambda: generate_tokens(subject.model, prompt, new_tokens, batch_size, cache, **subject.settings),
             subject.device,
         )
-        rows[subject.name].cache = rows[subject.name].cache or measure_any_cache(cache)
+        rows[subject.name].cache = rows[subject.name].cache or measure_cache(cache)
         return seconds / new_tokens
 
     def first_run(subject: Subject) -> tuple[CacheMeasurement, int | None]:

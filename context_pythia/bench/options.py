@@ -6,14 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from context_pythia.config.options import Options, option, suggestion
+from context_pythia.config.options import Options, option
 from context_pythia.config.recipe import PRECISIONS, ArchitectureOptions
 from context_pythia.errors import UsageError
 
 CACHES = ("dynamic", "static")
 COMPILED = "compiled"  # a static cache and a compiled decoding step, of every model
 CONVERSATION = 2048  # tokens per conversation when counting how many fit into memory
-FORMS = ("heads", "exact")
 
 
 def _size(hidden: int, layers: int, heads: int) -> ArchitectureOptions:
@@ -60,17 +59,12 @@ class Source:
 def parse_sources(text: str) -> tuple[Source, ...]:
     """`"shared:256,layer:512:exact"` -> the sources; UsageError for an invalid one."""
     sources = []
-    for word in text.split(","):
-        found = re.fullmatch(r"(\w+):([1-9]\d*)(?::(\w+))?", word.strip())
-        if not found or found[1] not in ("input", "shared", "layer"):
-            raise UsageError(f"source {word.strip()!r}: give input:DIM, shared:DIM, layer:DIM or layer:DIM:FORM")
-        form = found[3] or ""
-        if form and (found[1] != "layer" or form not in FORMS):
-            raise UsageError(
-                f"source {word.strip()!r}: form {form!r} is unknown{suggestion(form, FORMS)}; "
-                f"valid, for layer alone: {', '.join(FORMS)}"
-            )
-        sources.append(Source(found[1], int(found[2]), form))
+    for word in map(str.strip, text.split(",")):
+        if not re.fullmatch(r"(input|shared|layer):[1-9]\d*|layer:[1-9]\d*:(heads|exact)", word):
+            valid = "input:DIM, shared:DIM, layer:DIM, layer:DIM:heads or layer:DIM:exact"
+            raise UsageError(f"source {word!r}: give {valid}")
+        source, width, *form = word.split(":")
+        sources.append(Source(source, int(width), *form))
     return tuple(sources)
 
 

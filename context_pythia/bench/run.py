@@ -7,7 +7,7 @@ training steps, so an interruption loses little.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,48 +55,34 @@ def bench(
         out.mkdir(parents=True, exist_ok=True)
         if (out / "metrics.json").exists():
             raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
-    device, threads = best_device(), torch.get_num_threads()
-    recipe, notes = (None, []) if recipe is None else _of_first_weights(recipe)
-    torch.set_num_threads(options.threads or threads)
-    try:
-        own = {"threads": torch.get_num_threads(), "device": device.type, "compiled": COMPILED in options.caches}
-        metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": asdict(options) | own}
-        metrics["notes"] = notes
-        for note in notes:
-            print(f"note: {note}", flush=True)
-        record = provenance(device)
+    converted = [model.name for model in recipe.models if model.from_baseline] if recipe else []
+    if converted:
+        raise UsageError(
+            f"{converted[0]} is converted from the trained baseline: leave it out (--only), or bench its folder"
+        )
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = best_device()
+    own = {"threads": torch.get_num_threads(), "device": device.type, "compiled": COMPILED in options.caches}
+    metrics: dict[str, Any] = {"kind": "train" if train else "decode", "settings": asdict(options) | own, "notes": []}
+    record = provenance(device)
 
-        def write() -> None:
-            if out is not None:
-                write_json(out / "metrics.json", metrics)
-                write_json(out / "provenance.json", record)
+    def write() -> None:
+        if out is not None:
+            write_json(out / "metrics.json", metrics)
+            write_json(out / "provenance.json", record)
 
-        def done() -> None:
-            write()
-            show(metrics)
+    def write_and_show() -> None:
+        write()
+        show(metrics)
 
-        if train:
-            assert recipe is not None
-            train_metrics(recipe, options, metrics, progress, write)
-            show(metrics)
-        else:
-            decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress, done)
-    finally:
-        torch.set_num_threads(threads)
+    if train:
+        assert recipe is not None
+        train_metrics(recipe, options, metrics, progress, write)
+        show(metrics)
+    else:
+        decode_metrics(_load(models, recipe, size, sources, options), options, metrics, progress, write_and_show)
     return metrics
-
-
-def _of_first_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe without the models that are converted from its trained baseline, and a line for each of those.
-
-    Raises:
-        UsageError: all of them are.
-    """
-    converted = [model.name for model in recipe.models if model.from_baseline]
-    if len(converted) == len(recipe.models):
-        raise UsageError(f"{converted[0]} is converted from the trained baseline: bench its folder instead")
-    notes = [f"{name} is left out, because it is converted from the trained baseline" for name in converted]
-    return replace(recipe, models=[model for model in recipe.models if not model.from_baseline]), notes
 
 
 def _load(

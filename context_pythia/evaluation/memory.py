@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GPTNeoXForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from context_pythia.evaluation.quantized import measure_quantized
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 T = TypeVar("T")
@@ -53,7 +52,7 @@ def measure_generated_cache(
     """
     prompt = max(1, length // 2 if decoded is None else length - decoded)
     output = generate_tokens(model, prompt, length - prompt + 1, batch_size, cache, **settings)
-    measured = measure_any_cache(cache_of(output))
+    measured = measure_cache(cache_of(output))
     assert measured.length == length, f"generate() cached {measured.length} tokens, {length} were asked for"
     return measured
 
@@ -85,11 +84,6 @@ def random_ids(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     """Token ids `[B, S]`, the same each time, on the model's device."""
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
     return ids if model.device.type == "meta" else ids.to(model.device)
-
-
-def measure_any_cache(cache: Cache) -> CacheMeasurement:
-    """Bytes of a filled cache, quantized or not."""
-    return measure_quantized(cache) if isinstance(cache, QuantizedCache) else measure_cache(cache)
 
 
 def cache_of(output: ModelOutput) -> Cache:

@@ -21,10 +21,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from context_pythia.errors import Failure
-from context_pythia.evaluation.memory import CACHE, measure_any_cache
+from context_pythia.evaluation.memory import CACHE
 from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
-from context_pythia.model.cache import CacheMeasurement
+from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 # A sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`: the target of each input token, -100 for none.
 Samples = Any
@@ -183,7 +183,7 @@ def score_cached(
             logits = model(input_ids=ids[:, step], use_cache=True, **{CACHE: cache}).logits
             tally.add(first, logits, labels[:, step], None if wanted is None else wanted[:, step], t)
         if measurement is None:
-            measurement, sequences = measure_any_cache(cache), len(ids)
+            measurement, sequences = measure_cache(cache), len(ids)
     assert measurement is not None
     return CachedScore(**tally.figures(), measurement=measurement, sequences=sequences)
 

@@ -8,17 +8,12 @@ both in the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
-from torch import Tensor
 from transformers import GPTNeoXConfig
 from transformers.cache_utils import Cache, QuantizedCache
 
 from context_pythia.errors import UsageError
-from context_pythia.model.cache import CacheMeasurement
-from context_pythia.model.configuration import ContextPythiaConfig
 from context_pythia.model.quantized import full_attention, hold_contexts
 
 BITS = {"int8": 8, "int4": 4}
@@ -53,7 +48,7 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
     require_quantizer()
     head_size = config.hidden_size // config.num_attention_heads
     group = max(size for size in range(1, min(GROUP, head_size) + 1) if head_size % size == 0)
-    if isinstance(config, ContextPythiaConfig) and "context" in config.layer_types:
+    if getattr(config, "context_source", None) in ("shared", "layer"):
         group = GROUP  # a context needs no group size that divides its width
     cache = QuantizedCache(
         "hqq",
@@ -68,21 +63,3 @@ def quantized_cache(config: GPTNeoXConfig, kind: str, length: int) -> Cache:
         return hold_contexts(cache, config)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def measure_quantized(cache: Cache) -> CacheMeasurement:
-    """Bytes of a quantized cache: packed integers, scales, zero points and unquantized tokens."""
-    tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer))]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    filled = sum(tensor.nbytes for tensor in tensors)
-    return CacheMeasurement(int(cache.get_seq_length()), filled, max(0, sum(storages.values()) - filled))
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, dict):
-        yield from _tensors(list(held.values()))
-    elif isinstance(held, list | tuple):
-        for part in held:
-            yield from _tensors(part)

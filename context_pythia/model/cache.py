@@ -9,6 +9,7 @@ Shapes: B batch, T cached tokens, W cached width, C context_dim.
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import GPTNeoXConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
@@ -248,14 +249,14 @@ class CacheMeasurement:
 
 
 def measure_cache(cache: Cache) -> CacheMeasurement:
-    """Measure the tensors in a filled cache (DynamicCache or StaticCache, of any model)."""
+    """Measure the tensors in a filled cache of any model: dynamic, static, or quantized, where packed integers, scales
+    and zero points count."""
     length = int(cache.get_seq_length())
     filled, storages = 0, {}
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values, getattr(layer, "contexts", None)):
-            if tensor is None:
-                continue
+    for tensor in tree_leaves([vars(layer) for layer in cache.layers]):
+        # A static layer counts its tokens in a tensor without dimensions.
+        if isinstance(tensor, torch.Tensor) and tensor.ndim:
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
             filled += (tensor[:, :, :length] if tensor.ndim == 4 else tensor).nbytes
-    return CacheMeasurement(length, filled, sum(storages.values()) - filled)
+    return CacheMeasurement(length, filled, max(0, sum(storages.values()) - filled))

@@ -9,11 +9,10 @@ from context_pythia.errors import UsageError
 from context_pythia.evaluation import quantized
 from context_pythia.evaluation.perplexity import score_cached
 from context_pythia.evaluation.quantized import (
-    measure_quantized,
     quantized_cache,
     residual_length,
 )
-from context_pythia.model.cache import ContextLayer, previous_context
+from context_pythia.model.cache import ContextLayer, measure_cache, previous_context
 from context_pythia.model.configuration import ContextPythiaConfig
 from context_pythia.model.quantized import hold_contexts
 from tests.evaluation.conftest import build
@@ -50,7 +49,7 @@ def test_bytes_are_those_of_integers_scales_zero_points_and_waiting_tokens(kind,
         for _ in range(36):
             cache.update(torch.randn(3, 1, 1, 67), torch.randn(3, 1, 1, 0), layer)
     # 67 numbers are two groups of 34; of the 36 tokens one waits, since they are quantized two by two.
-    measured = measure_quantized(cache)
+    measured = measure_cache(cache)
     assert measured.length == 36
     assert measured.filled == 2 * 3 * (35 * (numbers + 2 * 2 * 4) + 67 * 4)
 
@@ -79,7 +78,7 @@ def test_gpt_neox_gets_the_stock_layers_and_other_caches_stay_as_they_are():
     assert [type(layer) for layer in stock.layers] == [HQQQuantizedLayer] * 2
     config = build("layer", context_sharing=2).config
     assert [type(layer).__name__ for layer in quantized_cache(config, "int8", 64).layers] == [
-        "WithoutValuesTokenGroupsHQQQuantizedLayer",
+        "QuantizedContextLayer",
         type(DynamicCache(config=config).layers[1]).__name__,
     ]
     assert type(DynamicCache(config=config).layers[0]) is ContextLayer
