@@ -27,7 +27,6 @@ class Generate(Command):
     seed: int = option(0, "seed of the sampling", bounds=">= 0")
     dtype: str = option("float32", "dtype of weights and cache", PRECISIONS)
     stats: bool = option(False, "also print tokens a second and the measured cache")
-    compile: bool = option(False, "compile the decoding step (needs a C++ compiler)")
 
     def run(self) -> None:
         from context_pythia.runs.generate import generate

@@ -84,23 +84,28 @@ class EvaluationReport:
         rows = []
         for name, row in self.rows.items():
             cached, cache = row["cached"] or {}, row["cache"] or {}
-            kl, difference = row["kl"], row["logit_difference"]
+            kl, difference, size = row["kl"], row["logit_difference"], cache.get("bytes_measured")
             rows.append(
                 {
                     "model": name,
                     "ppl": _number(row["perplexity"]),
-                    "change": change(row["change"], 2),
+                    "change": self._change(row, self.first_row),
                     "accuracy": percent(row["accuracy"], 2),
                     "cached_ppl": _number(cached.get("perplexity")),
-                    "cached_change": change(cached.get("change"), 2),
-                    "kb": kilobytes(cache.get("bytes_measured")),
-                    "reduction": percent(cache.get("reduction_measured"), 2),
+                    "cached_change": self._change(cached, self.first_row["cached"]),
+                    "kb": kilobytes(size),
+                    "reduction": percent(size and 1 - size / self.first_row["cache"]["bytes_measured"], 2),
                     "kl": DASH if kl is None else f"{abs(kl):.3g}",
                     "agreement": percent(row["agreement"], 2),
                     "difference": DASH if difference is None else f"{difference:.2g}",
                 }
             )
         return sections.table(rows, self.text)
+
+    def _change(self, figures: Row, first: Row) -> str:
+        """The change of the perplexity to the first model's."""
+        own = None if figures is first else figures.get("perplexity")
+        return change(own and own / first["perplexity"] - 1, 2)
 
     def _recall(self) -> Iterator[Block]:
         """How often each model found a word so many tokens back."""

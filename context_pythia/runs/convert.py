@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -45,9 +44,6 @@ from context_pythia.training.history import best_row
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
 SHARD = "500MB"  # size of an output file, which is in memory as a whole
-# Warn if an exact conversion's keys and values have a larger relative error, unless the condition number is small: in
-# bfloat16 every model rounds that much.
-MOST_ROUNDING, MOST_CONDITION = 0.02, 16
 DECODED = 8  # tokens to decode when measuring the cache: each one reads all weights from disk
 
 
@@ -224,8 +220,6 @@ class Conversion:
             ship_code(result.config, folder)
         publish(result, tokenizer, folder, SHARD)
         record |= {"seconds": time.perf_counter() - started, "peak_bytes": process_memory("VmHWM")}
-        if record.get("exact"):
-            _warn_of_rounding(record, self.options.dtype)
         write_json(folder / RECORD, record)
         return record
 
@@ -297,19 +291,6 @@ def ship_code(config: Any, folder: Path) -> None:
     for path in Path(context_pythia.model.__path__[0]).glob("[!_]*.py"):
         shutil.copyfile(path, folder / path.name)
     config.auto_map = AUTO_MAP
-
-
-def _warn_of_rounding(record: dict[str, Any], dtype: str) -> None:
-    """Warn if the rotary keys of an exact conversion's worst layer are so dependent that rounding costs digits."""
-    condition, layer = max((layer["condition"], index) for index, layer in enumerate(record["layers"]))
-    rounding = torch.finfo(getattr(torch, dtype)).eps
-    if condition * rounding > max(MOST_ROUNDING, MOST_CONDITION * rounding):
-        print(
-            f"warning: the rotary keys of layer {layer} are nearly linearly dependent (condition number "
-            f"{condition:.3g}): in {dtype} its keys and values lose digits, relative errors reach "
-            f"{condition * rounding:.1g}; compare with the original by `context-pythia eval`",
-            file=sys.stderr,
-        )
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:

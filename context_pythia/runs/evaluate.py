@@ -1,8 +1,8 @@
 """`context-pythia eval`: models side by side on the same held-out text.
 
 Each model is scored in one parallel pass, then token by token through its cache; the bytes are those of the filled
-cache. With `--cache` quantized caches follow. All models are compared with the first. At most two models are in memory
-at a time. `evaluate_model` does the same for a model that is already loaded.
+cache. With `--cache` quantized caches follow. The first model is the reference of the others, and stays in memory.
+`evaluate_model` does the same for a model that is already loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from context_pythia.runs.provenance import provenance
 # What a row has beside the model; a failed cache has only the error.
 FIGURES = (
     "quantised", "perplexity", "accuracy", "tokens", "perplexity_by_position", "kl", "agreement", "logit_difference",
-    "change", "cached", "cache", "tasks", "recall", "error",
+    "cached", "cache", "tasks", "recall", "error",
 )  # fmt: skip
 
 
@@ -104,7 +104,6 @@ def evaluate(
         if rows is None:
             raise Failure(f"{name}: {error}")
         metrics["models"] += rows
-        compare_with_first(metrics["models"])
         if recall_samples:
             rows[0]["recall"] = recall(
                 model, packed.tokenizer, data.sequence_length, samples=recall_samples, batch_size=batch_size
@@ -161,19 +160,6 @@ def evaluate_model(
     return rows
 
 
-def compare_with_first(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to each row its difference to the first row, as shares: `reduction_measured` of the cache, and `change` of
-    the perplexity of both passes."""
-    first = rows[0]
-    for row in rows:
-        if row["cached"] is None:
-            continue
-        row["cache"]["reduction_measured"] = 1 - row["cache"]["bytes_measured"] / first["cache"]["bytes_measured"]
-        for part, base in ((row, first), (row["cached"], first["cached"])):
-            if row is not first and part["perplexity"] is not None:
-                part["change"] = part["perplexity"] / base["perplexity"] - 1
-
-
 def _row(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """A row without figures. Readers rely on every key; missing values are null."""
     described = {
@@ -211,9 +197,8 @@ def _through_cache(model: PreTrainedModel, through: CachedScore, whole: Score | 
         "bytes_formula": cache_bytes(model.config, measured.length, dtype=model.dtype),
         "bytes_slack": measured.slack / sequences,
         "residual_length": None,
-        "reduction_measured": None,
     }
-    cached = _figures(through) | {"change": None, "parallel_perplexity": parallel, "agrees": agrees}
+    cached = _figures(through) | {"parallel_perplexity": parallel, "agrees": agrees}
     return {"cached": cached, "cache": cache}
 
 

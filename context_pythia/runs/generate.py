@@ -7,12 +7,13 @@ import time
 import torch
 from transformers import GenerationConfig, set_seed
 
-from context_pythia.data.tokenizers import load_tokenizer, prompt_ids
+from context_pythia.data.corpora import whole_characters
+from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import cache_of
 from context_pythia.evaluation.pretrained import load_pretrained
 from context_pythia.model.cache import cache_bytes, cached_numbers_per_token, measure_cache
-from context_pythia.runs.build import best_device, compiled_step
+from context_pythia.runs.build import best_device
 
 
 @torch.no_grad()
@@ -26,14 +27,12 @@ def generate(
     seed: int = 0,
     dtype: str = "float32",
     stats: bool = False,
-    compile: bool = False,
 ) -> None:
     """Print the prompt and its continuation; with `stats`, tokens per second and the measured cache, too.
 
     Args:
         model: folder or Hub name.
         temperature: sampling temperature; 0 is greedy.
-        compile: decode from a static cache with a compiled step. Compilation takes a while at first.
 
     Raises:
         UsageError: `top_k` without sampling, a prompt without tokens, or more tokens than the model has positions.
@@ -43,9 +42,10 @@ def generate(
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=loaded.device)
-    if ids.shape[1] == 0:
+    inputs = tokenizer(whole_characters(prompt), add_special_tokens=False)["input_ids"]
+    if not inputs:
         raise UsageError("--prompt is empty: give at least one character")
+    ids = torch.tensor([inputs], device=loaded.device)
     positions = loaded.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > positions:
         raise UsageError(
@@ -59,7 +59,6 @@ def generate(
         num_beams=num_beams,
         return_dict_in_generate=True,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **({"cache_implementation": "static", "compile_config": compiled_step()} if compile else {}),
         **({"temperature": temperature, "top_k": 0 if top_k is None else top_k} if temperature > 0 else {}),
     )
     started = time.perf_counter()

@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from context_pythia import ContextPythiaForCausalLM
 from context_pythia.runs.generate import generate
 
 
@@ -25,27 +24,14 @@ def test_sampling_depends_on_the_seed_alone(finished_run, capsys):
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_half_a_surrogate_pair_in_a_prompt_is_the_replacement_character(finished_run, capsys):
+    generate(str(finished_run / "models" / "shared"), "a \udc80 b", 1)
+    assert capsys.readouterr().out.startswith("a \ufffd b")
+
+
 def test_beams_write_text(finished_run, capsys):
     generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, num_beams=3, stats=True)
     assert "x 3 beams" in capsys.readouterr().out
-
-
-def test_compiled_decoding_takes_one_graph_and_a_static_cache_and_writes_the_same(finished_run, capsys, monkeypatch):
-    settings, whole = [], ContextPythiaForCausalLM.generate
-
-    def without_compiling(self, ids, generation_config, **inputs):  # tests/model compile
-        settings.append(generation_config)
-        generation_config.disable_compile = True
-        return whole(self, ids, generation_config=generation_config, **inputs)
-
-    monkeypatch.setattr(ContextPythiaForCausalLM, "generate", without_compiling)
-    texts = []
-    for compile in (False, True):
-        generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, compile=compile)
-        texts.append(capsys.readouterr().out)
-    assert [one.cache_implementation for one in settings] == [None, "static"]
-    assert settings[0].compile_config is None and settings[1].compile_config.fullgraph
-    assert texts[0] == texts[1]
 
 
 def test_prompts_that_cannot_be_are_refused(finished_run):
