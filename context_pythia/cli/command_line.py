@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Python shows the note below the traceback.
             error.add_note(f"{PROGRAM}: {REPORT}")
         if processes.says_why():
-            if code is None or (args is not None and args.debug):
+            if code is None:
                 raise
             print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
         return code or 1

@@ -40,7 +40,6 @@ def build_parser(commands: dict[str, type[Command]]) -> argparse.ArgumentParser:
         **common,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {context_pythia.__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in commands.items():
         subparser = subparsers.add_parser(
@@ -50,9 +49,6 @@ def build_parser(commands: dict[str, type[Command]]) -> argparse.ArgumentParser:
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             epilog=_examples(*command.examples),
             **common,
-        )
-        subparser.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
         _add_options(subparser, command)
         subparser.set_defaults(command=command, parser=subparser)

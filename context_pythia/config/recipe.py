@@ -253,11 +253,6 @@ class Recipe(Options):
                 f"must be at most max_position_embeddings = {self.architecture.max_position_embeddings}"
             )
         self._check_tokens()
-        rows = self.architecture.model_vocab_size
-        if rows is not None and self.data.tokenizer == "train" and rows < self.data.vocab_size:
-            raise UsageError(
-                f"architecture.model_vocab_size {rows}: must be at least vocab_size = {self.data.vocab_size}"
-            )
         self._check_models()
 
     def _check_tokens(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -69,20 +68,9 @@ def tokenizer_of_numbers(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=str(_END))
 
 
-def summary(options: DataOptions) -> dict[str, Any]:
-    """The facts that a report shows of the samples, as for packed text."""
+def fingerprint(options: DataOptions) -> str:
+    """The name of these samples, as for packed text."""
     train, validation = options.split_sizes(options.samples)
     key = {"data": NAME, "format": _FORMAT, "train": train, "validation": validation}
     key |= {name: getattr(options, name) for name in ("sequence_length", "vocab_size")}
-    return {
-        "source": NAME,
-        "documents_train": train,
-        "documents_validation": validation,
-        "samples_train": train,
-        "samples_validation": validation,
-        "sequence_length": options.sequence_length,
-        "tokens_train": train * options.sequence_length,
-        "tokenizer": "numbers",
-        "vocab_size": options.vocab_size,
-        "fingerprint": hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

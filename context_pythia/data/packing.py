@@ -35,6 +35,7 @@ from context_pythia.data.tokenizers import load_tokenizer, train_tokenizer, voca
 from context_pythia.errors import Failure, UsageError
 from context_pythia.files import write_json
 
+COUNTS = ("documents_train", "documents_validation")
 _FORMAT = 1
 _HEAD_CHARACTERS = 1 << 23
 _BATCH_CHARACTERS = 1 << 18
@@ -122,8 +123,11 @@ def _associations(options: DataOptions) -> PackedData:
         PackedDataset(*associations.associations(rows, length, options.vocab_size, seed, mixed=seed == 0))
         for seed, rows in enumerate(splits)
     )
-    tokenizer = associations.tokenizer_of_numbers(options.vocab_size)
-    return PackedData(train, validation, tokenizer, associations.summary(options))
+    tokenizer, fingerprint = associations.tokenizer_of_numbers(options.vocab_size), associations.fingerprint(options)
+    counts = dict(zip(COUNTS, splits, strict=True))
+    return PackedData(
+        train, validation, tokenizer, _summary(options, counts, "numbers", options.vocab_size, fingerprint)
+    )
 
 
 def _fingerprint(options: DataOptions, digest: str, tokenizer: PreTrainedTokenizerFast | None) -> str:
@@ -156,7 +160,7 @@ def _open(folder: Path, options: DataOptions, tokenizer: PreTrainedTokenizerFast
     """The contents of a cache folder, which has the tokenizer if none is given; None if it is missing or damaged."""
     try:
         counts = json.loads((folder / "counts.json").read_text())
-        counts = {key: int(counts[key]) for key in ("documents_train", "documents_validation")}
+        counts = {key: int(counts[key]) for key in COUNTS}
         train, validation = (
             PackedDataset(np.load(folder / f"{split}.npy", mmap_mode="r", allow_pickle=False))
             for split in ("train", "validation")
@@ -168,18 +172,27 @@ def _open(folder: Path, options: DataOptions, tokenizer: PreTrainedTokenizerFast
     shapes = [(rows, options.sequence_length + 1) for rows in options.split_sizes(options.samples)]
     if [train.tokens.shape, validation.tokens.shape] != shapes:
         return None
-    summary = {
+    rows = vocabulary_rows(tokenizer)
+    return PackedData(
+        train, validation, tokenizer, _summary(options, counts, _name(options.tokenizer), rows, folder.name)
+    )
+
+
+def _summary(
+    options: DataOptions, counts: dict[str, int], tokenizer: str, vocab_size: int, fingerprint: str
+) -> dict[str, Any]:
+    train, validation = options.split_sizes(options.samples)
+    return {
         "source": _name(options.data),
         **counts,
-        "samples_train": len(train),
-        "samples_validation": len(validation),
+        "samples_train": train,
+        "samples_validation": validation,
         "sequence_length": options.sequence_length,
-        "tokens_train": train.num_tokens,
-        "tokenizer": _name(options.tokenizer),
-        "vocab_size": vocabulary_rows(tokenizer),
-        "fingerprint": folder.name,
+        "tokens_train": train * options.sequence_length,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "fingerprint": fingerprint,
     }
-    return PackedData(train, validation, tokenizer, summary)
 
 
 class _Rows:
@@ -226,9 +239,7 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
                 break
     if train.room or validation.room:
         raise UsageError(_too_short(options, train.used // width, validation.used // width))
-    write_json(
-        folder / "counts.json", {"documents_train": train.documents, "documents_validation": validation.documents}
-    )
+    write_json(folder / "counts.json", dict(zip(COUNTS, (train.documents, validation.documents), strict=True)))
 
 
 def _split(stream: Iterator[str], options: DataOptions) -> tuple[list[str], int]:

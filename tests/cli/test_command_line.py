@@ -330,13 +330,6 @@ def test_errors_become_one_line_and_an_exit_code(run_failing, capsys, error, cod
     assert capsys.readouterr().err == f"context-pythia: error: {line}\n"
 
 
-def test_debug_shows_the_traceback(run_failing):
-    with pytest.raises(UsageError, match="why"):
-        run_failing(UsageError("why"), "runs/x", "--debug")
-    with pytest.raises(ValueError, match="why"):
-        cli.main(["--debug", "report", "runs/x"])
-
-
 def test_our_own_mistakes_keep_their_traceback_and_ask_to_be_reported(run_failing):
     with pytest.raises(TypeError, match="ours") as error:
         run_failing(TypeError("ours"), "runs/x")

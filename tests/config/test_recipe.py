@@ -200,7 +200,6 @@ def test_unknown_models_and_overrides_are_named_with_the_valid_ones(write):
             "architecture.hidden_size 511: must be a multiple of num_attention_heads = 8",
         ),
         ("architecture.hidden_size", 32, "architecture.hidden_size 32: .*a multiple of 8 .* = 64"),
-        ("architecture.model_vocab_size", 1000, "model_vocab_size 1000: must be at least vocab_size = 50304"),
         ("model.context_dim", 1025, "context_dim 1025: must be between 1 and 2 \\* hidden_size = 1024"),
         ("model.context_dim", 16, "context_dim 16 of layer 0: leaves no latent beside the 16 dims of its rotary keys"),
         ("model.context_sharing", 7, "context_sharing 7: must be between 1 and num_hidden_layers = 6"),
