@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # The others wait while process 0 packs a corpus; a closed connection shows that it died. Other collectives keep the
 # backend's timeout of minutes: one that hangs should not keep a cluster for a day.
 LONGEST_WAIT = timedelta(hours=24)
-_first_failed: bool | None = None  # known once joined processes fail
+_failed_first = False  # whether this process failed before the others
 _patient: Any = None  # process group on the CPU with the long timeout
 
 
@@ -42,7 +42,7 @@ def is_main() -> bool:
 
 def says_why() -> bool:
     """Whether this process prints the reason of a failure: one line is enough for all processes."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 if _first_failed is None else _first_failed
+    return _failed_first or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 @contextlib.contextmanager
@@ -83,22 +83,22 @@ def joined() -> Iterator[None]:
                 raise SystemExit(130) from None
             raise
         except Exception as error:
-            if not _first_to_fail():
+            global _failed_first
+            _failed_first = _is_first_failure()
+            if not _failed_first:
                 raise SystemExit(1) from error
             raise
     distributed.destroy_process_group()
 
 
-def _first_to_fail() -> bool:
+def _is_first_failure() -> bool:
     from torch import distributed
 
-    global _first_failed
     try:
         # The launcher keeps this store. If process 0 keeps it and is gone, process 0 failed first.
-        _first_failed = distributed.distributed_c10d._get_default_store().add("context-pythia failed", 1) == 1
+        return distributed.distributed_c10d._get_default_store().add("context-pythia failed", 1) == 1
     except RuntimeError:
-        _first_failed = False
-    return _first_failed
+        return False
 
 
 def total(values: torch.Tensor) -> torch.Tensor:

@@ -182,9 +182,13 @@ class HealOptions(OptimizationOptions):
         """Whether the parameter of this name is trained."""
         return self.parameters == "all" or (".attention." in parameter and ".attention.dense." not in parameter)
 
-    def teaches_a_control(self, body: Any) -> bool:
-        """Whether a model learns anything when its teacher is its own copy; `body` has the dropouts."""
-        return bool(self.ce_weight or body.hidden_dropout or body.attention_dropout)
+    def check_control(self, control: str, body: Any) -> None:
+        """Raise `UsageError` if a control would learn nothing from a teacher that is its copy; `body` has dropouts."""
+        if not (self.ce_weight or body.hidden_dropout or body.attention_dropout):
+            raise UsageError(
+                f"heal.ce_weight 0: without dropout {control} matches its own teacher and learns nothing; "
+                "give a weight above 0"
+            )
 
 
 @dataclass
@@ -315,11 +319,7 @@ class Recipe(Options):
         if not self.heal.steps:
             raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
         if model.context_source is None:
-            if not self.heal.teaches_a_control(body):
-                raise UsageError(
-                    f"heal.ce_weight 0: without dropout the control {model.name} matches its own teacher and learns "
-                    "nothing; give a weight above 0"
-                )
+            self.heal.check_control(f"the control {model.name}", body)
             return
         if model.context_source != "layer":
             raise UsageError(f"{model.name}: from_baseline makes contexts of source layer, not {model.context_source}")

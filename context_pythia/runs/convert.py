@@ -153,11 +153,7 @@ class Conversion:
         original, tokenizer = load_original(self.model, best_device()), load_tokenizer(self.data.tokenizer)
         if not self.control:
             return original, tokenizer, checked_form(self.options, original)
-        if not self.healing.teaches_a_control(original.config):
-            raise UsageError(
-                "heal.ce_weight 0: without dropout the control matches its own teacher and learns nothing; "
-                "give a weight above 0"
-            )
+        self.healing.check_control("the control", original.config)
         return original, tokenizer, None
 
     def _text(self, original: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast) -> PackedData:

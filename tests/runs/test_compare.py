@@ -174,17 +174,6 @@ def test_a_folder_keeps_to_its_text(finished_run, tmp_path, monkeypatch):
     assert (tmp_path / "metrics.json").read_bytes() == before
 
 
-def test_a_failure_without_words_is_recorded_as_one(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise MemoryError
-
-    monkeypatch.setattr(train, "train_language_model", fail)
-    recipe = tiny_recipe(tmp_path)
-    with pytest.raises(RuntimeError, match="1 of 1 models failed: Pythia: MemoryError"):
-        compare(dataclasses.replace(recipe, models=recipe.models[:1]), tmp_path / "run", progress=False)
-    assert metrics(tmp_path / "run")["models"][0]["error"] == "MemoryError"
-
-
 def test_phase1_refuses_a_model_without_context_block(tmp_path):
     recipe = tiny_recipe(tmp_path)
     with pytest.raises(ValueError, match="Pythia has no ContextBlock"):
