@@ -6,6 +6,7 @@ the main branch. A model that fails to load has faulty files, so every error her
 
 import contextlib
 import logging as standard_logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -21,6 +22,8 @@ from transformers.utils import logging
 import context_pythia.model  # noqa: F401  registers the model with the Auto classes
 from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub
 from context_pythia.errors import Failure, UsageError, is_failure
+
+SIZES = {"vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"}
 
 
 @contextlib.contextmanager
@@ -62,6 +65,7 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
         )
     standard_logging.getLogger("accelerate.big_modeling").setLevel(standard_logging.ERROR)
     try:
+        _check_values(stored)
         model, state = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=revision,
@@ -147,6 +151,18 @@ def _place(name: str) -> tuple[str, str | None]:
     except OSError:
         require_on_hub("model", repository, revision)
     return repository, revision
+
+
+def _check_values(stored: dict[str, Any]) -> None:
+    """Raises ValueError for values that transformers accepts and no model can have."""
+    rope = stored.get("rope_parameters")
+    for name, value in (stored | (rope if isinstance(rope, dict) else {})).items():
+        if name in SIZES and isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} {value}: must be at least 1")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} {value}: must be a finite number")
+        if name in ("rotary_pct", "partial_rotary_factor") and not 0 < value <= 1:
+            raise ValueError(f"{name} {value}: must be above 0 and at most 1")
 
 
 def _refusal(name: str, stored: dict[str, Any], error: Exception) -> Exception:

@@ -298,6 +298,9 @@ def _summary(record: dict[str, Any], out: Path) -> str:
             f"({cache['numbers_per_token'] / original - 1:+.1%}), measured at {cache['length']} tokens: "
             f"{cache['bytes_measured'] / 1024:,.1f} KB"
         )
+    if record.get("exact"):
+        worst = max(layer["condition"] for layer in record["layers"])
+        lines.append(f"exact up to rounding errors, which it amplifies at most {worst:,.3g} times")
     if healing:
         lines.append(
             f"healing: validation perplexity {healing['val_ppl_before']:.2f} -> {healing['val_ppl']:.2f} "

@@ -70,6 +70,10 @@ def change(folder, **values):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
+        ({"hidden_size": -32}, "hidden_size -32: must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0: must be at least 1"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps nan: must be a finite number"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 2.0}}, "partial_rotary_factor 2.0"),
         ({"context_dim": 0}, "context_dim 0: must be between 1 and 2 * hidden_size = 64"),
         ({"hidden_act": "nix"}, "KeyError: 'nix'"),
         ({"id2label": "x"}, "Error: "),

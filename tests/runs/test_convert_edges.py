@@ -1,4 +1,4 @@
-"""What `context-pythia convert` refuses or warns of, in one line: options, models, damage, a full disk."""
+"""What `context-pythia convert` refuses or points out, in one line: options, models, damage, a full disk."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_a_full_disk(convert, original, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_card_says_how_nearly_rotary_keys_depend_on_each_other(convert, copy, tmp_path):
+def test_the_summary_and_the_card_say_how_nearly_rotary_keys_depend_on_each_other(convert, copy, tmp_path, capsys):
     with edited(copy) as weights:
         fused = weights["gpt_neox.layers.1.attention.query_key_value.weight"].unflatten(0, (HEADS, 3, -1))
         fused[1, 1, 0] = fused[0, 1, 0] * (1 + 1e-6)  # the first rotary dim of two heads' keys
@@ -129,6 +129,7 @@ def test_the_card_says_how_nearly_rotary_keys_depend_on_each_other(convert, copy
     assert convert(copy, tmp_path / "out", *HALF, data=False, card=True) == 0
     condition = record_of(tmp_path / "out")["layers"][1]["condition"]
     assert condition > 1e5 and f"{condition:,.3g}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"amplifies at most {condition:,.3g} times" in capsys.readouterr().out
 
 
 def test_rotary_keys_that_depend_on_each_other_are_not_exact(copy, refused):
