@@ -28,7 +28,7 @@ def require_optuna() -> None:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UsageError("sweep needs Optuna: pip install 'context-pythia[sweep]'") from None
+        raise UsageError("--sampler tpe needs Optuna: pip install 'context-pythia[sweep]'") from None
     optuna.logging.set_verbosity(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 

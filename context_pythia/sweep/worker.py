@@ -31,14 +31,8 @@ Trial = tuple[Setting, dict[str, Any] | None]  # with the entry of its model; No
 TRIALS, PROVENANCE, METRICS, RECIPE = "trials", "provenance.json", "metrics.json", "recipe.yaml"
 # The fields that a trial copies from the model's entry in the run folder's metrics.
 COPIED = (
-    "parameters",
-    "best_epoch",
-    "val_accuracy",
-    "val_ppl_by_position",
-    "stop_reason",
-    "seconds_per_epoch",
-    "error",
-)
+    "parameters", "best_epoch", "val_accuracy", "val_ppl_by_position", "stop_reason", "seconds_per_epoch", "error",
+)  # fmt: skip
 
 
 def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool = True) -> dict[str, Any]:
@@ -53,7 +47,8 @@ def sweep(plan: SweepPlan, out: Path, storage: str | None = None, progress: bool
         Failure: every trial failed, or the storage failed.
         OSError: a folder cannot be written. The next worker resumes the interrupted trial.
     """
-    require_optuna()
+    if plan.sampler == "tpe":
+        require_optuna()
     (out / TRIALS).mkdir(parents=True, exist_ok=True)
     worker = Worker(plan, out, progress, FileLock(out / ".lock"))
     with worker.lock:  # the first worker packs the text, the others open its file
