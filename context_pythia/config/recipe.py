@@ -278,7 +278,7 @@ class Recipe(Options):
         if not self.models:
             raise UsageError("models: is empty, name at least one model")
         folders: dict[str, str] = {}
-        for number, model in enumerate(self.models):
+        for model in self.models:
             if not model.folder or "," in model.name:
                 raise UsageError(f"models: name {model.name!r}: must hold letters or digits, and no comma")
             if model.folder in folders:
@@ -286,7 +286,7 @@ class Recipe(Options):
                 raise UsageError(f"models: name {model.name!r}: is taken by {taken!r}, give each its own")
             folders[model.folder] = model.name
             if model.from_baseline:
-                self._check_healed(model, later=self.models[number:])
+                self._check_healed(model)
             elif model.context_source is not None:
                 self._check_context(model)
 
@@ -306,16 +306,9 @@ class Recipe(Options):
         except StrictDataclassError as error:
             raise UsageError(str(error.__cause__ or error)) from error
 
-    def _check_healed(self, model: ModelOptions, later: list[ModelOptions]) -> None:
+    def _check_healed(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""
-        body, baselines = self.architecture, [one.name for one in self.models if one.is_baseline]
-        if len(baselines) > 1:
-            raise UsageError(
-                f"models: {model.name} is converted from the baseline, but the recipe has two, "
-                f"{baselines[0]} and {baselines[1]}: keep one"
-            )
-        if any(one.is_baseline for one in later):
-            raise UsageError(f"models: {model.name} is converted from {baselines[0]}: list it after {baselines[0]}")
+        body = self.architecture
         if not self.heal.steps:
             raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
         if model.context_source is None:

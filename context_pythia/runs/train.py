@@ -10,6 +10,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def compare(recipe: Recipe, out: Path, progress: bool = True, origin: Run | None
     if wanted := [options.name for options in recipe.models if options.name not in run.finished]:
         run.write_provenance(wanted, best_device())
     failures = []
-    for options in recipe.models:
+    for options in sorted(recipe.models, key=attrgetter("from_baseline")):  # the baseline is trained before
         if options.name in run.finished:
             print(f"{options.name}: already trained", flush=True)
             continue
@@ -122,7 +123,7 @@ def _check_origins(recipe: Recipe, run: Run) -> None:
     if not trained and not any(model.is_baseline for model in recipe.models):
         raise UsageError(
             f"{healed[0]} is converted from the trained baseline, but {run.origin.folder} has none: "
-            "list a baseline before it"
+            "list a baseline too"
         )
     if processes.count() > 1:
         raise UsageError(
