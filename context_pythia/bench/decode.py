@@ -30,7 +30,7 @@ from context_pythia.evaluation.memory import (
     weight_bytes,
 )
 from context_pythia.model.cache import CacheMeasurement, measure_cache
-from context_pythia.model.token_ids import to_digits
+from context_pythia.model.layer_contexts import to_digits
 
 GIGABYTE = 2**30
 

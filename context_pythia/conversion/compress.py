@@ -24,11 +24,10 @@ from context_pythia.conversion.readers import Readers, readers_of
 from context_pythia.conversion.transplant import context_config, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.errors import Failure, UsageError
-from context_pythia.evaluation.memory import free_memory
 from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # alignment for memory and vector units
-MOST_STATISTICS = 8 * 2**30  # bytes at once; if all layers need more, the text is read several times
+MOST_STATISTICS = 4 * 2**30  # bytes at once; if all layers need more, the text is read several times
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
 
 # The contexts' widths, their rotary pairs at each frequency, and the function that makes a context's factors by index.
@@ -243,8 +242,7 @@ def _statistics(
     text = PackedDataset(train.tokens[chosen.numpy()])
     files = {readers: partial / f"statistics-{readers.layers[0]:03d}.safetensors" for readers in contexts}
     missing = [readers for readers, file in files.items() if not file.exists()]
-    room = min(MOST_STATISTICS, (free_memory(torch.device("cpu")) or MOST_STATISTICS) / 2)
-    at_once = max(1, int(room / max(readers.statistics_bytes(hidden) for readers in contexts)))
+    at_once = max(1, MOST_STATISTICS // max(readers.statistics_bytes(hidden) for readers in contexts))
     for start in range(0, len(missing), at_once):
         collected = collect(
             original,

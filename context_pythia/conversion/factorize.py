@@ -177,15 +177,11 @@ class LayerFactorizer:
             self.inward[f] = inward / size[:, None]
             self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
-    @cached_property
-    def order(self) -> torch.Tensor:
-        """All components, the most valuable first, as indices into the flattened `[F, H]`."""
-        return self.worth.flatten().argsort(descending=True, stable=True)
-
     def pair_counts(self, total: int) -> list[int]:
         """The counts per frequency of the `total` most valuable components."""
         frequencies, heads = self.worth.shape
-        return torch.bincount(self.order[:total] // heads, minlength=frequencies).tolist()
+        order = self.worth.flatten().argsort(descending=True, stable=True)
+        return torch.bincount(order[:total] // heads, minlength=frequencies).tolist()
 
     def _rotary(self, pairs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias of the pairs, `[R, D]` and `[R]`, real parts first."""
@@ -226,26 +222,13 @@ class LayerFactorizer:
         """
         width = self.layer.weight.shape[1]
         most = min(self.worth.numel(), width // 2)
-        weight, _ = self.layer.rotary
-        pairs = (self.inward @ weight).flatten(0, 1)[self.order] @ self.root.to(weight.dtype)  # [P, D]
-        reads = torch.view_as_real(pairs).transpose(1, 2).flatten(0, 1).T  # [D, 2 P]
-        # The last columns span what the first pairs do not read, so one basis serves all numbers of pairs. If pairs are
-        # linearly dependent, the columns span less than that.
-        basis, triangle = torch.linalg.qr(reads, mode="complete")
-        independent = bool((triangle.diagonal().abs() > ROUNDING * reads.norm()).all())
-        gram = basis.T @ self.gram @ basis
-        rounding = ROUNDING * float(gram.trace() + self.worth.sum())
-        # With a known embedding, the latent's directions are the same beside any pairs.
-        values = torch.linalg.eigvalsh(self.gram)
+        rounding = ROUNDING * float(self.gram.trace() + self.worth.sum())
         least = torch.full((width + 1,), torch.inf, dtype=torch.float64)
         choice = torch.zeros(width + 1, dtype=torch.int64)
         # Always try one pair, so every width with room for a pair and a latent has a finite error.
         for total in sorted({1, *(max(1, most * step // GRID) for step in range(1, GRID + 1))}):
             counts, widths = self.pair_counts(total), torch.arange(2 * total, width + 1)
-            if independent and not self.known:
-                values = torch.linalg.eigvalsh(gram[2 * total :, 2 * total :])
-            errors = self._errors(counts, values) if independent or self.known else self.errors(counts)
-            errors = errors[: len(widths)]
+            errors = self.errors(counts)[: len(widths)]
             better = errors < least[widths] - rounding
             least[widths[better]], choice[widths[better]] = errors[better], total
         return least, [self.pair_counts(total) for total in choice.tolist()]

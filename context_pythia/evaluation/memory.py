@@ -105,14 +105,18 @@ def peak_during(run: Callable[[], T], device: torch.device) -> tuple[T, int | No
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
         result = run()
-        return result, torch.cuda.max_memory_allocated(device) - held
-    release_memory(device)
-    before = process_memory("VmRSS") if _reset_mark() else None
-    result = run()
-    peak = process_memory("VmHWM")
-    return result, None if before is None or peak is None else max(0, peak - before)
+        return result, torch.cuda.max_memory_allocated(device) - before
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return run(), None
+    start = process_memory("VmRSS")
+    result, peak = run(), process_memory("VmHWM")
+    return result, None if start is None or peak is None else max(0, peak - start)
 
 
 def process_memory(figure: str) -> int | None:
@@ -123,29 +127,3 @@ def process_memory(figure: str) -> int | None:
     status = Path("/proc/self/status")
     found = re.search(rf"{figure}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else None
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory back, to the GPU's other users or (glibc) to the system."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None where the system cannot tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.exists() else None
-    return 1024 * int(found[1]) if found else None
-
-
-def _reset_mark() -> bool:
-    """Reset `VmHWM` to `VmRSS`; returns whether the system allowed it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True

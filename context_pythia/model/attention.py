@@ -24,9 +24,8 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from .cache import bring_back
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
-from .layer_contexts import Contexts
+from .layer_contexts import Contexts, to_digits
 from .shortcuts import is_plain, only_values
-from .token_ids import to_digits
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,7 +74,6 @@ class ContextAttention(GPTNeoXAttention):
         super().__init__(config, layer_idx)
         del self.query_key_value
         self.num_heads = config.num_attention_heads
-        self.num_rotary_keys = config.num_rotary_keys if config.context_source == "layer" else 1
         self.context_layer = config.makers[layer_idx]
         self.rotary_width, self.content_dim = config.rotary_width(layer_idx), config.content_dim(layer_idx)
         self.reuse_rotary_keys, self.reads_embedding = config.reuse_rotary_keys, config.cache_token_ids
@@ -85,10 +83,8 @@ class ContextAttention(GPTNeoXAttention):
         if config.context_source == "layer" and self.context_layer == layer_idx:
             self.context = nn.Linear(hidden, config.context_width(layer_idx), bias=context_bias)
             self.id_digits = config.cached_width(layer_idx) - config.context_width(layer_idx)
-        if config.rotary_pairs is not None:
-            self.num_rotary_keys = 1
-            self.pairs = config.rotary_pairs[self.context_layer]
-            self.rotary_up = RotaryUp(self.num_heads, self.pairs)
+        if config.pairs is not None:
+            self.rotary_up = RotaryUp(self.num_heads, config.pairs[self.context_layer])
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
@@ -107,16 +103,15 @@ class ContextAttention(GPTNeoXAttention):
         key_positions: PositionEmbeddings | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys: `[1 or B, T, R]`, or
-        `[1 or B, T, d]` if the rotary keys consist of pairs."""
+        """With `reuse_rotary_keys`, `key_positions` are the cosines and sines of all T keys, `[1 or B, T, d]`."""
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
-        query = turn_rotary_keys(query, 1, position_embeddings)
+        query = turn_rotary_keys(query, position_embeddings)
         if hasattr(self, "context"):
             new = self.context(hidden_states).unsqueeze(1)
             if not self.reuse_rotary_keys:
-                new = turn_rotary_keys(new, self.num_rotary_keys, self.columns(position_embeddings))
+                new = turn_rotary_keys(new, self.columns(position_embeddings))
             if self.id_digits:
                 assert contexts.ids is not None
                 new = torch.cat([new, to_digits(contexts.ids, self.id_digits, new.dtype).unsqueeze(1)], dim=-1)
@@ -164,15 +159,11 @@ class ContextAttention(GPTNeoXAttention):
         rotary, content = context[:, 0, :, : self.rotary_width], context[:, 0, :, -self.content_dim :]
         if self.reuse_rotary_keys:
             assert key_positions is not None
-            cos, sin = (
-                table[..., : self.rotary_width // self.num_rotary_keys] for table in self.columns(key_positions)
-            )
-            rotary = turn_rotary_keys(rotary, self.num_rotary_keys, (cos, sin))
+            rotary = turn_rotary_keys(rotary, self.columns(key_positions))
         if hasattr(self, "rotary_up"):
             key = self.rotary_up(rotary)
         else:
-            key = rotary.view(batch, length, self.num_rotary_keys, self.rotary_ndims).transpose(1, 2)
-            key = key.expand(-1, self.num_heads, -1, -1)
+            key = rotary.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
         if hasattr(self, "key_up"):
             key_pass = self.key_up(content).view(batch, length, self.num_heads, -1).transpose(1, 2)
             key = torch.cat([key, key_pass], dim=-1)
@@ -197,10 +188,6 @@ class ContextAttention(GPTNeoXAttention):
         rotary, query_pass = query.split([self.rotary_ndims, self.head_size - self.rotary_ndims], dim=-1)
         if hasattr(self, "rotary_up"):
             rotary = torch.einsum("bhqd,hdr->bhqr", rotary, self.rotary_up.maps())
-        elif self.num_rotary_keys > 1:
-            # Each head has its own rotary key, so its query is zero in the columns of the other keys.
-            own = torch.eye(heads, dtype=query.dtype, device=query.device)
-            rotary = torch.einsum("bhqd,hr->bhqrd", rotary, own).flatten(-2)
         if hasattr(self, "key_up"):
             key_up = self.key_up.weight.view(heads, -1, self.content_dim)
             content = torch.einsum("bhqd,hdc->bhqc", query_pass, key_up)
@@ -214,7 +201,7 @@ class ContextAttention(GPTNeoXAttention):
             assert key_positions is not None
             keys = context[:, 0, :, : self.rotary_width]
             rotary = self.scaling * rotary.flatten(1, 2)
-            scores = turned_scores(rotary, keys, self.num_rotary_keys, self.columns(key_positions))
+            scores = turned_scores(rotary, keys, self.columns(key_positions))
             attention_mask = add_mask(scores.unsqueeze(1), attention_mask)
             query = content
         else:
@@ -233,7 +220,8 @@ class ContextAttention(GPTNeoXAttention):
         """The columns for a cached rotary key: if it consists of pairs, one for each pair's frequency."""
         if not hasattr(self, "rotary_up"):
             return position_embeddings
-        halves = (at_pairs(table[..., : self.rotary_ndims // 2], self.pairs) for table in position_embeddings)
+        pairs = self.rotary_up.pairs
+        halves = (at_pairs(table[..., : self.rotary_ndims // 2], pairs) for table in position_embeddings)
         cos, sin = (torch.cat([half, half], dim=-1) for half in halves)
         return cos, sin
 
@@ -260,29 +248,22 @@ def at_pairs(table: torch.Tensor, pairs: list[int]) -> torch.Tensor:
     return torch.cat([column.expand(*table.shape[:-1], count) for column, count in columns], dim=-1)
 
 
-def turn_rotary_keys(
-    context: torch.Tensor, num_rotary_keys: int, position_embeddings: PositionEmbeddings
-) -> torch.Tensor:
-    """`[..., T, >= R]` with the rotary keys in its first columns turned to their positions."""
+def turn_rotary_keys(context: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
+    """`[..., T, >= R]` with the rotary keys in its first R columns turned to their positions."""
     cos, sin = position_embeddings
-    width = cos.shape[-1]
     if context.ndim == 4:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    rotary, latent = context[..., : num_rotary_keys * width], context[..., num_rotary_keys * width :]
-    keys = rotary.unflatten(-1, (num_rotary_keys, width))
-    turned = keys * cos.unsqueeze(-2) + rotate_half(keys) * sin.unsqueeze(-2)
-    return torch.cat([turned.flatten(-2), latent], dim=-1)
+    rotary, latent = context.tensor_split([cos.shape[-1]], dim=-1)
+    return torch.cat([rotary * cos + rotate_half(rotary) * sin, latent], dim=-1)
 
 
-def turned_scores(
-    query: torch.Tensor, keys: torch.Tensor, num_rotary_keys: int, position_embeddings: PositionEmbeddings
-) -> torch.Tensor:
+def turned_scores(query: torch.Tensor, keys: torch.Tensor, position_embeddings: PositionEmbeddings) -> torch.Tensor:
     """Products of queries `[B, HQ, R]` with rotary keys `[B, T, R]` that RoPE has not turned yet, `[B, HQ, T]`.
 
     `q . (k cos + half(k) sin) = [q ; -half(q)] . [k cos ; k sin]`, where half swaps real and imaginary parts. Each
     cached number thus needs only two products with tables that the sequences share.
     """
-    queries = torch.cat([query, -rotate_half(query.unflatten(-1, (num_rotary_keys, -1))).flatten(-2)], dim=-1)
+    queries = torch.cat([query, -rotate_half(query)], dim=-1)
     batch, tokens, width = keys.shape
     if keys.device.type == "cpu" and only_values():
         tokens = max(1, TURNED_NUMBERS // (2 * batch * width))

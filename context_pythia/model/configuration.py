@@ -41,7 +41,8 @@ class ContextPythiaConfig(GPTNeoXConfig):
         Heads of keys and values in a layer, each read by as many heads of queries; 1 is multi-query attention
         (`"grouped"`).
     num_rotary_keys (`int`, *optional*, defaults to 1):
-        Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads` (`"layer"`).
+        Rotary keys in a layer's context: 1, shared by the heads, or `num_attention_heads`, which is short for as many
+        `rotary_pairs` at each frequency (`"layer"`).
     rotary_pairs (`list[list[int]]`, *optional*):
         For each layer and rotary frequency, the number of pairs that its context has at this frequency instead of whole
         rotary keys; every head reads them through its own complex-linear map (`"layer"`).
@@ -141,11 +142,16 @@ class ContextPythiaConfig(GPTNeoXConfig):
         partial_rotary_factor = (self.rope_parameters or {}).get("partial_rotary_factor", 0.25)
         return int(self.hidden_size // self.num_attention_heads * partial_rotary_factor)
 
+    @property
+    def pairs(self) -> list[list[int]] | None:
+        """`rotary_pairs`, those of `num_rotary_keys` too; None for one whole key that all heads share."""
+        if self.rotary_pairs is None and self.num_rotary_keys > 1 and self.context_source == "layer":
+            return [[self.num_rotary_keys] * (self.rotary_dim // 2)] * self.num_hidden_layers
+        return self.rotary_pairs
+
     def rotary_width(self, layer_idx: int = 0) -> int:
         """Numbers that RoPE turns in the context that layer `layer_idx` attends to."""
-        if self.rotary_pairs is not None:
-            return 2 * sum(self.rotary_pairs[self.makers[layer_idx]])
-        return self.rotary_dim * (self.num_rotary_keys if self.context_source == "layer" else 1)
+        return self.rotary_dim if self.pairs is None else 2 * sum(self.pairs[self.makers[layer_idx]])
 
     def context_width(self, layer_idx: int = 0) -> int:
         """Numbers of the context that layer `layer_idx` attends to: rotary keys, then latent; for `grouped` keys and

@@ -52,11 +52,11 @@ class GroupedAttention(GPTNeoXAttention):
         assert position_embeddings is not None and contexts is not None
         batch, length, _ = hidden_states.shape
         query = self.query(hidden_states).view(batch, length, self.num_heads, self.head_size).transpose(1, 2)
-        query = turn_rotary_keys(query, 1, position_embeddings)
+        query = turn_rotary_keys(query, position_embeddings)
         if hasattr(self, "key_value"):
             heads = self.key_value(hidden_states).view(batch, length, 2 * self.key_value_heads, self.head_size)
             key, value = heads.transpose(1, 2).chunk(2, dim=1)
-            key = turn_rotary_keys(key, 1, position_embeddings)
+            key = turn_rotary_keys(key, position_embeddings)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
             contexts[self.layer_idx] = key, value

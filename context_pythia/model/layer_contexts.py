@@ -1,6 +1,9 @@
 """The contexts of a forward pass, on their way from the layers that make them to the layers that read them.
 
-Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included, W width.
+A token id is cached as its digits in base 256. Every floating-point type has these numbers exactly, so a context with
+an id stays one tensor, which caches crop, reorder, offload and copy like any other.
+
+Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included, W width, N digits.
 """
 
 from collections.abc import Callable
@@ -9,7 +12,16 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding
 
-from .token_ids import from_digits
+
+def to_digits(ids: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ids `[B, T]` -> `[B, T, N]`, the last digit first."""
+    return torch.stack([(ids >> (8 * i)) & 255 for i in range(count)], dim=-1).to(dtype)
+
+
+def from_digits(digits: torch.Tensor) -> torch.Tensor:
+    """`[B, T, N]` -> ids `[B, T]`."""
+    columns = digits.long().unbind(-1)
+    return torch.stack([column << (8 * i) for i, column in enumerate(columns)]).sum(dim=0)
 
 
 class Contexts:

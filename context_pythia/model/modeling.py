@@ -162,22 +162,17 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             is_text, starts = token_mask.bool(), starts if cache is None else None
         given_positions = position_ids
         if position_ids is None:
-            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = cast(torch.LongTensor, positions.unsqueeze(0))
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+            position_ids = cast(torch.LongTensor, positions + (0 if past is None else past))
 
         # Positional, because transformers 5.24 renamed the fourth argument.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         key_positions = position_embeddings
-        if self.config.reuse_rotary_keys:
-            if cache is not None:
-                position_embeddings, key_positions = self._positions_in_cache(
-                    inputs_embeds, cache, causal_mask, given_positions
-                )
-            if self.config.rotary_pairs is None:
-                cos, sin = (table.repeat(1, 1, self.config.num_rotary_keys) for table in key_positions)
-                key_positions = cos, sin
+        if self.config.reuse_rotary_keys and cache is not None:
+            position_embeddings, key_positions = self._positions_in_cache(
+                inputs_embeds, cache, causal_mask, given_positions
+            )
 
         contexts = Contexts()
         if self.config.cache_token_ids:
@@ -198,7 +193,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 # One dropout of the context for all layers, instead of one for each layer's keys and values.
                 content = self.emb_dropout(context)
                 new = torch.cat([self.rotary_key(context).to(content.device), content], dim=-1)
-                new = turn_rotary_keys(new, 1, position_embeddings)
+                new = turn_rotary_keys(new, position_embeddings)
                 contexts[0] = cache_context(new.unsqueeze(1), cache, 0)
 
         for layer in self.layers:

@@ -43,8 +43,8 @@ class Positions:
 
     Attributes:
         new: for the new tokens, `[1, N, d]`.
-        places: for positions 0 to T - 1 of a sequence, `[1, T, R]` or `[1, T, d]`; None unless the model caches keys
-            before RoPE (`reuse_rotary_keys`).
+        places: for positions 0 to T - 1 of a sequence, `[1, T, d]`; None unless the model caches keys before RoPE
+            (`reuse_rotary_keys`).
     """
 
     new: PositionEmbeddings
@@ -69,8 +69,6 @@ class ServedAttention(ContextAttention):
         ranks = get_tensor_model_parallel_world_size()
         if self.num_heads % ranks:
             raise ValueError(f"tensor_parallel_size {ranks}: must divide the model's {self.num_heads} heads")
-        if ranks > 1 and self.num_rotary_keys > 1:
-            raise ValueError(f"tensor_parallel_size {ranks}: must be 1 for a model with a rotary key per head")
         self.num_heads //= ranks
         self.cache = cache
         maps = {"query": ColumnParallelLinear, "context": ReplicatedLinear, "dense": RowParallelLinear}
@@ -89,14 +87,14 @@ class ServedAttention(ContextAttention):
         """`[N, D]` -> `[N, D]`."""
         tokens = len(hidden_states)
         query = self.query(hidden_states).view(1, tokens, self.num_heads, self.head_size).transpose(1, 2)
-        query = turn_rotary_keys(query, 1, positions.new)
+        query = turn_rotary_keys(query, positions.new)
         new = self.context(hidden_states)[None, None] if hasattr(self, "context") else None
         output = hidden_states.new_zeros(tokens, self.num_heads * self.head_size)
         batch = self.cache.batch()
         if batch is not None:
             if new is not None:
                 if not self.reuse_rotary_keys:
-                    new = turn_rotary_keys(new, self.num_rotary_keys, self.columns(positions.new))
+                    new = turn_rotary_keys(new, self.columns(positions.new))
                 self.cache.write(new[0, 0], batch.slots)
             for prefill in batch.prefills:
                 output[prefill.tokens] = self._prefill(query[:, :, prefill.tokens], prefill, positions.places)

@@ -70,7 +70,7 @@ class ServedModel(nn.Module):
             context = scan(self.context_block, embeddings, before, batch)
             cached = torch.cat([self.rotary_key(context), context], dim=-1)[None]
             cos, sin = (table[:, :tokens] for table in new)
-            self.cache.write(turn_rotary_keys(cached, 1, (cos, sin))[0], batch.slots)
+            self.cache.write(turn_rotary_keys(cached, (cos, sin))[0], batch.slots)
         for layer in self.layers:
             hidden_states = layer(hidden_states, rotary)
         return self.final_layer_norm(hidden_states)
@@ -80,9 +80,7 @@ class ServedModel(nn.Module):
             return None
         # Attention reads whole blocks, which extend beyond a sequence's last token.
         places = torch.arange(batch.longest + self.block_size, device=hidden_states.device)
-        cos, sin = self.rotary_emb(hidden_states, places[None])
-        keys = 1 if self.config.rotary_pairs is not None else self.config.num_rotary_keys
-        return cos.repeat(1, 1, keys), sin.repeat(1, 1, keys)
+        return self.rotary_emb(hidden_states, places[None])
 
 
 def scan(block: ContextBlock, embeddings: torch.Tensor, before: torch.Tensor, batch: Batch) -> torch.Tensor:

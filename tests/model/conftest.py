@@ -27,9 +27,7 @@ SOURCES = {
     "layer, contexts by layers": dict(
         context_source="layer", context_dim=15, context_layers=[0, 1, 1], layer_context_dims=[7, 23, 0]
     ),
-    "layer, rotary keys reused": dict(
-        context_source="layer", context_dim=30, num_rotary_keys=4, reuse_rotary_keys=True
-    ),
+    "layer, rotary keys reused": dict(context_source="layer", context_dim=30, reuse_rotary_keys=True),
     "layer, token ids": dict(
         context_source="layer",
         context_layers=[0, 1, 1],
@@ -63,7 +61,6 @@ KINDS = [
     "input",
     "shared, 2 block layers",
     "layer, contexts by layers",
-    "layer, rotary keys reused",
     "layer, rotary pairs",
     "layer, token ids",
     "grouped, shared by 2",

@@ -9,6 +9,11 @@ from context_pythia.model.attention import turn_rotary_keys, turned_scores
 from .conftest import SIZE, SOURCES, build, randomise
 
 
+def as_pairs(keys: torch.Tensor) -> torch.Tensor:
+    """`[H, d, ...]` -> `[H d, ...]`: real parts first, by frequency and head."""
+    return keys.unflatten(1, (2, -1)).movedim(0, 2).flatten(0, 2)
+
+
 def transplant(model: ContextPythiaForCausalLM, original: GPTNeoXForCausalLM) -> None:
     """Full rank: the latent is the layer's input itself, so keys and values are the original's."""
     heads, size, rotary = 4, 16, model.config.rotary_dim
@@ -20,12 +25,14 @@ def transplant(model: ContextPythiaForCausalLM, original: GPTNeoXForCausalLM) ->
         bias = None if qkv.bias is None else qkv.bias.view(heads, 3, size)
         with torch.no_grad():
             attention.query.weight.copy_(weight[:, 0].flatten(0, 1))
-            attention.context.weight.copy_(torch.cat([weight[:, 1, :rotary].flatten(0, 1), torch.eye(64)]))
+            attention.context.weight.copy_(torch.cat([as_pairs(weight[:, 1, :rotary]), torch.eye(64)]))
+            own = torch.eye(heads).repeat(1, rotary // 2)  # each head's own pair at each frequency
+            attention.rotary_up.weight.copy_(torch.stack([own, torch.zeros_like(own)], dim=-1))
             attention.key_up.weight.copy_(weight[:, 1, rotary:].flatten(0, 1))
             attention.value_up.weight.copy_(weight[:, 2].flatten(0, 1))
             if bias is not None:
                 attention.query.bias.copy_(bias[:, 0].flatten())
-                attention.context.bias.copy_(torch.cat([bias[:, 1, :rotary].flatten(), torch.zeros(64)]))
+                attention.context.bias.copy_(torch.cat([as_pairs(bias[:, 1, :rotary]), torch.zeros(64)]))
                 attention.value_up.bias.copy_(bias[:, 2].flatten())
 
 
@@ -61,8 +68,6 @@ def attention_arguments(model, queries: int, length: int):
     mask[0, :, :, :2] = False
     with torch.no_grad():
         positions = model.gpt_neox.rotary_emb(context, position_ids=torch.arange(length).unsqueeze(0))
-    if not hasattr(attention, "rotary_up"):
-        positions = tuple(table.repeat(1, 1, attention.num_rotary_keys) for table in positions)
     return attention, query, context, mask, positions
 
 
@@ -112,21 +117,21 @@ def test_decoding_attends_absorbed_and_prefill_expanded(ids, monkeypatch):
 def test_rotary_keys_turned_in_parts_score_as_turned_whole(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     query, keys = (torch.randn(3, n, 24, generator=generator, requires_grad=True) for n in (4, 11))
-    angles = torch.randn(3, 11, 3, generator=generator).repeat(1, 1, 8)
+    angles = torch.randn(3, 11, 12, generator=generator).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     weights = torch.randn(3, 4, 11, generator=generator)
-    whole = query @ turn_rotary_keys(keys, 4, (cos[..., :6], sin[..., :6])).transpose(1, 2)
+    whole = query @ turn_rotary_keys(keys, (cos, sin)).transpose(1, 2)
     expected = [whole, *torch.autograd.grad((whole * weights).sum(), (query, keys))]
-    plain = turned_scores(query, keys, 4, (cos, sin))
+    plain = turned_scores(query, keys, (cos, sin))
     actual = [plain, *torch.autograd.grad((plain * weights).sum(), (query, keys))]
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for tables in ((cos, sin), (cos[:1], sin[:1])):  # of each sequence, or of all alike
-        whole = query @ turn_rotary_keys(keys, 4, tuple(table[..., :6] for table in tables)).transpose(1, 2)
+        whole = query @ turn_rotary_keys(keys, tables).transpose(1, 2)
         for numbers in (1, 48 * 3 * 4, 10**6):  # parts of one token, of four, and of all
             monkeypatch.setattr(attention_module, "TURNED_NUMBERS", numbers)
             with torch.no_grad():
-                torch.testing.assert_close(turned_scores(query, keys, 4, tables), whole, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(turned_scores(query, keys, tables), whole, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

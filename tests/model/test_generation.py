@@ -81,7 +81,6 @@ OWN_SHAPES = {
     "input": [[2, 4, 15, 16, 16]] * 3,
     "shared, 2 block layers": [[2, 1, 15, 25, 0]],
     "layer, contexts by layers": [[2, 1, 15, width, 0] for width in (7, 23)],
-    "layer, rotary keys reused": [[2, 1, 15, 30, 0]] * 3,
     "layer, rotary pairs": [[2, 1, 15, width, 0] for width in (25, 21, 26)],
     "layer, token ids": [[2, 1, 15, width, 0] for width in (4 + 1, 23)],
     "grouped, shared by 2": [[2, 1, 15, 16, 16]] * 2,

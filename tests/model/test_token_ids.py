@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from context_pythia.model.cache import cached_numbers_per_token
-from context_pythia.model.token_ids import from_digits, to_digits
+from context_pythia.model.layer_contexts import from_digits, to_digits
 from tests.model.conftest import build
 
 

@@ -23,7 +23,6 @@ MAPS = [
     "input",
     "shared, 2 block layers",
     "layer, contexts by layers",
-    "layer, rotary keys reused",
     "layer, rotary pairs",
 ]
 pytestmark = pytest.mark.filterwarnings("ignore")  # third parties' own
