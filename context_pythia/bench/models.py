@@ -48,17 +48,21 @@ class Subject:
         return DynamicCache(config=self.model.config)
 
 
-def sized_models(size: str, sources: Sequence[Source], positions: int, dtype: torch.dtype) -> dict[str, Any]:
+def sized_models(size: str, sources: Sequence[Source] | None, positions: int, dtype: torch.dtype) -> dict[str, Any]:
     """GPT-NeoX of a named size and a Context-Pythia for each source, with random weights.
 
     The models share parameters of the same name and shape (embedding, MLPs, output), so large sizes fit side by side.
 
     Args:
+        sources: by default `shared` and `layer` of half the width, and `layer` of the whole width, exact.
         positions: longest sequence.
 
     Raises:
         ValueError: an `exact` source of another width than the model, or a context_dim that does not fit.
     """
+    if sources is None:
+        width = SIZES[size].hidden_size
+        sources = Source("shared", width // 2), Source("layer", width // 2), Source("layer", width, "exact")
     body: dict[str, Any] = asdict(SIZES[size]) | {"max_position_embeddings": positions}
     body["vocab_size"] = body.pop("model_vocab_size")
     del body["match_parameters"]

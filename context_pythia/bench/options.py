@@ -68,12 +68,6 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def default_sources(size: str) -> tuple[Source, ...]:
-    """Both sources at a quarter of a layer's cached numbers, and the exact one at half."""
-    width = SIZES[size].hidden_size
-    return Source("shared", width // 2), Source("layer", width // 2), Source("layer", width, "exact")
-
-
 @dataclass
 class BenchOptions(Options):
     """What `bench` measures, and how often."""

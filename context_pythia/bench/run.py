@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from context_pythia.bench.decode import decode_metrics
 from context_pythia.bench.models import sized_models
-from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source, default_sources
+from context_pythia.bench.options import COMPILED, CONVERSATION, BenchOptions, Source
 from context_pythia.bench.training import train_metrics
 from context_pythia.config.recipe import Recipe
 from context_pythia.errors import UsageError
@@ -95,7 +95,7 @@ def _load(
     dtype: torch.dtype = getattr(torch, options.dtype)
     if size is not None:
         positions = max(CONVERSATION, *options.lengths)
-        return sized_models(size, default_sources(size) if sources is None else sources, positions, dtype)
+        return sized_models(size, sources, positions, dtype)
     if recipe is None:
         return {name: load_pretrained(path, dtype) for name, path in model_names(models).items()}
     rows = expected_rows(recipe)

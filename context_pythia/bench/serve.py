@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, GPTNeoXConfig
 
 from context_pythia.bench.models import sized_models
-from context_pythia.bench.options import ServeOptions, Source, default_sources
+from context_pythia.bench.options import ServeOptions, Source
 from context_pythia.errors import Failure, UsageError, first_line
 from context_pythia.files import write_json
 from context_pythia.runs.provenance import provenance
@@ -65,7 +65,10 @@ def serve(
     metrics: dict[str, Any] = {"kind": "serve", "settings": settings, "notes": [], "vllm": version, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         if size is not None:
-            models = save_sized(size, default_sources(size) if sources is None else sources, options, Path(folder))
+            sized = sized_models(size, sources, options.length, getattr(torch, options.dtype))
+            for name, model in sized.items():
+                model.save_pretrained(Path(folder) / name)
+                models = [*models, f"{folder}/{name}"]
         rows = [_row(model, options) for model in models]
         if not any(row["peer"] for row in rows):
             raise UsageError("bench --serve: add a GPT-NeoX model, the reference of the ratios")
@@ -82,14 +85,6 @@ def serve(
     if all(row["error"] for row in rows):
         raise Failure(f"no model could be served: {rows[0]['error']}")
     return metrics
-
-
-def save_sized(size: str, sources: Sequence[Source], options: ServeOptions, folder: Path) -> list[str]:
-    """Folders of GPT-NeoX of a size and of a Context-Pythia for each source, with random weights."""
-    models = sized_models(size, sources, options.length, getattr(torch, options.dtype))
-    for name, model in models.items():
-        model.save_pretrained(folder / name)
-    return [str(folder / name) for name in models]
 
 
 def prompts(options: ServeOptions, vocab_size: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from transformers import GPTNeoXForCausalLM
 
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect
-from context_pythia.conversion.factorize import Factors, LayerFactorizer, exact_factors
+from context_pythia.conversion.factorize import Factors, LayerFactorizer
 from context_pythia.conversion.original import keys_and_values
 from context_pythia.conversion.readers import Readers, readers_of
 from context_pythia.conversion.transplant import context_config, transplant
@@ -29,9 +29,7 @@ from context_pythia.model import ContextPythiaForCausalLM
 WIDTH_MULTIPLE = 8  # alignment for memory and vector units
 MOST_STATISTICS = 4 * 2**30  # bytes at once; if all layers need more, the text is read several times
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
-
-# The contexts' widths, their rotary pairs at each frequency, and the function that makes a context's factors by index.
-ContextPlan = tuple[list[int], list[list[int]], Callable[[int], Factors]]
+EXACT = 1e-12  # share of the squared weights that an exact conversion may lose to rounding
 
 
 @dataclass(frozen=True)
@@ -106,29 +104,38 @@ def compressed(
         Failure: a damaged checkpoint, or damaged statistics.
     """
     started = calibrated = time.perf_counter()
-    if packed is None:
-        widths, pairs, factors_of = _exact(original)
-    else:
+    statistics: list[Path] = []
+    if packed is not None:
         statistics = _statistics(original, form.contexts, options, packed.train, partial, progress)
         calibrated = time.perf_counter()
-        widths, pairs, factors_of = _calibrated(original, form, options, statistics)
+
+    def factorizer_of(context: int) -> LayerFactorizer:
+        # Built on each call, to keep only one context's moments in memory.
+        readers = form.contexts[context]
+        weights = [keys_and_values(original, layer) for layer in readers.layers]
+        if form.exact:
+            return readers.factorizer(weights, *WEIGHTINGS["none"](LayerStatistics.zeros(original.config.hidden_size)))
+        return readers.factorizer(weights, *WEIGHTINGS[options.weighting](LayerStatistics.load(statistics[context])))
+
+    widths, pairs = _exact(original) if form.exact else _least_error(form, options, factorizer_of)
     described: list[dict[str, Any]] = []
 
     def factors() -> Iterator[Factors]:
-        for i, (readers, width) in enumerate(zip(form.contexts, widths, strict=True)):
-            result = factors_of(i)
-            described.append(
-                {
-                    "width": width,
-                    "rotary_pairs": result.pairs,
-                    "latent": width - 2 * sum(result.pairs),
-                    "error": result.error,
-                    "spectrum": result.spectrum.tolist(),
-                    "condition": result.condition,
-                }
-            )
+        for i, (readers, width, counts) in enumerate(zip(form.contexts, widths, pairs, strict=True)):
+            factorizer, latent = factorizer_of(i), width - 2 * sum(counts)
+            result, condition = factorizer.factors(counts, latent), None
+            if form.exact:
+                if result.error > EXACT * float(factorizer.gram.trace()):
+                    raise Failure(
+                        f"layer {i}: its rotary keys are linearly dependent, so {width} numbers are not exact: give a "
+                        "smaller context_dim"
+                    )
+                # The factor by which an exact context amplifies rounding.
+                condition = float(torch.linalg.cond(result.context_weight))
+            row = {"width": width, "rotary_pairs": counts, "latent": latent, "error": result.error}
+            described.append(row | {"condition": condition})
             for _ in readers.layers[1:]:  # they cache nothing
-                described.append(described[-1] | {"width": 0, "latent": 0, "error": 0.0, "spectrum": []})
+                described.append(described[-1] | {"width": 0, "latent": 0, "error": 0.0})
             yield from readers.split(result)
 
     context_of = [i for i, readers in enumerate(form.contexts) for _ in readers.layers]
@@ -141,46 +148,28 @@ def compressed(
     )
     model = transplant(original, factors(), config, partial, getattr(torch, options.dtype))
     seconds = {"calibration": calibrated - started, "factorization": time.perf_counter() - calibrated}
-    return model, {"exact": packed is None, "layers": described, "seconds_of": seconds}
+    return model, {"exact": form.exact, "layers": described, "seconds_of": seconds}
 
 
-def _exact(original: GPTNeoXForCausalLM) -> ContextPlan:
-    """Exact contexts, all rotary keys and a latent for the rest of the model's width: half the cache, no error."""
+def _exact(original: GPTNeoXForCausalLM) -> tuple[list[int], list[list[int]]]:
+    """Widths and rotary pairs of exact contexts: all rotary keys, and a latent for the rest of the model's width."""
     config, frequencies = original.config, original.gpt_neox.layers[0].attention.rotary_ndims // 2
-
-    def factors(layer: int) -> Factors:
-        try:
-            return exact_factors(keys_and_values(original, layer))
-        except Failure as error:
-            raise Failure(f"layer {layer}: {error}") from error
-
     layers = config.num_hidden_layers
-    return [config.hidden_size] * layers, [[config.num_attention_heads] * frequencies] * layers, factors
+    return [config.hidden_size] * layers, [[config.num_attention_heads] * frequencies] * layers
 
 
-def _calibrated(
-    original: GPTNeoXForCausalLM, form: Form, options: ConvertOptions, statistics: list[Path]
-) -> ContextPlan:
-    """Widths and rotary pairs with the least weighted error."""
-
-    def factorizer_of(context: int) -> LayerFactorizer:
-        # Built on each call, to keep only one context's moments in memory.
-        sums, readers = LayerStatistics.load(statistics[context]), form.contexts[context]
-        weights = [keys_and_values(original, layer) for layer in readers.layers]
-        return readers.factorizer(weights, *WEIGHTINGS[options.weighting](sums))
-
-    count, layers = len(form.contexts), original.config.num_hidden_layers
+def _least_error(
+    form: Form, options: ConvertOptions, factorizer_of: Callable[[int], LayerFactorizer]
+) -> tuple[list[int], list[list[int]]]:
+    """Widths and rotary pairs of the contexts with the least weighted error."""
+    count = len(form.contexts)
+    layers = sum(len(readers.layers) for readers in form.contexts)
     frontiers, splits = zip(*(factorizer_of(context).frontier() for context in range(count)), strict=True)
     widths = form.widths or [form.numbers // count] * count
     if not (form.widths or options.uniform):
         multiple = WIDTH_MULTIPLE if form.numbers % (WIDTH_MULTIPLE * layers) == 0 else 1
         widths = allocate(frontiers, form.numbers, multiple)
-    pairs = [split[width] for split, width in zip(splits, widths, strict=True)]
-
-    def factors(context: int) -> Factors:
-        return factorizer_of(context).factors(pairs[context], widths[context] - 2 * sum(pairs[context]))
-
-    return widths, pairs, factors
+    return widths, [split[width] for split, width in zip(splits, widths, strict=True)]
 
 
 def allocate(frontiers: Sequence[torch.Tensor], total: int, multiple: int = 1) -> list[int]:

@@ -20,8 +20,6 @@ from functools import cached_property
 
 import torch
 
-from context_pythia.errors import Failure
-
 # Directions in which inputs or gradients hardly vary do not matter, but must not make a whitening infinite.
 RIDGE = 1e-9
 # Below this share, the part of the input that only this pair reads, or the error that it saves, is rounding.
@@ -100,9 +98,6 @@ class Factors:
         error: E (y - y')^T G (y - y') / 2. With the gradients' moments its unit is nats per token. It ranks
             factorizations but does not predict losses: errors of layers interact, and a Kronecker product only
             approximates the Fisher information. For several layers y is what a regression makes of it (`readers.py`).
-        spectrum: error of omitting each direction of the input that the pairs do not read, `[D - rank]`, descending;
-            the latent has the first L. Empty for an exact context.
-        condition: condition number of an exact context, the factor by which it amplifies rounding; None for others.
     """
 
     pairs: list[int]
@@ -113,8 +108,6 @@ class Factors:
     value_up: torch.Tensor
     value_bias: torch.Tensor
     error: float
-    spectrum: torch.Tensor
-    condition: float | None = None
 
 
 class LayerFactorizer:
@@ -205,11 +198,7 @@ class LayerFactorizer:
     def errors(self, pairs: list[int]) -> torch.Tensor:
         """Error with latents of 0, 1, … D - rank dims beside the pairs, `[D - rank + 1]`."""
         free = self._free(self._rotary(pairs)[0])
-        return self._errors(pairs, torch.linalg.eigvalsh(free.T @ self.gram @ free))
-
-    def _errors(self, pairs: list[int], values: torch.Tensor) -> torch.Tensor:
-        """`errors`, from the eigenvalues of `gram` in the directions for the latent, ascending."""
-        values = values.clamp(min=0)
+        values = torch.linalg.eigvalsh(free.T @ self.gram @ free).clamp(min=0)
         tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
         lost = sum(self.worth[f, count:].sum() for f, count in enumerate(pairs))
         return (tail + lost) / 2
@@ -234,12 +223,15 @@ class LayerFactorizer:
         return least, [self.pair_counts(total) for total in choice.tolist()]
 
     def factors(self, pairs: list[int], latent_dim: int) -> Factors:
-        """The best factors with these pairs and a latent of this width, at most D - R, or D if an embedding is
-        known."""
+        """The best factors with these pairs and a latent of this width, at most D - R, or D if an embedding is known.
+
+        With all pairs and D - R they are exact, whatever the weighting: the input follows from rotary keys that are
+        linearly independent and from the rest ("Slim attention", arXiv 2503.05840, caches the keys alone).
+        """
         layer, rows = self.layer, self.layer.content_rows
         rotary_weight, rotary_bias = self._rotary(pairs)
         free = self._free(rotary_weight)
-        values, vectors = torch.linalg.eigh(free.T @ self.gram @ free)
+        _, vectors = torch.linalg.eigh(free.T @ self.gram @ free)
         directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
         latent_weight = torch.linalg.solve(self.root, directions).T
         content = layer.weight[rows] @ self.root
@@ -252,85 +244,20 @@ class LayerFactorizer:
             # The latent is orthogonal to the pairs, so the two regressions are independent.
             up = torch.cat([content @ torch.linalg.pinv(rotary_weight @ self.root), up], dim=1)
             content_mean = torch.cat([rotary_weight @ self.mean + rotary_bias, content_mean])
-        return rebuilt(
-            layer,
-            self.mean,
-            pairs,
-            torch.cat([rotary_weight, latent_weight]),
-            torch.cat([rotary_bias, -latent_weight @ self.mean]),
-            torch.cat([self.upward[f, :, :count] for f, count in enumerate(pairs)], dim=1),
-            up,
-            content_mean,
-            float(self._errors(pairs, values)[latent_dim]),
-            values.clamp(min=0).flip(0) / 2,
+        # The biases make the rebuilt values right in the mean.
+        offset = layer.weight[rows] @ self.mean + layer.bias[rows] - up @ content_mean
+        keys = len(layer.weight) // 2 - layer.num_heads * layer.rotary_dim
+        rotary_up = torch.cat([self.upward[f, :, :count] for f, count in enumerate(pairs)], dim=1)
+        return Factors(
+            pairs=pairs,
+            context_weight=torch.cat([rotary_weight, latent_weight]),
+            context_bias=torch.cat([rotary_bias, -latent_weight @ self.mean]),
+            rotary_up=torch.view_as_real(rotary_up.contiguous()),
+            key_up=up[:keys],
+            value_up=up[keys:],
+            value_bias=offset[keys:],
+            error=float(self.errors(pairs)[latent_dim]),
         )
-
-
-def exact_factors(layer: KeysAndValues) -> Factors:
-    """An exact context of D numbers: all rotary keys, and an orthonormal basis of what they do not read.
-
-    The input is recovered from both, so no text is needed ("Slim attention", arXiv 2503.05840, caches the keys alone).
-
-    Raises:
-        Failure: the rotary keys are linearly dependent, which leaves no room for the rest.
-    """
-    heads, width = layer.num_heads, layer.weight.shape[1]
-    weight, bias = (part.flatten(0, 1) for part in layer.rotary)  # [P, D], [P]
-    rotary = torch.cat([weight.real, weight.imag])
-    rest = torch.linalg.svd(rotary, full_matrices=True)[2][len(rotary) :]
-    context_weight = torch.cat([rotary, rest])
-    context_bias = torch.cat([bias.real, bias.imag, layer.bias.new_zeros(len(rest))])
-    frequencies = layer.rotary_dim // 2
-    content = layer.weight[layer.content_rows]
-    up = content @ torch.linalg.pinv(context_weight)
-    if float((content - up @ context_weight).norm()) > 1e-6 * float(content.norm()):
-        raise Failure(
-            f"its rotary keys are linearly dependent, so {width} numbers are not exact: give a smaller context_dim"
-        )
-    factors = rebuilt(
-        layer,
-        layer.weight.new_zeros(width),
-        [heads] * frequencies,
-        context_weight,
-        context_bias,
-        torch.eye(heads, dtype=torch.complex128).repeat(1, frequencies),
-        up,
-        context_bias,
-        0.0,
-        layer.weight.new_zeros(0),
-    )
-    factors.condition = float(torch.linalg.cond(context_weight))
-    return factors
-
-
-def rebuilt(
-    layer: KeysAndValues,
-    mean: torch.Tensor,
-    pairs: list[int],
-    context_weight: torch.Tensor,
-    context_bias: torch.Tensor,
-    rotary_up: torch.Tensor,
-    up: torch.Tensor,
-    content_mean: torch.Tensor,
-    error: float,
-    spectrum: torch.Tensor,
-) -> Factors:
-    """Factors whose biases make the rebuilt values right in the mean; `up` maps the content, of this mean, to the other
-    rows of keys and values."""
-    keys = len(layer.weight) // 2 - layer.num_heads * layer.rotary_dim
-    expected = layer.weight[layer.content_rows] @ mean + layer.bias[layer.content_rows]
-    offset = expected - up @ content_mean
-    return Factors(
-        pairs=pairs,
-        context_weight=context_weight,
-        context_bias=context_bias,
-        rotary_up=torch.view_as_real(rotary_up.contiguous()),
-        key_up=up[:keys],
-        value_up=up[keys:],
-        value_bias=offset[keys:],
-        error=error,
-        spectrum=spectrum,
-    )
 
 
 def symmetric_root(matrix: torch.Tensor) -> torch.Tensor:

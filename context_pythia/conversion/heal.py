@@ -77,15 +77,11 @@ class Distillation:
         # The same arithmetic in both: equal models then have no loss.
         self.teacher.to(hidden.device)
         self.teacher.set_attn_implementation(unwrapped(model).config._attn_implementation)
-        with torch.no_grad(), self._precision():
+        # A teacher in float32 follows the student's autocast, which would mix the dtypes of any other.
+        as_student = self.teacher.dtype == torch.float32
+        precision = contextlib.nullcontext() if as_student else torch.autocast(hidden.device.type, enabled=False)
+        with torch.no_grad(), precision:
             expected = self.teacher.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         teacher_head = self.teacher.get_output_embeddings().weight
         labels = batch["labels"].flatten()
         return linear_distillation(hidden, head, labels, expected.flatten(0, 1), teacher_head, self.ce_weight)
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        """A teacher in float32 follows the student's autocast. One of another dtype runs without it: autocast would
-        mix dtypes."""
-        if self.teacher.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.teacher.device.type, enabled=False)

@@ -87,12 +87,6 @@ def run_tasks(
         raise Failure(shorten(f"tasks {', '.join(tasks)} failed: {reason}", 400, placeholder=" ...")) from error
     assert found is not None
     return {
-        task: {_plain(name): value for name, value in figures.items() if isinstance(value, float)}
+        task: {name.removesuffix(",none"): value for name, value in figures.items() if isinstance(value, float)}
         for task, figures in found["results"].items()
     }
-
-
-def _plain(name: str) -> str:
-    """`acc` for the harness's `acc,none`; a filter other than `none` stays in the name."""
-    metric, _, answer_filter = name.partition(",")
-    return metric if answer_filter in ("", "none") else f"{metric} ({answer_filter})"

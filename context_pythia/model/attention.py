@@ -84,7 +84,8 @@ class ContextAttention(GPTNeoXAttention):
             self.context = nn.Linear(hidden, config.context_width(layer_idx), bias=context_bias)
             self.id_digits = config.cached_width(layer_idx) - config.context_width(layer_idx)
         if config.pairs is not None:
-            self.rotary_up = RotaryUp(self.num_heads, config.pairs[self.context_layer])
+            self.pairs = config.pairs[self.context_layer]
+            self.rotary_up = RotaryUp(self.num_heads, self.pairs)
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
@@ -220,8 +221,7 @@ class ContextAttention(GPTNeoXAttention):
         """The columns for a cached rotary key: if it consists of pairs, one for each pair's frequency."""
         if not hasattr(self, "rotary_up"):
             return position_embeddings
-        pairs = self.rotary_up.pairs
-        halves = (at_pairs(table[..., : self.rotary_ndims // 2], pairs) for table in position_embeddings)
+        halves = (at_pairs(table[..., : self.rotary_ndims // 2], self.pairs) for table in position_embeddings)
         cos, sin = (torch.cat([half, half], dim=-1) for half in halves)
         return cos, sin
 

@@ -198,7 +198,7 @@ class ContextPythiaConfig(GPTNeoXConfig):
         """The type of each layer's cache; transformers builds caches from these names (`cache.py` registers ours)."""
         if self.context_source == "input":
             return ["recurrent_context"] + ["full_attention"] * (self.num_hidden_layers - 1)
-        own = "grouped" if self.context_source == "grouped" else "context"
+        own = "full_attention" if self.context_source == "grouped" else "context"
         return [own if maker == i else "dummy" for i, maker in enumerate(self.makers)]
 
     def _per_layer_config(self):

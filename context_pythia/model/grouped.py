@@ -8,22 +8,12 @@ Shapes: B batch, Q queries, T keys, H heads, G heads of keys and values, D head 
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXAttention
 
 from .attention import PositionEmbeddings, host_attention, turn_rotary_keys
 from .configuration import ContextPythiaConfig
 from .layer_contexts import Contexts
-
-
-class GroupedLayer(DynamicLayer):
-    """The stock layer under another type name: `generate()` would make a mask for each type that it knows."""
-
-    _layer_type = "grouped"
-
-
-class StaticGroupedLayer(StaticLayer):
-    _layer_type = "grouped"
 
 
 class GroupedAttention(GPTNeoXAttention):

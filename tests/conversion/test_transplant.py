@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia.conversion.factorize import exact_factors
+from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics
+from context_pythia.conversion.factorize import LayerFactorizer
 from context_pythia.conversion.original import keys_and_values, split_projection
 from context_pythia.conversion.transplant import context_config, transplant
 from context_pythia.evaluation.memory import measure_generated_cache
@@ -43,12 +44,21 @@ def make_original(**changes) -> GPTNeoXForCausalLM:
     return model
 
 
+def exact_factors(original: GPTNeoXForCausalLM, layer: int):
+    config, width = original.config, original.gpt_neox.layers[0].attention.rotary_ndims
+    factorizer = LayerFactorizer(
+        keys_and_values(original, layer), *WEIGHTINGS["none"](LayerStatistics.zeros(config.hidden_size))
+    )
+    heads = config.num_attention_heads
+    return factorizer.factors([heads] * (width // 2), config.hidden_size - heads * width)
+
+
 def exact_on_disk(original: GPTNeoXForCausalLM, folder):
     config, layers = original.config, range(original.config.num_hidden_layers)
     frequencies = original.gpt_neox.layers[0].attention.rotary_ndims // 2
     pairs = [[config.num_attention_heads] * frequencies for _ in layers]
     made = context_config(config, pairs, [config.hidden_size for _ in layers])
-    factors = (exact_factors(keys_and_values(original, layer)) for layer in layers)
+    factors = (exact_factors(original, layer) for layer in layers)
     return transplant(original, factors, made, folder, original.dtype)
 
 
@@ -204,6 +214,6 @@ def test_a_weight_without_a_place_is_an_error(exact):
 def test_too_few_factors_are_an_error(tmp_path):
     original = make_original()
     config = context_config(original.config, [[4, 4]] * 3, [64] * 3)
-    factors = [exact_factors(keys_and_values(original, layer)) for layer in (0, 1)]
+    factors = [exact_factors(original, layer) for layer in (0, 1)]
     with pytest.raises(RuntimeError, match=r"weight .*layers\.2\.attention\.context\.bias is missing"):
         transplant(original, factors, config, tmp_path, torch.float32)

@@ -82,28 +82,6 @@ def test_under_autocast_the_state_is_not_rounded(block, embeddings):
         torch.testing.assert_close(contexts[:, t], context, rtol=1e-5, atol=1e-5)
 
 
-def test_scan_goes_on_from_a_state(block, embeddings):
-    whole = block.scan(embeddings)
-    head = block.scan(embeddings[:, :4])
-    torch.testing.assert_close(block.scan(embeddings[:, 4:], head[:, -1]), whole[:, 4:], rtol=0, atol=1e-10)
-
-
-def test_scan_carries_its_state_over_padding(block, embeddings):
-    mask = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0, 0], [1] * 9], dtype=torch.bool)
-    contexts = block.scan(embeddings, mask=mask)
-    text = block.scan(embeddings[:1, mask[0]])[0]
-    assert contexts[0, :3].abs().max() == 0
-    torch.testing.assert_close(contexts[0, 3:], text[[0, 1, 1, 2, 2, 2]], rtol=0, atol=1e-10)
-    torch.testing.assert_close(contexts[1:], block.scan(embeddings[1:]), rtol=0, atol=1e-10)
-
-
-def test_scan_starts_anew_where_a_text_begins(block, embeddings):
-    starts = torch.zeros(1, 9, dtype=torch.bool)
-    starts[0, 4] = True
-    parts = [block.scan(embeddings[:, :4]), block.scan(embeddings[:, 4:])]
-    torch.testing.assert_close(block.scan(embeddings, starts=starts), torch.cat(parts, 1), rtol=0, atol=1e-10)
-
-
 def test_as_many_sweeps_as_tokens_are_the_scan(block, embeddings):
     exact = block.scan(embeddings)
     contexts = torch.randn(2, 9, 12, dtype=torch.float64)

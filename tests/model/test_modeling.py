@@ -113,14 +113,6 @@ def test_embeddings_stand_in_for_ids(model, ids):
     )
 
 
-@torch.no_grad()
-def test_hidden_states_of_every_layer_come_out(model, ids):
-    outputs = model(ids, output_hidden_states=True)
-    assert len(outputs.hidden_states) == 4
-    assert outputs.hidden_states[0].shape == (3, 17, 64)
-    torch.testing.assert_close(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
-
-
 def test_gradient_checkpointing_changes_no_gradient(model, ids):
     gradients = []
     for checkpointing in (False, True):
@@ -252,11 +244,3 @@ def test_groups_of_equal_size_are_a_case_of_contexts_by_layers(ids):
     by_size = build("layer, shared by 2")
     by_layers = build("layer, shared by 2", context_sharing=1, context_layers=[0, 0, 2], layer_context_dims=[23, 0, 23])
     torch.testing.assert_close(by_layers(ids).logits, by_size(ids).logits, rtol=0, atol=0)
-
-
-def test_any_context_dim_works(ids):
-    for dim in (5, 19, 127):
-        model = build("layer", context_dim=dim)
-        torch.testing.assert_close(
-            token_by_token(model, ids, DynamicCache(config=model.config)), model(ids).logits, **CLOSE
-        )

