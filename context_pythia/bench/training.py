@@ -6,7 +6,8 @@ A turn is a short training with a new optimizer; its first step does not count.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPTNeoXConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from context_pythia.bench.options import BenchOptions
 from context_pythia.bench.timing import interleave, seconds_of
@@ -74,9 +75,9 @@ def train_metrics(
             "flops_per_step": step_flops(model, tokens, length),
         } | describe_parameters(model)
         if plain:
-            shapes = product_shapes(model.config, tokens // train.gradient_accumulation)
+            batch_tokens = tokens // train.gradient_accumulation
             for precision, found in rates.items():
-                runs[f"{precision} products"] = partial(product_rate, shapes, getattr(torch, precision), device)
+                runs[f"{precision} products"] = partial(product_rate, model, batch_tokens, getattr(torch, precision))
                 results[f"{precision} products"] = found
         turn = partial(plain_turn if plain else phase2_turn, model, data, train)
         runs[name] = partial(timed_turn, turn, rows[name], weight_bytes(model))
@@ -141,27 +142,17 @@ def step_flops(model: PreTrainedModel, tokens: int, length: int) -> int:
     return tokens * (products + 12 * config.num_hidden_layers * config.hidden_size * length)
 
 
-def product_shapes(config: GPTNeoXConfig, tokens: int) -> list[tuple[int, int, int, int]]:
-    """The matrix products of GPT-NeoX's forward pass: rows, inner width, columns, count."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    return [
-        (tokens, hidden, 3 * hidden, layers),
-        (tokens, hidden, hidden, layers),
-        (tokens, hidden, inner, layers),
-        (tokens, inner, hidden, layers),
-        (tokens, hidden, config.vocab_size, 1),
-    ]
-
-
-def product_rate(shapes: Sequence[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of these products alone, computed one after another into preallocated memory."""
-    work, seconds = 0, 0.0
-    for rows, inner, columns, count in shapes:
-        left = torch.randn(rows, inner, device=device).to(dtype)
+def product_rate(model: PreTrainedModel, tokens: int, dtype: torch.dtype) -> float:
+    """FLOP/s of the matrix products of the model's linear maps in a forward pass of `tokens` tokens, computed one after
+    another into preallocated memory."""
+    work, seconds, device = 0, 0.0, model.device
+    shapes = Counter((m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+    for (inner, columns), count in shapes.items():
+        left = torch.randn(tokens, inner, device=device).to(dtype)
         right = torch.randn(columns, inner, device=device).to(dtype).T  # as nn.Linear holds its weight
-        out = torch.empty(rows, columns, dtype=dtype, device=device)
+        out = torch.empty(tokens, columns, dtype=dtype, device=device)
         product = partial(torch.mm, left, right, out=out)
         product()
         seconds += count * seconds_of(product, device)
-        work += count * 2 * rows * inner * columns
+        work += count * 2 * tokens * inner * columns
     return work / seconds

@@ -6,8 +6,6 @@ gives the true Fisher information. Gradients are summed over a sample's tokens, 
 two moments are those of Shampoo (arXiv 1802.09568). Moments of single tokens, as in K-FAC (arXiv 1503.05671), lost a
 tenth more at an eighth of the cache.
 
-The layers that read one context count as one layer (`readers.py`), whose inputs are those of all.
-
 Shapes: B samples, T tokens of each, D hidden size, H heads, X = D times the inputs, N = D times the layers.
 """
 

@@ -1,7 +1,5 @@
 """Rebuilds one layer's keys and values from fewer numbers: linear algebra on weights, moments and ranks.
 
-Layers that read one context count as one layer with the heads of all (`readers.py`).
-
 A layer's keys and values are `y = W h + b` of its normalized input h. The context has rotary pairs r and a latent z,
 both linear in h; an affine map rebuilds y from them (`model/attention.py`). Below full rank the factors minimize
 

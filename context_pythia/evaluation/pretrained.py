@@ -76,6 +76,10 @@ def load_pretrained(name: str, dtype: torch.dtype, device_map: dict[str, str] | 
             ignore_mismatched_sizes=True,  # which the state below names
             trust_remote_code=False,
         )
+        if quantizer_of(stored) and device_map is None:
+            # Weights that the quantizer did not pack load without an error and fail in use.
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=model.device))
     except Exception as error:
         if isinstance(error, ConnectionError) or is_failure(error):
             raise

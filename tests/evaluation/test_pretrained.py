@@ -92,10 +92,11 @@ def test_values_that_no_model_can_have_are_refused_in_one_line(saved, values, sa
     [
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),  # the weights are not packed
         ({}, "unknown"),
     ],
 )
-def test_a_quantizer_that_is_not_here_is_one_line(saved, settings, method):
+def test_a_quantizer_that_is_not_here_or_weights_that_it_did_not_pack_are_one_line(saved, settings, method):
     change(saved, quantization_config=settings)
     said = rf"is quantized \({method}\) and cannot be loaded here .*in full precision"
     with pytest.raises(UsageError, match=said) as caught:
