@@ -10,7 +10,7 @@ from context_pythia.cli.command import reported
 from context_pythia.config.recipe_files import save_recipe
 from context_pythia.errors import Failure
 from context_pythia.report.document import to_markdown
-from context_pythia.report.formats import change, perplexity
+from context_pythia.report.formats import change
 from context_pythia.report.sweep import SweepReport
 from context_pythia.report.texts import Texts
 from context_pythia.sweep.options import SweepPlan, parse_over
@@ -114,15 +114,6 @@ def test_the_report_is_made_again_from_the_folder_alone(finished, monkeypatch):
     assert "Trained longer than the others, because they start from the trained baseline: " in report
     assert "| heal steps |" in report or "| steps |" in report
     assert (finished / "report.html").read_text().count("data:image/png") == 3
-
-
-def test_the_report_says_where_in_a_sample_the_best_setting_of_each_model_loses(finished):
-    found = {trial["model"]: trial["val_ppl_by_position"][0] for trial in metrics_of(finished)["trials"]}
-    report = (finished / "report.md").read_text()
-    section = report[report.index("## Quality by position") : report.index("## Settings")]
-    first, whole = (found[model]["perplexity"] for model in ("shared", "Pythia"))
-    assert f"| {perplexity(first)} ({change(first / whole - 1)})" in section
-    assert f"| Pythia | {perplexity(whole)} |" in section and "In brackets: against Pythia." in section
 
 
 def against(report: str, model: str, steps: str) -> list[str]:

@@ -325,17 +325,6 @@ def test_cosine_schedule_rises_then_falls_to_zero():
     assert rates == pytest.approx([1e-3 * rate for rate in expected], abs=1e-12)
 
 
-def test_frozen_parameters_stay_as_they_are(tmp_path):
-    model, first = make_model(), make_model()
-    frozen = model.gpt_neox.layers[0].requires_grad_(False)
-    train(tmp_path, replace(OPTIONS, epochs=1, weight_decay=0.5), model=model)
-    for name, weight in frozen.named_parameters():
-        assert torch.equal(weight, first.gpt_neox.layers[0].get_parameter(name)), name
-    assert not torch.equal(
-        model.gpt_neox.layers[1].mlp.dense_h_to_4h.weight, first.gpt_neox.layers[1].mlp.dense_h_to_4h.weight
-    )
-
-
 def test_the_console_shows_each_epoch_and_the_end(tmp_path, capsys, monkeypatch):
     stub_perplexities(monkeypatch, [812.34, 900.0])
     train(tmp_path, replace(OPTIONS, epochs=10, patience=1))
