@@ -188,10 +188,9 @@ def score_cached(
     return CachedScore(**tally.figures(), measurement=measurement, sequences=sequences)
 
 
-def equal_to_digits(first: float, second: float, digits: int = 4) -> bool:
-    """Whether two positive numbers agree to this many significant digits: they differ by at most half a unit of the
-    last one."""
-    unit = 10.0 ** (math.floor(math.log10(max(first, second))) + 1 - digits)
+def equal_to_digits(first: float, second: float) -> bool:
+    """Whether two positive numbers agree to four significant digits: they differ by at most half a unit of the last."""
+    unit = 10.0 ** (math.floor(math.log10(max(first, second))) - 3)
     return abs(first - second) <= unit / 2
 
 

@@ -15,7 +15,6 @@ Papers on caches that layers or heads share report perplexity, which changes lit
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +26,7 @@ from context_pythia.errors import UsageError
 
 TASKS = ("key", "passkey")
 SHORTEST_DISTANCE = 32
+SEED = 0
 _FILLER = " The sky is wide and the day is long. We walk here and there, and then we go home."
 
 
@@ -52,7 +52,7 @@ class Words:
         return [key, *self.joint]
 
 
-def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0) -> Words:
+def choose_words(tokenizer: PreTrainedTokenizerFast, length: int) -> Words:
     """Keys and values for texts of `length` tokens: twice as many as one text of facts needs.
 
     Raises:
@@ -73,14 +73,12 @@ def choose_words(tokenizer: PreTrainedTokenizerFast, length: int, seed: int = 0)
             f"texts of {facts} facts need {4 * facts} whole words, the tokenizer has {len(whole)}: "
             "shorten --sequence-length, or use a larger vocabulary"
         )
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(SEED)).tolist()
     chosen = [whole[i] for i in order[: 4 * facts]]
     return replace(words, keys=chosen[: 2 * facts], values=chosen[2 * facts :])
 
 
-def recall_texts(
-    words: Words, task: str, distance: int, length: int, samples: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def recall_texts(words: Words, task: str, distance: int, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Texts that ask for a value `distance` tokens back.
 
     Args:
@@ -91,7 +89,7 @@ def recall_texts(
     Returns:
         ids `[N, length]`, candidates `[N, K]`, and the answers' columns among the candidates `[N]`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(SEED)
     size = words.fact_length
     texts, candidates, answers = [], [], []
     for _ in range(samples):
@@ -143,10 +141,8 @@ def recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     length: int,
-    tasks: Sequence[str] = TASKS,
     samples: int = 256,
     batch_size: int = 16,
-    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """How often a model finds the value, by task and distance.
 
@@ -161,11 +157,11 @@ def recall(
         UsageError: a text too short for any distance, or a tokenizer without enough words.
     """
     model.eval()
-    words = choose_words(tokenizer, length, seed)
+    words = choose_words(tokenizer, length)
     rows = []
-    for task in tasks:
+    for task in TASKS:
         for distance in distances(words, task, length):
-            ids, candidates, answers = recall_texts(words, task, distance, length, samples, seed)
+            ids, candidates, answers = recall_texts(words, task, distance, length, samples)
             right = 0
             for part, choice, answer in zip(*(t.split(batch_size) for t in (ids, candidates, answers)), strict=True):
                 logits = model(input_ids=part.to(model.device), logits_to_keep=1, use_cache=False).logits[:, -1].cpu()

@@ -2,8 +2,8 @@
 
     c_t = LN(c_{t-1} + GELU(W [c_{t-1} ; e_t] + b)),    c_{-1} = 0
 
-Three ways to run it: `step` (decoding, one token), `scan` (exact, the whole sequence) and `sweep` (one parallel
-fixed-point pass, what phase 1 iterates; T sweeps over T tokens equal the scan).
+Two ways to run it: `step` (one token of a sequence; in phase 1 all of them in parallel, each from the last estimate of
+its predecessor's context) and `scan` (the whole sequence).
 
 Shapes: B batch, T tokens, C context_dim, E width of the token embeddings.
 """
@@ -76,28 +76,6 @@ class ContextBlock(nn.Module):
         for layer in self.layers:
             previous = layer.step(previous, embeddings)
         return previous
-
-    def sweep(
-        self,
-        contexts: torch.Tensor,
-        embeddings: torch.Tensor,
-        initial: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One parallel fixed-point pass: each token's context from the last estimate of its predecessor's.
-
-        Args:
-            contexts: last estimates `[..., T, C]`.
-            embeddings: `[..., T, E]`.
-            initial: context before the first token `[..., C]`, zero if absent.
-            noise: added to the predecessors' contexts `[..., T, C]`.
-
-        Returns:
-            new estimates `[..., T, C]`; the first k are exact after k sweeps.
-        """
-        initial = torch.zeros_like(contexts[..., 0, :]) if initial is None else initial
-        previous = torch.cat([initial.unsqueeze(-2), contexts[..., :-1, :]], dim=-2)
-        return self.step(previous if noise is None else previous + noise, embeddings)
 
     def scan(
         self,

@@ -50,10 +50,11 @@ def sweep_tokens(
     initial: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """`ContextBlock.sweep` over n tokens with precomputed projections of their embeddings.
+    """One parallel fixed-point pass over n tokens: each token's context from the last estimate of its predecessor's.
+    The first k are exact after k passes.
 
     Args:
-        projected: one tensor per layer, `[n, C]`.
+        projected: the projections of the tokens' embeddings, one tensor per layer, `[n, C]`.
         contexts: the old contexts, `[n, C]`.
         initial: the context before the first token, `[C]`.
         noise: `[n, C]`; overwritten.

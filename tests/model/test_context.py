@@ -82,18 +82,10 @@ def test_under_autocast_the_state_is_not_rounded(block, embeddings):
         torch.testing.assert_close(contexts[:, t], context, rtol=1e-5, atol=1e-5)
 
 
-def test_as_many_sweeps_as_tokens_are_the_scan(block, embeddings):
+def test_as_many_parallel_steps_as_tokens_are_the_scan(block, embeddings):
     exact = block.scan(embeddings)
     contexts = torch.randn(2, 9, 12, dtype=torch.float64)
     for k in range(9):
         assert k == 0 or not torch.allclose(contexts, exact, atol=1e-3)
-        contexts = block.sweep(contexts, embeddings)
+        contexts = block.step(torch.nn.functional.pad(contexts[:, :-1], (0, 0, 1, 0)), embeddings)
         torch.testing.assert_close(contexts[:, : k + 1], exact[:, : k + 1], rtol=0, atol=1e-10)
-
-
-def test_sweep_starts_from_the_given_context_and_adds_the_noise(block, embeddings):
-    contexts, initial, noise = (torch.randn(*shape, dtype=torch.float64) for shape in ((9, 12), (12,), (9, 12)))
-    previous = torch.cat([initial[None], contexts[:-1]]) + noise
-    torch.testing.assert_close(
-        block.sweep(contexts, embeddings[0], initial, noise), block.step(previous, embeddings[0]), rtol=0, atol=0
-    )

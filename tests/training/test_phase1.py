@@ -160,7 +160,7 @@ def test_iterations_equal_a_twin_that_copies_the_whole_stream():
         torch.testing.assert_close(parameter.detach().double(), weight, rtol=0, atol=2e-5)
 
 
-def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(monkeypatch):
+def test_sweep_over_distinct_tokens_equals_the_blocks_step(monkeypatch):
     monkeypatch.setattr(oacd, "PROJECTED_TOKENS", 7)
     model, ids = make_model(layers=2), make_data().train.stream(0, 60)
     block = model.gpt_neox.context_block
@@ -174,7 +174,8 @@ def test_sweep_over_distinct_tokens_equals_the_blocks_sweep(monkeypatch):
             rows = projections.rows(ids)
             new = sweep_tokens(block.layers, rows, contexts, initial, noise.clone())
         else:
-            new = block.sweep(contexts, model.gpt_neox.embed_context_input(ids).detach(), initial, noise)
+            previous = torch.cat([initial[None], contexts[:-1]]) + noise
+            new = block.step(previous, model.gpt_neox.embed_context_input(ids).detach())
         twin_loss(new).backward()
         if fast:
             projections.collect(ids, rows)
