@@ -19,9 +19,8 @@ from transformers import GPTNeoXForCausalLM
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics, collect
 from context_pythia.conversion.factorize import Factors, LayerFactorizer
-from context_pythia.conversion.original import keys_and_values
 from context_pythia.conversion.readers import Readers, readers_of
-from context_pythia.conversion.transplant import context_config, transplant
+from context_pythia.conversion.transplant import context_config, keys_and_values, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.errors import Failure, UsageError
 from context_pythia.model import ContextPythiaForCausalLM

@@ -3,6 +3,9 @@
 Both passes score the same targets, so their perplexities must agree; if they do not, decoding is wrong. Only one batch
 of logits is in memory at a time, with those of the reference model, if there is one.
 
+A smaller cache can cost quality early in a sample, where there is little to attend to, or late, where there is much to
+remember; one mean over all tokens hides this. So training and `eval` report bands of positions too.
+
 Shapes: B samples of a batch, S tokens a sample, V vocabulary.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,12 +26,48 @@ from transformers.cache_utils import Cache
 
 from context_pythia.errors import Failure
 from context_pythia.evaluation.memory import CACHE
-from context_pythia.evaluation.positions import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import check_length
 from context_pythia.model.cache import CacheMeasurement, measure_cache
 
 # A sized Dataset whose items have `input_ids` `[S]` and `labels` `[S]`: the target of each input token, -100 for none.
 Samples = Any
+
+_FIRST_EDGES = (0, 16, 32, 64, 96, 128)
+
+
+def position_bands(length: int) -> list[tuple[int, int]]:
+    """The bands, `from <= position < to`, of samples of `length` tokens.
+
+    0-16, 16-32, 32-64, 64-96, 96-128, then each as long as all before it (128-256, 256-512); the last ends at
+    `length`. A position is the index of an input token: at position p the model predicts from p + 1 tokens.
+    """
+    edges = list(_FIRST_EDGES)
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return list(pairwise([*(edge for edge in edges if edge < length), length]))
+
+
+def perplexity(loss: float) -> float:
+    """Perplexity of a mean loss in nats; a huge loss gives a finite number."""
+    return math.exp(min(loss, 700.0))
+
+
+def perplexity_by_position(losses: Tensor, tokens: Tensor) -> list[dict[str, float]]:
+    """The perplexity of each band, as plain values of JSON: `from`, `to`, `tokens` and `perplexity`.
+
+    The mean of the bands' log-perplexities, weighted by their tokens, is the total log-perplexity.
+
+    Args:
+        losses: sum of the losses at each position, in nats, `[S]`.
+        tokens: number of predicted tokens at each position, `[S]`; bands without tokens are omitted.
+    """
+    bands = []
+    for start, stop in position_bands(len(losses)):
+        count = int(tokens[start:stop].sum())
+        if count:
+            mean = float(losses[start:stop].sum()) / count
+            bands.append({"from": start, "to": stop, "tokens": count, "perplexity": perplexity(mean)})
+    return bands
 
 
 @dataclass(frozen=True)

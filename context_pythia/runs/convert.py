@@ -27,7 +27,7 @@ from context_pythia.config.recipe import DataOptions, HealOptions
 from context_pythia.config.same import check_same, mismatches
 from context_pythia.conversion.compress import Form, checked_form, compressed
 from context_pythia.conversion.heal import heal
-from context_pythia.conversion.original import check_weights, load_original
+from context_pythia.conversion.transplant import check_weights, load_original
 from context_pythia.data.packing import PackedData, load_data
 from context_pythia.data.tokenizers import load_tokenizer, vocabulary_rows
 from context_pythia.errors import UsageError, first_line

@@ -29,7 +29,7 @@ from context_pythia import processes
 from context_pythia.config.recipe import HealOptions, OptimizationOptions, TrainOptions
 from context_pythia.config.same import check_same
 from context_pythia.errors import Failure, UsageError
-from context_pythia.evaluation.positions import perplexity, perplexity_by_position
+from context_pythia.evaluation.perplexity import perplexity, perplexity_by_position
 from context_pythia.evaluation.pretrained import load_pretrained, quiet_transformers
 from context_pythia.files import read_record, write_json
 from context_pythia.training.batches import Batch, batches, step_batches

@@ -12,8 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.conversion.calibrate import WEIGHTINGS, LayerStatistics
 from context_pythia.conversion.factorize import LayerFactorizer
-from context_pythia.conversion.original import keys_and_values, split_projection
-from context_pythia.conversion.transplant import context_config, transplant
+from context_pythia.conversion.transplant import context_config, keys_and_values, split_projection, transplant
 from context_pythia.evaluation.memory import measure_generated_cache
 from context_pythia.evaluation.pretrained import load_pretrained
 from tests.model.conftest import SIZE, randomise

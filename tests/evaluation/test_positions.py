@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from context_pythia.evaluation.positions import perplexity_by_position, position_bands
+from context_pythia.evaluation.perplexity import perplexity_by_position, position_bands
 
 
 @pytest.mark.parametrize(
