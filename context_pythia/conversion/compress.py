@@ -113,7 +113,11 @@ def compressed(
         readers = form.contexts[context]
         weights = [keys_and_values(original, layer) for layer in readers.layers]
         if form.exact:
-            return readers.factorizer(weights, *WEIGHTINGS["none"](LayerStatistics.zeros(original.config.hidden_size)))
+            nothing = LayerStatistics.zeros(original.config.hidden_size)
+            factorizer = readers.factorizer(weights, *WEIGHTINGS["none"](nothing))
+            # All components are kept, so the heads' own keys serve as well, and a quantized cache rounds them less.
+            factorizer.inward[:] = factorizer.upward[:] = torch.eye(weights[0].num_heads)
+            return factorizer
         return readers.factorizer(weights, *WEIGHTINGS[options.weighting](LayerStatistics.load(statistics[context])))
 
     widths, pairs = _exact(original) if form.exact else _least_error(form, options, factorizer_of)

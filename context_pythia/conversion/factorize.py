@@ -190,8 +190,8 @@ class LayerFactorizer:
         """
         if self.known:
             return torch.eye(len(self.root), dtype=self.root.dtype)
-        directions, sizes, _ = torch.linalg.svd((rotary_weight @ self.root).T, full_matrices=True)
-        return directions[:, int((sizes > ROUNDING * sizes[0]).sum()) :]
+        _, sizes, directions = torch.linalg.svd(rotary_weight @ self.root, full_matrices=True)
+        return directions[int((sizes > ROUNDING * sizes[0]).sum()) :].T
 
     def errors(self, pairs: list[int]) -> torch.Tensor:
         """Error with latents of 0, 1, … D - rank dims beside the pairs, `[D - rank + 1]`."""
@@ -228,9 +228,10 @@ class LayerFactorizer:
         """
         layer, rows = self.layer, self.layer.content_rows
         rotary_weight, rotary_bias = self._rotary(pairs)
-        free = self._free(rotary_weight)
-        _, vectors = torch.linalg.eigh(free.T @ self.gram @ free)
-        directions = free @ vectors.flip(1)[:, :latent_dim]  # [D, L]
+        directions = self._free(rotary_weight)
+        if latent_dim < directions.shape[1]:  # [D, L], of the greatest value
+            _, vectors = torch.linalg.eigh(directions.T @ self.gram @ directions)
+            directions = directions @ vectors.flip(1)[:, :latent_dim]
         latent_weight = torch.linalg.solve(self.root, directions).T
         content = layer.weight[rows] @ self.root
         up, content_mean = content @ directions, self.mean.new_zeros(latent_dim)
