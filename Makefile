@@ -1,7 +1,7 @@
 # make demo   an environment in .venv, the package in it, and the recipe `quick`: report in runs/quick/report.md
 # make test   the same environment with the development tools: ruff, mypy, pytest
-# make test-hosts     transformers' own tests of a model, on ours and on GPT-NeoX
-# make test-versions  the tests of model, conversion and command on the oldest and the newest transformers
+# make test-hosts     transformers' own tests of a model, on ours
+# make test-versions  the tests of model, cache, generation and conversion on the oldest and the newest transformers
 # make test-serving   the tests of the vLLM plug-in, in .venv-serving with vLLM's build for CPUs
 # make test-wheel     wheel and sdist in dist/, and the wheel in an environment of its own, with the newest packages
 #
@@ -19,15 +19,21 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
+# What is imported is compiled then: pip would compile 18,000 files, most of which are never imported.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := -m pip install --quiet --no-compile $(PIP_ARGS)
+PIP_INSTALL = $(BIN)/python $(PIP) --constraint constraints.txt
 
 # Versions of transformers: the one that is installed, and those at the ends of what pyproject.toml allows.
 PINNED := $(shell sed -n 's/^transformers==//p' constraints.txt)
 ENDS := 5.16.1 5.24.0
 # What the oldest needs in other versions than ours.
 OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
-ON_EACH := tests/model tests/conversion tests/evaluation tests/bench/test_decode.py tests/cli tests/runs/test_convert.py \
-	tests/runs/test_generate.py
+# What a change of transformers can break: model, cache, generation, loading, saving and a training; arithmetic of our own
+# and the command line need no second version.
+ON_EACH := $(addprefix tests/model/test_,generation.py cache.py modeling.py positions.py heads.py token_ids.py quantized.py \
+	weights_elsewhere.py configuration.py) tests/conversion/test_readers.py tests/evaluation/test_pretrained.py \
+	tests/evaluation/test_quantized.py tests/runs/test_convert.py tests/runs/test_generate.py
 
 .PHONY: demo test test-hosts test-versions test-serving test-wheel clean
 
@@ -44,22 +50,20 @@ test-hosts: $(VENV)/transformers-$(PINNED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/hosts/test_host_suite.py
 
 test-versions: $(ENDS:%=$(VENV)/overlays/%)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) tests/hosts/test_versions.py
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --dist load tests/hosts/test_versions.py
 	set -e; for overlay in $^; do \
 		echo "transformers $${overlay##*/}"; PYTHONPATH=$$PWD/$$overlay $(BIN)/python -m pytest $(PYTEST_ARGS) $(ON_EACH); \
 	done
 
-# Each process of vLLM imports the same modules, which the first compiles.
 test-serving: $(SERVING)/installed
-	PYTHONDONTWRITEBYTECODE= $(SERVING)/bin/python -m pytest tests/serving
+	$(SERVING)/bin/python -m pytest tests/serving
 
-# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt). No compiling:
-# most of these files are never imported.
+# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt).
 $(SERVING)/installed: pyproject.toml tests/serving/requirements.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --no-deps --no-compile $(PIP_ARGS) \
+	$(SERVING)/bin/python $(PIP) --no-deps \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement tests/serving/requirements.txt
-	$(SERVING)/bin/python -m pip install --quiet --no-deps $(PIP_ARGS) --editable .
+	$(SERVING)/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 # No constraints here: a user has none.
@@ -67,9 +71,9 @@ test-wheel: $(VENV)/installed-dev
 	rm -rf dist $(VENV)/wheel
 	$(BIN)/python -m hatchling build
 	$(PYTHON) -m venv $(VENV)/wheel
-	$(VENV)/wheel/bin/python -m pip install --quiet $(PIP_ARGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	$(VENV)/wheel/bin/python $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
 		"$$(grep "^torch==" constraints.txt)"
-	$(VENV)/wheel/bin/python -m pip install --quiet $(PIP_ARGS) dist/*.whl
+	$(VENV)/wheel/bin/python $(PIP) dist/*.whl
 	cd $(VENV)/wheel && bin/context-pythia --help && bin/context-pythia compare --models Pythia,shared --samples 100 --epochs 1 --quiet
 	$(VENV)/wheel/bin/context-pythia report $(VENV)/wheel/runs/quick --lang ja
 
@@ -92,7 +96,7 @@ $(VENV)/transformers-$(PINNED): $(VENV)/installed-dev
 
 # Laid before the installed packages by PYTHONPATH.
 $(VENV)/overlays/%: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial $(PIP_ARGS) transformers==$* \
+	$(BIN)/python $(PIP) --no-deps --target $@.partial transformers==$* \
 		$(if $(filter 5.16.1,$*),$(OLDER))
 	rm -rf $@ && mv $@.partial $@ && touch $@
 

@@ -1,21 +1,21 @@
-"""Every test runs offline, without the user's cache, and on one thread: the models are too small for more."""
+"""Every test runs offline, without the user's cache, and on one thread: the models are too small for more.
+
+This file imports the package inside its functions: pytest-xdist's first process reads it, and runs no test.
+"""
 
 import gc
 import os
 import random
 import signal
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import pytest
-import torch
 
-from context_pythia.cli.command import reported
-from context_pythia.config.recipe import Recipe
-from context_pythia.config.recipe_files import recipe_from_dict
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
-torch.set_num_threads(1)
-gc.freeze()  # what was imported is no garbage: collections, of which measuring memory takes many, are ten times faster
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported is no garbage: collections are then ten times faster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,11 +33,23 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def blank_pictures():
+    """Pictures are composed and not drawn, which takes a second each: tests/report draws, in a process of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FigureCanvasAgg, "draw", FigureCanvasAgg.get_renderer)
+        yield
+
+
 SENTENCE = "the cache of a model holds keys and values for each token that it has seen so far in its text"
 
 
-def tiny_recipe(folder, **sections) -> Recipe:
-    """Four models, one of each source and the baseline, that train in seconds on made-up sentences."""
+def tiny_recipe(folder, **sections):
+    """A recipe of four models, one of each source and the baseline, that train in seconds on made-up sentences."""
+    from context_pythia.config.recipe_files import recipe_from_dict
+
     corpus = folder / "corpus"
     if not corpus.exists():
         corpus.mkdir(parents=True)
@@ -68,7 +80,8 @@ def tiny_recipe(folder, **sections) -> Recipe:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, own_cache):
-    from context_pythia.runs.train import compare  # takes seconds, and half of the tests need no training
+    from context_pythia.cli.command import reported
+    from context_pythia.runs.train import compare
 
     folder = tmp_path_factory.mktemp("comparison")
     with reported(folder / "run", "ja"):

@@ -273,7 +273,7 @@ def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monk
     assert [layer for layer in cache.layers if layer.keys is not None][-1].keys.device.type == "meta"
 
 
-@pytest.mark.parametrize("source", ["input", "shared", "layer, rotary keys reused"])
+@pytest.mark.parametrize("source", ["shared", "layer, rotary keys reused"])
 def test_compiled_decoding_is_one_graph_and_writes_the_same(source, ids):
     model = build(source, num_hidden_layers=2)
     mask = torch.ones_like(ids)

@@ -85,9 +85,10 @@ def test_an_adapter_on_the_rotary_pairs_counts(ids):
 @pytest.mark.parametrize(
     ("source", "place"),
     [
-        *((source, "disk_offload") for source in MAPS),
-        ("shared, 2 block layers", "cpu_offload"),
-        (MAPS[-1], "device_map"),
+        ("input", "cpu_offload"),
+        ("shared, 2 block layers", "disk_offload"),
+        ("layer, contexts by layers", "device_map"),
+        ("layer, rotary pairs", "disk_offload"),
     ],
 )
 def test_offloaded_weights_are_brought_back(source, ids, tmp_path, place):

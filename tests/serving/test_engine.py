@@ -73,6 +73,7 @@ def test_48_in_chunks_of_64_tokens_with_shared_prefixes_and_a_cache_that_is_too_
         assert counter(llm, "prefix_cache_hits") > 0
 
 
+@pytest.mark.parametrize("saved", ["layer", "shared", "converted, -75 %"], indirect=True)
 @torch.no_grad()
 def test_bfloat16(saved, tmp_path):
     model, _ = saved

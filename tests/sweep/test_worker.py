@@ -1,11 +1,8 @@
 """What workers train of a sweep, by stand-ins for trainings: Optuna, its database, processes and folders are real."""
 
 import json
-import multiprocessing
-import random
 import re
 import sys
-import time
 from collections import Counter
 from functools import partial
 
@@ -18,9 +15,6 @@ from context_pythia.sweep import worker
 from context_pythia.sweep.worker import sweep
 from tests.sweep import stand_in
 from tests.sweep.stand_in import plan_of
-
-GRID = {"over": ["learning_rate=1e-3,1.5e-3,2e-3"], "seeds": (0, 1)}
-TPE = {"over": ["learning_rate=1e-3..2e-3"], "seeds": (0, 1), "sampler": "tpe", "trials": 12}
 
 
 @pytest.fixture
@@ -148,37 +142,3 @@ def test_a_storage_that_cannot_be_used_is_named_without_its_password(tmp_path, t
         sweep(plan_of(sampler="tpe", trials=2), tmp_path, storage=url)
     assert "cannot be opened" in str(caught.value) and "\n" not in str(caught.value)
     assert "secret@" not in str(caught.value)
-
-
-@pytest.mark.parametrize("asked", [GRID, TPE], ids=["grid", "tpe"])
-def test_each_setting_is_trained_once_to_its_end_though_workers_are_killed(tmp_path, asked):
-    """Twelve trainings by two workers, one of which is killed at a random moment, twenty times."""
-    out, dice, context = tmp_path / "a b?{c}", random.Random(0), multiprocessing.get_context("forkserver")
-    # The server imports once what all workers need. A fork of this process could inherit a lock that no thread holds.
-    context.set_forkserver_preload(["tests.sweep.stand_in", "optuna", "sqlalchemy"])
-
-    def start():
-        process = context.Process(target=stand_in.work, args=(out, 0.01), kwargs=asked)
-        process.start()
-        return process
-
-    workers = [start(), start()]
-    while not list(out.glob("trials/*/steps")):
-        time.sleep(0.01)
-    for kill in range(20):
-        time.sleep(dice.uniform(0, 0.3))
-        workers[kill % 2].kill()
-        workers[kill % 2].join()
-        workers[kill % 2] = start()
-    for process in workers:
-        process.join()
-        assert process.exitcode == 0
-    trials = json.loads((out / "metrics.json").read_text())["trials"]
-    assert [trial["state"] for trial in trials] == ["complete"] * 12
-    assert Counter((trial["model"], trial["seed"]) for trial in trials) == {
-        (model, seed): 3 for model in ("Pythia", "layer") for seed in (0, 1)
-    }
-    # A training goes on where a kill left it: two at once, or one begun again, would repeat a step.
-    for trial in trials:
-        assert (out / "trials" / trial["folder"] / "steps").read_text().split() == [str(i) for i in range(10)]
-    assert not list(out.glob("trials/*/twice"))

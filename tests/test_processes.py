@@ -1,12 +1,18 @@
-"""Two processes against one: the same training, and what an interruption or a failure of one of them does to both."""
+"""Several processes: two that train one model, as `torchrun` starts them, and two that share a sweep.
+
+They end like one, and an interruption, a failure or a kill of one of them loses nothing.
+"""
 
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import shutil
 import signal
 import sys
+import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -20,12 +26,13 @@ from context_pythia.training import phase2
 from context_pythia.training.optimization import Optimization
 from context_pythia.training.phase2 import train_language_model
 from tests.conftest import tiny_recipe
+from tests.sweep import stand_in
+from tests.training import test_phase1, test_phase2
 
-from . import test_phase1, test_phase2
-
-# Its server imports all this once; each child is a fork of it.
+# Its server imports all this once; each child is a fork of it. A fork of pytest itself could inherit a lock that no
+# thread holds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
+FORKS.set_forkserver_preload([__name__, "optuna", "sqlalchemy"])
 SECONDS = 120  # of a machine that is busy
 TRAINED = ("gpt_neox.embed_in.weight", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight")
 OPTIONS = replace(test_phase2.OPTIONS, epochs=2, batch_size=4, learning_rate=1e-3)
@@ -211,3 +218,39 @@ def test_a_single_process_waits_for_nobody():
         processes.wait()
     values = torch.tensor([3.0])
     assert processes.total(values).item() == 3 and processes.highest(2) == 2
+
+
+GRID = {"over": ["learning_rate=1e-3,1.5e-3,2e-3"], "seeds": (0, 1)}
+TPE = {"over": ["learning_rate=1e-3..2e-3"], "sampler": "tpe", "trials": 4}
+
+
+@pytest.mark.parametrize(("asked", "times", "kills"), [(GRID, 3, 20), (TPE, 2, 6)], ids=["grid", "tpe"])
+def test_each_setting_of_a_sweep_is_trained_once_to_its_end_though_workers_are_killed(tmp_path, asked, times, kills):
+    """`times` trainings of each model and seed by two workers, one of which is killed at a random moment."""
+    out, dice = tmp_path / "a b?{c}", random.Random(0)
+
+    def start():
+        process = FORKS.Process(target=stand_in.work, args=(out, 0.01), kwargs=asked)
+        process.start()
+        return process
+
+    workers = [start(), start()]
+    while not list(out.glob("trials/*/steps")):
+        time.sleep(0.01)
+    for kill in range(kills):
+        time.sleep(dice.uniform(0, 0.3))
+        workers[kill % 2].kill()
+        workers[kill % 2].join()
+        workers[kill % 2] = start()
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
+    trials = json.loads((out / "metrics.json").read_text())["trials"]
+    assert {trial["state"] for trial in trials} == {"complete"}
+    assert Counter((trial["model"], trial["seed"]) for trial in trials) == {
+        (model, seed): times for model in ("Pythia", "layer") for seed in asked.get("seeds", (0,))
+    }
+    # A training goes on where a kill left it: two at once, or one begun again, would repeat a step.
+    for trial in trials:
+        assert (out / "trials" / trial["folder"] / "steps").read_text().split() == [str(i) for i in range(10)]
+    assert not list(out.glob("trials/*/twice"))
