@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -36,10 +37,17 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def blank_pictures():
     """Pictures are composed and not drawn, which takes a second each: tests/report draws, in a process of its own."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib import style
+
+    from context_pythia.report import document
+
+    def png(draw):
+        with style.context(Path(document.__file__).parent / "pages" / "pictures.mplstyle"):
+            draw()
+        return b"\x89PNG\r\n\x1a\n"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FigureCanvasAgg, "draw", FigureCanvasAgg.get_renderer)
+        patch.setattr(document, "png", png)
         yield
 
 
