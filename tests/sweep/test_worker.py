@@ -47,18 +47,18 @@ def test_a_grid_grows_in_the_same_folder(tmp_path, trained):
 
 def test_tpe_gives_each_model_and_seed_the_same_budget(tmp_path, trained):
     over = ["learning_rate=1e-4..1e-2", "context_dim=32,64", "epochs=1..9"]
-    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=8), tmp_path)
+    metrics = sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=4), tmp_path)
     assert Counter((recipe.models[0].name, recipe.seed) for recipe in trained) == dict.fromkeys(
-        [("Pythia", 0), ("Pythia", 1), ("layer", 0), ("layer", 1)], 2
+        [("Pythia", 0), ("Pythia", 1), ("layer", 0), ("layer", 1)], 1
     )
-    assert len({repr((trial["model"], trial["setting"])) for trial in metrics["trials"]}) == 4
+    assert len({repr((trial["model"], trial["setting"])) for trial in metrics["trials"]}) == 2
     rates = {recipe.train.learning_rate for recipe in trained}
-    assert len(rates) >= 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert len(rates) == 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
     # A larger budget goes on, and another search has a budget of its own.
-    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=12), tmp_path)
-    assert len(trained) == 12
+    sweep(plan_of(over=over, seeds=(0, 1), sampler="tpe", trials=8), tmp_path)
+    assert len(trained) == 8
     sweep(plan_of(over=["epochs=10..99999"], sampler="tpe", trials=2), tmp_path)
-    assert len(trained) == 14
+    assert len(trained) == 10
 
 
 def test_tpe_ends_where_nothing_new_is_left_and_leaves_out_what_does_not_go_together(
