@@ -3,6 +3,7 @@
 # make test-hosts     transformers' own tests of a model, on ours
 # make test-versions  the tests of model, cache, generation and conversion on the oldest and the newest transformers
 # make test-serving   the tests of the vLLM plug-in, in .venv-serving with vLLM's build for CPUs
+# make environments   what all these need; with --jobs=2 two at a time
 # make test-wheel     wheel and sdist in dist/, and the wheel in an environment of its own, with the newest packages
 #
 # PYTHON       the interpreter that makes the environment (3.11 or newer)
@@ -35,10 +36,12 @@ ON_EACH := $(addprefix tests/model/test_,generation.py cache.py modeling.py posi
 	weights_elsewhere.py configuration.py) tests/conversion/test_readers.py tests/evaluation/test_pretrained.py \
 	tests/evaluation/test_quantized.py tests/runs/test_convert.py tests/runs/test_generate.py
 
-.PHONY: demo test test-hosts test-versions test-serving test-wheel clean
+.PHONY: demo environments test test-hosts test-versions test-serving test-wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/context-pythia compare quick
+
+environments: $(VENV)/installed-dev $(VENV)/transformers-$(PINNED) $(ENDS:%=$(VENV)/overlays/%) $(SERVING)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
