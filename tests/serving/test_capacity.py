@@ -7,7 +7,7 @@ from transformers import GPTNeoXConfig
 
 from context_pythia.model import ContextPythiaConfig
 from context_pythia.model.cache import cached_numbers_per_token
-from tests.serving.conftest import engine
+from tests.serving.engines import engine
 
 # The vocabulary and the MLP, which make no part of the cache, are small.
 PYTHIA_70M = dict(vocab_size=97, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from context_pythia.model import ContextPythiaForCausalLM
-from tests.serving.conftest import LENGTH, engine, prompts
+from tests.serving.engines import LENGTH, engine, prompts
 
 NEW = 8
 # Around the blocks of 32 and the chunks of 64, and up to 900 tokens; two blocks and a half are the same in all. Behind

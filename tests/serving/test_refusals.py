@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import context_pythia.serving as serving
-from tests.serving.conftest import LENGTH, MODELS, build, engine
+from tests.serving.engines import LENGTH, MODELS, build, engine
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from context_pythia.runs.convert import ship_code
 from context_pythia.runs.generate import generate
-from tests.serving.conftest import LENGTH, MODELS, build
+from tests.serving.engines import LENGTH, MODELS, build
 
 PROMPT, END = "the cache of a model holds", "<|endoftext|>"
 # From docs/serving.md.
