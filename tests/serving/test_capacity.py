@@ -24,10 +24,8 @@ def tokens(config, folder) -> int:
 
 def test_gpt_neox(tmp_path):
     config = GPTNeoXConfig(**PYTHIA_70M, architectures=["GPTNeoXForCausalLM"])
-    import vllm  # noqa: F401  takes seconds, and the other tests need it too
-
     # In a process of its own: vLLM changes transformers' GPT-NeoX, of which our models are made, when it serves it.
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(tokens, (config, tmp_path)) == BASELINE
 
 
