@@ -122,8 +122,7 @@ def _check_origins(recipe: Recipe, run: Run) -> None:
     trained = any(model.is_baseline and model.name in run.origin.finished for model in run.origin.recipe.models)
     if not trained and not any(model.is_baseline for model in recipe.models):
         raise UsageError(
-            f"{healed[0]} is converted from the trained baseline, but {run.origin.folder} has none: "
-            "list a baseline too"
+            f"{healed[0]} is converted from the trained baseline, but {run.origin.folder} has none: list a baseline too"
         )
     if processes.count() > 1:
         raise UsageError(

@@ -117,14 +117,8 @@ def test_input_cannot_crop_a_past_it_did_not_keep(ids):
         cache.crop(-2)
 
 
-# What a cache can do is what GPT-NeoX's can: each test below holds for the host's own model too.
-HOST = "gpt-neox"
-
-
-@pytest.fixture(params=[HOST, "input", "shared", "layer, shared by 2", "layer, rotary pairs"])
+@pytest.fixture(params=["input", "shared", "layer, shared by 2", "layer, rotary pairs"])
 def any_model(request):
-    if request.param == HOST:
-        return randomise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)))
     return build(request.param)
 
 
@@ -275,7 +269,7 @@ def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monk
 
 @pytest.mark.parametrize("source", ["shared", "layer, rotary keys reused"])
 def test_compiled_decoding_is_one_graph_and_writes_the_same(source, ids):
-    model = build(source, num_hidden_layers=2)
+    model = build(source, num_hidden_layers=1)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
