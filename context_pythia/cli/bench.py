@@ -39,7 +39,7 @@ class Bench(Report, Command):
     )
     train: bool = option(False, "time training steps of a recipe (default: report)")
     serve: bool = option(False, "time conversations on vLLM's engine instead (--set serve.cache_mb=192)")
-    out: Path | None = option(None, "folder for figures and report (default: none)", metavar="DIR")
+    out: Path | None = option(None, "folder for figures, report and pictures (default: none)", metavar="DIR")
 
     def run(self) -> None:
         name = "report" if self.train and self.recipe is None else self.recipe

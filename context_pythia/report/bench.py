@@ -6,10 +6,13 @@ This module computes medians and ratios from the single times in metrics.json.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
-from context_pythia.report.document import Block, Heading, Paragraph, Table
+from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table
+from context_pythia.report.figures import Panel, draw_panels
 from context_pythia.report.formats import DASH, change, integer, megabytes, number, percent
 from context_pythia.report.sections import failures, provenance, table
 from context_pythia.report.texts import Texts
@@ -34,7 +37,7 @@ class BenchReport:
         yield from provenance(self.provenance, text)
 
     def figures(self) -> Iterator[Block]:
-        """All tables."""
+        """All tables and pictures."""
         raise NotImplementedError
 
     def newest(self) -> Iterator[Block]:
@@ -52,6 +55,17 @@ class DecodeReport(BenchReport):
 
     def figures(self) -> Iterator[Block]:
         text, metrics, settings = self.text, self.metrics, self.metrics["settings"]
+        curves: dict[int, dict[str, list[tuple[float, float]]]] = {}
+        for cell in sorted(metrics["cells"], key=itemgetter("batch_size", "length")):
+            of_batch = curves.setdefault(cell["batch_size"], {})
+            for row in cell["rows"]:
+                if row["generate"]:
+                    of_batch.setdefault(row["name"], []).append((cell["length"], 1000 * median(row["generate"])))
+        if any(curves.values()):
+            x, y = "tokens in the cache", "generate(), ms/token"
+            panels = [Panel(f"Batch {batch}", x, of_batch, y, scaled="xy") for batch, of_batch in curves.items()]
+            peers = {entry["name"]: entry["peer"] for entry in metrics["models"]}
+            yield Picture("decode.png", text("decode_caption"), partial(draw_panels, panels, peers))
         for cell in metrics["cells"]:
             yield from self._cell(cell)
         if metrics["cells"]:
@@ -172,6 +186,12 @@ class ServeReport(BenchReport):
         yield self._speed()
         yield from failures({row["name"]: row["error"] for row in self.metrics["rows"]}, self.text)
         yield Paragraph(self.text("serve_note", **settings | {"length": settings["prompt_tokens"]}))
+        if self.rows:
+            curves = {row["name"]: list(enumerate(row["first_token_seconds"], 1)) for row in self.rows}
+            title, x, y = "How long conversations wait", "conversations with a first token", "seconds since all asked"
+            peers = {row["name"]: row["peer"] for row in self.rows}
+            draw = partial(draw_panels, [Panel(title, x, curves, y)], peers)
+            yield Picture("first-tokens.png", self.text("serve_caption"), draw)
 
     def _room(self) -> Table:
         rows = [

@@ -47,6 +47,7 @@ class Panel:
     title: str
     x: str
     curves: Mapping[str, Points]
+    y: str = ""
     stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scaled: str = ""
 
@@ -100,7 +101,7 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
             ax.plot(*zip(*points, strict=True), **styles[name] | marker)
         for name, point in panel.stars.items():
             ax.plot(*point, marker="*", markersize=15, color=colors[name], markeredgecolor="white", zorder=4)
-        ax.set(title=panel.title, xlabel=panel.x)
+        ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
         if "x" not in panel.scaled:
             ax.locator_params(axis="x", integer=True, min_n_ticks=1)
         for axis in panel.scaled:

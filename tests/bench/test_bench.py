@@ -73,7 +73,9 @@ def test_a_sweep_is_recorded_and_reported(tiny_size, tmp_path, capsys):
         assert one["fit"] == (2**29 - entry["weight_bytes"]) // one["bytes"]
         assert one["fit_with_slack"] == (2**29 - entry["weight_bytes"]) // (one["bytes"] + one["slack"])
     files = {path.name for path in out.iterdir()}
-    assert files == {"metrics.json", "provenance.json", "report.md", "report.html"}
+    assert files == {
+        "metrics.json", "provenance.json", "report.md", "report.html", "decode.png",
+    }  # fmt: skip
     report = (out / "report.md").read_text()
     assert "## Batch 2, 16 tokens" in report and "| layer 32 exact |" in report and "50.0 %" in report
     assert "Batch 2, 16 tokens" in capsys.readouterr().out

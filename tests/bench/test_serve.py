@@ -63,3 +63,4 @@ def test_the_report_has_medians_and_ratios_to_gpt_neox(lang, tmp_path):
         [" 1.0 ", " 2.000 ", " 4.00 "]
     ]
     assert "out of memory" in markdown
+    assert (tmp_path / "first-tokens.png").exists()
