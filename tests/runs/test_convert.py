@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM, dynamic_module_utils
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import context_pythia.model
@@ -135,6 +136,9 @@ def test_shipped_code_loads_where_the_package_is_absent(healed, tmp_path, ids, m
     expected = load(healed)(ids).logits
     monkeypatch.setitem(sys.modules, "context_pythia", None)  # an import of it fails, of its modules too
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "context_pythia")
+    for registry in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):  # the code enters its own layers
+        for kind, layer in registry.items():
+            monkeypatch.setitem(registry, kind, layer)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", sys.path[:])
     model = AutoModelForCausalLM.from_pretrained(healed, trust_remote_code=True)
