@@ -30,11 +30,12 @@ PINNED := $(shell sed -n 's/^transformers==//p' constraints.txt)
 ENDS := 5.16.1 5.24.0
 # What the oldest needs in other versions than ours.
 OLDER := huggingface-hub==1.31.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 idna==3.20 certifi
-# What a change of transformers can break: model, cache, generation, loading, saving and a training; arithmetic of our own
-# and the command line need no second version.
+# What a change of transformers can break: model, cache, generation, loading, saving and the command; arithmetic of our
+# own needs no second version.
 ON_EACH := $(addprefix tests/model/test_,generation.py cache.py modeling.py positions.py heads.py token_ids.py quantized.py \
-	weights_elsewhere.py configuration.py) tests/conversion/test_readers.py tests/evaluation/test_pretrained.py \
-	tests/evaluation/test_quantized.py tests/runs/test_convert.py tests/runs/test_generate.py
+	weights_elsewhere.py configuration.py) $(addprefix tests/conversion/test_,readers.py calibrate.py transplant.py) \
+	tests/evaluation/test_pretrained.py tests/evaluation/test_quantized.py tests/cli tests/runs/test_convert.py \
+	tests/runs/test_generate.py
 
 .PHONY: demo environments test test-hosts test-versions test-serving test-wheel clean
 

@@ -308,7 +308,12 @@ class Recipe(Options):
 
     def _check_healed(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""
-        body = self.architecture
+        body, baselines = self.architecture, [one.name for one in self.models if one.is_baseline]
+        if len(baselines) > 1:
+            raise UsageError(
+                f"models: {model.name} is converted from the baseline, but the recipe has two, "
+                f"{baselines[0]} and {baselines[1]}: keep one"
+            )
         if not self.heal.steps:
             raise UsageError(f"heal.steps 0: {model.name} is healed after its conversion, give at least 1")
         if model.context_source is None:

@@ -26,7 +26,7 @@ from context_pythia.errors import Failure, UsageError
 from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # alignment for memory and vector units
-MOST_STATISTICS = 4 * 2**30  # bytes at once; if all layers need more, the text is read several times
+MOST_STATISTICS = 2 * 2**30  # bytes at once; if all layers need more, the text is read several times
 PASS_TOKENS = 4096  # a pass reads each layer's weights twice, so it should not be short
 EXACT = 1e-12  # share of the squared weights that an exact conversion may lose to rounding
 

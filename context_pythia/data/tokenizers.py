@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub
+from context_pythia.data.corpora import hub_revision, is_hub_name, require_on_hub, whole_characters
 from context_pythia.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -92,6 +92,17 @@ def _auto_tokenizer(name: str, path: Path) -> Any:
     except (OSError, ValueError):
         require_on_hub("model", name, revision)
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Token ids of a prompt, without the end-of-text token that some tokenizers append.
+
+    Halves of surrogate pairs become U+FFFD (see `whole_characters`).
+    """
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    appended = added[::-1].index(0)
+    ids: list[int] = tokenizer(whole_characters(prompt))["input_ids"]
+    return ids[: len(ids) - appended]
 
 
 def vocabulary_rows(tokenizer: PreTrainedTokenizerFast) -> int:

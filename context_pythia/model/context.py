@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from .scan import Recurrence
 from .shortcuts import is_plain
@@ -94,7 +95,12 @@ class ContextBlock(nn.Module):
 
         Returns:
             contexts `[B, T, C]`.
+
+        Raises:
+            ValueError: T is dynamic in `torch.export`.
         """
+        if torch.compiler.is_exporting() and not has_static_value(embeddings.shape[1]):
+            raise ValueError("the recurrence runs token by token: export it with a static length")
         if initial is None:
             initial = embeddings.new_zeros(embeddings.shape[0], self.context_dim)
         initial = initial.to(embeddings.dtype)

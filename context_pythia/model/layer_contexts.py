@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import embedding
 
 
 def to_digits(ids: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -30,10 +31,17 @@ class Contexts:
     layer wrote would be lost.
     """
 
-    def __init__(self, ids: torch.Tensor | None = None, embed: Callable[[torch.Tensor], torch.Tensor] | None = None):
-        """With `cache_token_ids`: the new tokens' ids `[B, Q]`, and ids -> embeddings."""
-        self.ids, self.embed = ids, embed
-        self._embeddings: Any = None  # of all cached tokens, `[B, 1, T, hidden]`
+    def __init__(
+        self,
+        ids: torch.Tensor | None = None,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        table: torch.Tensor | None = None,
+        room: int = 0,
+    ):
+        """With `cache_token_ids`: the new tokens' ids `[B, Q]`, ids -> embeddings, and, if there is one, the table of
+        all embeddings, `[V, room + hidden]`, with room before them for a context."""
+        self.ids, self.embed, self.table, self.room = ids, embed, table, room
+        self._embeddings: Any = None  # of all cached tokens, `[B, 1, T, hidden]` or `[B, 1, T, room + hidden]`
         # Each context, and whether gradients were recorded for it.
         self._made: dict[int, tuple[Any, bool]] = {}
 
@@ -60,5 +68,11 @@ class Contexts:
         assert self.embed is not None
         if digits:
             ids, context = from_digits(context[:, 0, :, -digits:]), context[..., :-digits]
-            self._embeddings = self.embed(ids).unsqueeze(1)
-        return torch.cat([context, self._embeddings.to(context.device)], dim=-1)
+            rows = self.embed(ids) if self.table is None else embedding(ids, self.table)
+            self._embeddings = rows.unsqueeze(1)
+        if self.table is None:
+            return torch.cat([context, self._embeddings.to(context.device)], dim=-1)
+        # The contexts take turns in the room, so that the embeddings are copied once.
+        joined = self._embeddings[..., self.room - context.shape[-1] :]
+        joined[..., : context.shape[-1]] = context
+        return joined

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from .grouped import GroupedAttention
 from .layer_contexts import Contexts
 from .positions import positions_in_cache, text_masks
 from .quantized import full_attention, hold_contexts
+from .shortcuts import is_plain, only_values
 
 
 class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
@@ -81,6 +82,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 layer.attention = attention(config, layer_idx)
         if config.cache_token_ids:
             self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.room = max(config.context_width(i) for i in config.makers)
+            self._table: tuple[Any, Any] = None, None  # the state of the weights, and their table
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
         self.post_init()
@@ -92,6 +95,31 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
     def embed_token(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What `cache_token_ids` adds to each content: `[...] -> [..., hidden_size]`."""
         return self.token_norm(self.emb_dropout(self.embed_in(input_ids)))
+
+    def token_table(self, past: int | torch.Tensor | None) -> torch.Tensor | None:
+        """For decoding, `embed_token` of all ids behind room for a context, `[V, room + hidden_size]`; None without
+        `past` tokens, and where the table could go stale or a module must be called.
+
+        It follows from weights and is as large as the embedding, so it is not part of a cache. A change of the weights
+        makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
+        """
+        if self.training or not only_values() or not past:
+            return None
+        if not (is_plain(self.embed_in, nn.Embedding) and is_plain(self.token_norm, nn.LayerNorm)):
+            return None
+        weights = (self.embed_in.weight, self.token_norm.weight, self.token_norm.bias)
+        if any(weight.is_inference() for weight in weights):
+            return None  # their changes cannot be seen
+        if torch.is_autocast_enabled(weights[0].device.type):
+            return None  # it chooses the embeddings' dtype
+        state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
+        if self._table[0] != state:
+            self._table = state, nn.functional.pad(self.token_norm(self.embed_in.weight), (self.room, 0))
+        return self._table[1]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._table = None, None  # not to stay where the weights were
+        return super()._apply(fn, recurse)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -146,7 +174,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 inputs_embeds, cache, causal_mask, given_positions
             )
 
-        contexts = Contexts(input_ids, self.embed_token) if self.config.cache_token_ids else Contexts()
+        contexts = Contexts()
+        if self.config.cache_token_ids:
+            contexts = Contexts(input_ids, self.embed_token, self.token_table(past), self.room)
         # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
         hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):

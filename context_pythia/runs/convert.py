@@ -43,6 +43,8 @@ from context_pythia.training.history import best_row
 
 RECORD = "conversion.json"
 SETTINGS = "settings.json"
+# Warn of larger relative errors, unless the condition number is small: in bfloat16 every model rounds that much.
+MOST_ROUNDING, MOST_CONDITION = 0.02, 16
 SHARD = "500MB"  # size of an output file, which is in memory as a whole
 DECODED = 8  # tokens to decode when measuring the cache: each one reads all weights from disk
 
@@ -300,7 +302,10 @@ def _summary(record: dict[str, Any], out: Path) -> str:
         )
     if record.get("exact"):
         worst = max(layer["condition"] for layer in record["layers"])
+        rounding = worst * torch.finfo(getattr(torch, record["settings"]["convert"]["dtype"])).eps
         lines.append(f"exact up to rounding errors, which it amplifies at most {worst:,.3g} times")
+        if worst > MOST_CONDITION and rounding > MOST_ROUNDING:
+            lines.append("warning: its rotary keys nearly depend on each other: compare with the original (`eval`)")
     if healing:
         lines.append(
             f"healing: validation perplexity {healing['val_ppl_before']:.2f} -> {healing['val_ppl']:.2f} "

@@ -7,8 +7,7 @@ import time
 import torch
 from transformers import GenerationConfig, set_seed
 
-from context_pythia.data.corpora import whole_characters
-from context_pythia.data.tokenizers import load_tokenizer
+from context_pythia.data.tokenizers import load_tokenizer, prompt_ids
 from context_pythia.errors import UsageError
 from context_pythia.evaluation.memory import cache_of
 from context_pythia.evaluation.pretrained import load_pretrained
@@ -42,10 +41,14 @@ def generate(
     loaded = load_pretrained(model, getattr(torch, dtype))
     tokenizer = load_tokenizer(model)
     loaded.to(best_device())
-    inputs = tokenizer(whole_characters(prompt), add_special_tokens=False)["input_ids"]
-    if not inputs:
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=loaded.device)
+    if ids.shape[1] == 0:
         raise UsageError("--prompt is empty: give at least one character")
-    ids = torch.tensor([inputs], device=loaded.device)
+    if (last := int(ids.max())) >= loaded.config.vocab_size:
+        raise UsageError(
+            f"--prompt {prompt!r}: has token id {last}, but the model has {loaded.config.vocab_size} tokens: "
+            "its folder has another model's tokenizer"
+        )
     positions = loaded.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > positions:
         raise UsageError(

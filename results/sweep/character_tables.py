@@ -26,7 +26,7 @@ import context_pythia  # noqa: F401  registers the model
 from context_pythia.config.recipe import Recipe
 from context_pythia.config.recipe_files import load_recipe
 from context_pythia.data.packing import PackedData, load_data
-from context_pythia.evaluation.positions import perplexity_by_position
+from context_pythia.evaluation.perplexity import perplexity_by_position
 from context_pythia.files import write_json
 from context_pythia.training.loss import token_scores
 

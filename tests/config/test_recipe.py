@@ -21,6 +21,7 @@ from context_pythia.config.recipe_files import (
 )
 
 HEALED = "heal: {{steps: 3}}\nmodels: [{{name: a, from_baseline: true, {}}}]"
+BASED = "heal: {{steps: 3, ce_weight: 1}}\nmodels: [{}]"
 BY_LAYERS = "models: [{{name: a, context_source: layer, context_layers: {}}}]"
 MODELS = "models: [{name: base}, {name: wide, context_source: layer, context_dim: 512}]\n"
 
@@ -146,6 +147,7 @@ def test_of_the_model_overrides_a_conversion_takes_the_width_alone():
             BY_LAYERS.format("[0, 0, 0, 3, 3, 3], context_sharing: 3"),
             "context_sharing 3: must be 1 beside context_layers",
         ),
+        (BASED.format("{name: b}, {name: c}, {name: a, from_baseline: true}"), "the recipe has two, b and c: keep one"),
         ("name: ../up", "name '../up': must be"),
         ("train: {epochs: 3", "is not valid YAML"),
     ],

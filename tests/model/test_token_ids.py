@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +41,48 @@ def test_every_cached_token_is_looked_up_by_its_own_id(dtype):
     assert not torch.allclose(other, whole[:, :1], atol=0.1)
     stored = from_digits(cache.layers[0].keys[:, 0, :, -2:])
     assert torch.equal(stored, ids)
+
+
+def decoded(model, ids):
+    cache = DynamicCache(config=model.config)
+    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([5, 3, *[1] * 9], dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("source", ["layer, token ids", "layer, token ids and rotary pairs"])
+@torch.no_grad()
+def test_decoding_by_the_table_of_embeddings_is_decoding_by_the_modules(source, ids, monkeypatch):
+    model = build(source)
+    table = model.gpt_neox.token_table(1)
+    assert table.shape == (97, 23 + 64) and torch.equal(table[:, 23:], model.gpt_neox.embed_token(torch.arange(97)))
+    by_table = decoded(model, ids)
+    assert model.eval().gpt_neox.token_table(1) is table
+    monkeypatch.setattr(type(model.gpt_neox), "token_table", lambda *_: None)
+    torch.testing.assert_close(by_table, decoded(model, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_table, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["embed_in.weight", "token_norm.bias"])
+@torch.no_grad()
+def test_a_table_of_embeddings_never_outlives_its_weights(part, ids):
+    model = build("layer, token ids").double()
+    body, before, saved = model.gpt_neox, decoded(model, ids), deepcopy(model.state_dict())
+    body.get_parameter(part).add_(0.5 * torch.rand_like(body.get_parameter(part)))
+    after = decoded(model, ids)
+    assert not torch.allclose(after, before, atol=0.1)
+    torch.testing.assert_close(after, model(ids).logits, rtol=0, atol=1e-5)
+    model.load_state_dict(saved)
+    torch.testing.assert_close(decoded(model, ids), before, rtol=0, atol=1e-5)
+    model.resize_token_embeddings(120, mean_resizing=False)
+    torch.testing.assert_close(decoded(model, ids + 23), model(ids + 23).logits, rtol=0, atol=1e-5)
+    assert model.float().gpt_neox._table == (None, None)
+    assert body.token_table(1).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert body.token_table(1) is None
+    assert model.train().gpt_neox.token_table(1) is None
+    body.embed_in.register_forward_hook(lambda *_: None)
+    assert model.eval().gpt_neox.token_table(1) is None
+    with torch.enable_grad():
+        assert build("layer, token ids").gpt_neox.token_table(1) is None
 
 
 def test_the_first_layer_needs_no_latent(ids):

@@ -134,7 +134,7 @@ def test_contexts_by_layers_and_token_ids_are_nearer_at_a_tenth_of_the_cache(
 def test_shipped_code_loads_where_the_package_is_absent(healed, tmp_path, ids, monkeypatch):
     assert "trust_remote_code=True" in (healed / "README.md").read_text()
     expected = load(healed)(ids).logits
-    monkeypatch.setitem(sys.modules, "context_pythia", None)  # an import of it fails, of its modules too
+    monkeypatch.setitem(sys.modules, "context_pythia", None)  # an import of it fails
     monkeypatch.delitem(CONFIG_MAPPING._extra_content, "context_pythia")
     for registry in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):  # the code enters its own layers
         for kind, layer in registry.items():

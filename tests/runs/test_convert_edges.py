@@ -129,7 +129,8 @@ def test_the_summary_and_the_card_say_how_nearly_rotary_keys_depend_on_each_othe
     assert convert(copy, tmp_path / "out", *HALF, data=False, card=True) == 0
     condition = record_of(tmp_path / "out")["layers"][1]["condition"]
     assert condition > 1e5 and f"{condition:,.3g}" in (tmp_path / "out" / "README.md").read_text()
-    assert f"amplifies at most {condition:,.3g} times" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"amplifies at most {condition:,.3g} times" in said and "warning: its rotary keys" in said
 
 
 def test_rotary_keys_that_depend_on_each_other_are_not_exact(copy, refused):

@@ -1,7 +1,9 @@
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
+from context_pythia import ContextPythiaForCausalLM
 from context_pythia.runs.generate import generate
 
 
@@ -24,11 +26,6 @@ def test_sampling_depends_on_the_seed_alone(finished_run, capsys):
     assert sample(1) == sample(1) != sample(2)
 
 
-def test_half_a_surrogate_pair_in_a_prompt_is_the_replacement_character(finished_run, capsys):
-    generate(str(finished_run / "models" / "shared"), "a \udc80 b", 1)
-    assert capsys.readouterr().out.startswith("a \ufffd b")
-
-
 def test_beams_write_text(finished_run, capsys):
     generate(str(finished_run / "models" / "layer-12-x2"), "the cache", 8, num_beams=3, stats=True)
     assert "x 3 beams" in capsys.readouterr().out
@@ -42,3 +39,12 @@ def test_prompts_that_cannot_be_are_refused(finished_run):
         generate(model, "the cache", max_new_tokens=64)
     with pytest.raises(ValueError, match="--top-k 3: needs a --temperature above 0"):
         generate(model, "the cache", top_k=3)
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_its_first_unknown_token(finished_run, tmp_path):
+    model = ContextPythiaForCausalLM.from_pretrained(finished_run / "models" / "shared")
+    model.resize_token_embeddings(260, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(finished_run / "models" / "shared").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="but the model has 260 tokens"):
+        generate(str(tmp_path), "def the cache of a model return", 1)
