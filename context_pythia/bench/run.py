@@ -51,15 +51,15 @@ def bench(
         UsageError: something that cannot be measured; raised before anything is timed.
         FileNotFoundError: there is no such model.
     """
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "metrics.json").exists():
-            raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
     converted = [model.name for model in recipe.models if model.from_baseline] if recipe else []
     if converted:
         raise UsageError(
             f"{converted[0]} is converted from the trained baseline: leave it out (--only), or bench its folder"
         )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "metrics.json").exists():
+            raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = best_device()

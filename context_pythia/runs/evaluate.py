@@ -18,6 +18,7 @@ import torch
 from transformers import GPTNeoXConfig, PreTrainedModel
 
 from context_pythia.config.recipe import DataOptions
+from context_pythia.config.same import check_same
 from context_pythia.data.packing import PackedData, PackedDataset, load_data
 from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, attempt
@@ -26,7 +27,7 @@ from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_di
 from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
 from context_pythia.evaluation.quantized import quantized_cache, require_quantizer, residual_length
 from context_pythia.evaluation.recall import choose_words, recall
-from context_pythia.files import write_json
+from context_pythia.files import read_record, write_json
 from context_pythia.model.cache import cache_bytes
 from context_pythia.runs.build import best_device
 from context_pythia.runs.provenance import provenance
@@ -67,8 +68,6 @@ def evaluate(
         UsageError, FileNotFoundError: unusable models, data or options; raised before anything is scored.
         Failure: a damaged model, or a task that failed.
     """
-    if out is not None and (out / "metrics.json").exists():
-        raise UsageError(f"--out {out}: holds results already, which would be lost; choose another folder")
     paths = model_names(models)
     if caches:
         require_quantizer()
@@ -95,6 +94,7 @@ def evaluate(
     for note in metrics["notes"]:
         print(f"note: {note}", flush=True)
     if out is not None:
+        _check_out(out, list(paths), metrics)
         out.mkdir(parents=True, exist_ok=True)
     device, reference = best_device(), None
     for name, path in paths.items():
@@ -234,3 +234,19 @@ def _vocabulary_notes(paths: dict[str, str], configs: dict[str, GPTNeoXConfig], 
             sizes = f"{config.vocab_size:,} rows, {first} {configs[first].vocab_size:,}"
             notes.append(f"{name} has a vocabulary of {sizes}: KL is left out")
     return notes
+
+
+def _check_out(out: Path, names: list[str], metrics: dict[str, Any]) -> None:
+    """Raises UsageError if `out` cannot be the folder of this evaluation, or holds another one, finished or not."""
+    kinds = {"recipe.yaml": "training run", "config.json": "model"}
+    what = next((f"holds a {kind}" for file, kind in kinds.items() if (out / file).exists()), None)
+    if out.exists() and not out.is_dir():
+        what = "is a file"
+    if what:
+        raise UsageError(f"--out {out}: {what}; choose another folder")
+    if (out / "metrics.json").exists():
+        recorded = read_record(out / "metrics.json")
+        done = list(dict.fromkeys(row.get("name") for row in recorded.get("models", [])))
+        wanted = {key: metrics[key] for key in ("kind", "data", "settings")} | {"models": names[: len(done)]}
+        found = {key: recorded.get(key) for key in wanted} | {"models": done}
+        check_same(found, wanted, f"--out {out}: holds an evaluation", "choose another folder")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,11 +249,27 @@ def test_a_damaged_or_absent_model_is_one_line_before_anything_is_scored(paths, 
         assert message in error and error.count("\n") == 1
 
 
-def test_other_results_are_not_written_over(paths, data, finished_run):
-    before = (finished_run / "metrics.json").read_bytes()
-    with pytest.raises(ValueError, match="holds results already, which would be lost; choose another folder"):
+def test_a_training_run_is_not_written_over(paths, data, finished_run):
+    held = (finished_run / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a training run"):
         module.evaluate(paths[:1], data, out=finished_run, progress=False)
-    assert (finished_run / "metrics.json").read_bytes() == before
+    assert (finished_run / "metrics.json").read_bytes() == held
+
+
+def test_neither_models_nor_files_nor_other_evaluations_are_written_over(paths, data, tmp_path):
+    def again(models, out, **options):
+        return module.evaluate(models, data, cached_tokens=1, out=out, progress=False, **options)
+
+    again(paths[:1], tmp_path / "eval")
+    for models, options in [(paths[2:3], {}), (paths[:1], {"batch_size": 3})]:
+        with pytest.raises(ValueError, match="eval: holds an evaluation with .*, not .*: choose another folder"):
+            again(models, tmp_path / "eval", **options)
+    again(paths[:2], tmp_path / "eval")  # one more of the same is an evaluation that goes on
+    with pytest.raises(ValueError, match="holds a model; choose another folder"):
+        again(paths[:1], Path(paths[1]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file: is a file; choose another folder"):
+        again(paths[:1], tmp_path / "file")
 
 
 def test_a_model_whose_loss_is_not_a_number_is_named(paths, data, tmp_path):
