@@ -20,9 +20,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
-# What is imported is compiled then: pip would compile 18,000 files, most of which are never imported.
 export PYTHONDONTWRITEBYTECODE :=
-PIP := -m pip install --quiet --no-compile $(PIP_ARGS)
+PIP := -m pip install --quiet $(PIP_ARGS)
 PIP_INSTALL = $(BIN)/python $(PIP) --constraint constraints.txt
 
 # Versions of transformers: the one that is installed, and those at the ends of what pyproject.toml allows.
@@ -62,10 +61,11 @@ test-versions: $(ENDS:%=$(VENV)/overlays/%)
 test-serving: $(SERVING)/installed
 	$(SERVING)/bin/python -m pytest tests/serving
 
-# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt).
+# No resolving: it would bring torchvision and the like, built for CUDA (tests/serving/requirements.txt). No compiling:
+# most of these files are never imported.
 $(SERVING)/installed: pyproject.toml tests/serving/requirements.txt
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python $(PIP) --no-deps \
+	$(SERVING)/bin/python $(PIP) --no-deps --no-compile \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --requirement tests/serving/requirements.txt
 	$(SERVING)/bin/python $(PIP) --no-deps --editable .
 	touch $@
@@ -75,9 +75,9 @@ test-wheel: $(VENV)/installed-dev
 	rm -rf dist $(VENV)/wheel
 	$(BIN)/python -m hatchling build
 	$(PYTHON) -m venv $(VENV)/wheel
-	$(VENV)/wheel/bin/python $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	$(VENV)/wheel/bin/python $(PIP) --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
 		"$$(grep "^torch==" constraints.txt)"
-	$(VENV)/wheel/bin/python $(PIP) dist/*.whl
+	$(VENV)/wheel/bin/python $(PIP) --no-compile dist/*.whl
 	cd $(VENV)/wheel && bin/context-pythia --help && bin/context-pythia compare --models Pythia,shared --samples 100 --epochs 1 --quiet
 	$(VENV)/wheel/bin/context-pythia report $(VENV)/wheel/runs/quick --lang ja
 
