@@ -20,6 +20,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n auto
 
 BIN := $(VENV)/bin
+# Processes that start later read what the first compiled.
 export PYTHONDONTWRITEBYTECODE :=
 PIP := -m pip install --quiet $(PIP_ARGS)
 PIP_INSTALL = $(BIN)/python $(PIP) --constraint constraints.txt

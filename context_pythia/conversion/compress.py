@@ -115,8 +115,7 @@ def compressed(
         if form.exact:
             nothing = LayerStatistics.zeros(original.config.hidden_size)
             factorizer = readers.factorizer(weights, *WEIGHTINGS["none"](nothing))
-            # All components are kept, so the heads' own keys serve as well, and a quantized cache rounds them less.
-            factorizer.inward[:] = factorizer.upward[:] = torch.eye(weights[0].num_heads)
+            factorizer.keep_heads()
             return factorizer
         return readers.factorizer(weights, *WEIGHTINGS[options.weighting](LayerStatistics.load(statistics[context])))
 

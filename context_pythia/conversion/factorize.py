@@ -168,6 +168,11 @@ class LayerFactorizer:
             self.inward[f] = inward / size[:, None]
             self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
+    def keep_heads(self) -> None:
+        """Take the heads' own keys for components: where all are kept they serve as well, and a quantized cache rounds
+        them less."""
+        self.inward[:] = self.upward[:] = torch.eye(self.layer.num_heads)
+
     def pair_counts(self, total: int) -> list[int]:
         """The counts per frequency of the `total` most valuable components."""
         frequencies, heads = self.worth.shape
@@ -195,7 +200,10 @@ class LayerFactorizer:
 
     def errors(self, pairs: list[int]) -> torch.Tensor:
         """Error with latents of 0, 1, … D - rank dims beside the pairs, `[D - rank + 1]`."""
-        free = self._free(self._rotary(pairs)[0])
+        return self._errors(pairs, self._free(self._rotary(pairs)[0]))
+
+    def _errors(self, pairs: list[int], free: torch.Tensor) -> torch.Tensor:
+        """`errors`, from the directions that are free for the latent."""
         values = torch.linalg.eigvalsh(free.T @ self.gram @ free).clamp(min=0)
         tail = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)
         lost = sum(self.worth[f, count:].sum() for f, count in enumerate(pairs))
@@ -228,7 +236,7 @@ class LayerFactorizer:
         """
         layer, rows = self.layer, self.layer.content_rows
         rotary_weight, rotary_bias = self._rotary(pairs)
-        directions = self._free(rotary_weight)
+        free = directions = self._free(rotary_weight)
         if latent_dim < directions.shape[1]:  # [D, L], of the greatest value
             _, vectors = torch.linalg.eigh(directions.T @ self.gram @ directions)
             directions = directions @ vectors.flip(1)[:, :latent_dim]
@@ -255,7 +263,7 @@ class LayerFactorizer:
             key_up=up[:keys],
             value_up=up[keys:],
             value_bias=offset[keys:],
-            error=float(self.errors(pairs)[latent_dim]),
+            error=float(self._errors(pairs, free)[latent_dim]),
         )
 
 

@@ -7,6 +7,7 @@ into about a hundred documents, because one document cannot be split into traini
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -64,7 +65,11 @@ def _corpus(options: DataOptions) -> tuple[str, list[Path]]:
 
 def whole_characters(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair: JSON can write one, and tokenizers and UTF-8 cannot."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def corpus_digest(options: DataOptions) -> str:
@@ -72,9 +77,16 @@ def corpus_digest(options: DataOptions) -> str:
     kind, files = _corpus(options)
     if kind == "hub":
         kind = f"hub {options.data} {options.data_split}"
+    stats = [file.stat() for file in files]
+    return _digest(kind, tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)))
+
+
+@functools.lru_cache
+def _digest(kind: str, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Files of the same size and date are read once: a sweep asks again for each training."""
     digest = hashlib.blake2b(f"{kind}\n".encode(), digest_size=16)
-    for file in files:
-        digest.update(f"{_suffix(file)} {file.stat().st_size}\n".encode())
+    for file, size, _ in files:
+        digest.update(f"{_suffix(file)} {size}\n".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_READ_BYTES):
                 digest.update(chunk)

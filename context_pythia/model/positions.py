@@ -62,15 +62,25 @@ def positions_in_cache(
         ValueError: positions that are neither (not checked while a graph is compiled).
     """
     places = torch.arange(length, device=new.device).unsqueeze(0)
-    is_text = places >= 0 if causal_mask is None else visible(causal_mask[:, 0]).any(dim=-2)
-    counts = is_text.cumsum(dim=-1) - 1
-    by_place, by_count = (
-        (~is_text[:, new] | (position_ids == expected[:, new])).all(dim=-1, keepdim=True)
-        for expected in (places, counts)
-    )
-    if not torch.compiler.is_compiling() and not (by_place | by_count).all():
+    if causal_mask is None:
+        by_place = by_count = (position_ids == places[:, new]).all(dim=-1, keepdim=True)
+        counts = places
+    else:
+        is_text = visible(causal_mask[:, 0]).any(dim=-2)
+        counts = is_text.cumsum(dim=-1) - 1
+        padding = ~is_text[:, new]
+        by_place, by_count = (
+            (padding | (position_ids == expected[:, new])).all(dim=-1, keepdim=True) for expected in (places, counts)
+        )
+    if torch.compiler.is_compiling():
+        return places if causal_mask is None else torch.where(by_place, places, counts)
+    if not (by_place | by_count).all():
         raise ValueError(
             "position_ids: this model (reuse_rotary_keys) caches no positions: leave position_ids out, or give those "
             "of generate()"
         )
-    return places if causal_mask is None else torch.where(by_place, places, counts)
+    if causal_mask is None or by_place.all():
+        return places
+    # If padding is only before and after a text, places give the same distances, with one table for all rows.
+    begins = is_text[:, 1:] & ~is_text[:, :-1]
+    return torch.where(by_place, places, counts) if (begins.sum(dim=-1) + is_text[:, 0] > 1).any() else places

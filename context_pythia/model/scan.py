@@ -94,10 +94,15 @@ class Recurrence(torch.autograd.Function):
                 flow = flow * carry[t]
         previous = torch.cat([initial.unsqueeze(0), contexts[:-1]])
         before = [previous if carry is None else previous * carry] + [output for output, _, _ in normed[:-1]]
-        of_parameters: list[Tensor] = []
+        of_parameters: list[Tensor | None] = []
         for i, (weight, bias) in enumerate(norms):
-            of_norm = aten.native_layer_norm_backward(
-                of_outputs[i], residuals[i], width, *normed[i][1:], weight, bias, [False, True, True]
-            )
-            of_parameters += [of_products[i].flatten(0, 1).t() @ before[i].flatten(0, 1), *of_norm[1:]]
+            first = 5 + 3 * i
+            needs_weight, needs_norm = ctx.needs_input_grad[first], any(ctx.needs_input_grad[first + 1 : first + 3])
+            of_parameters.append(of_products[i].flatten(0, 1).t() @ before[i].flatten(0, 1) if needs_weight else None)
+            of_norm: Any = (None, None, None)
+            if needs_norm:
+                of_norm = aten.native_layer_norm_backward(
+                    of_outputs[i], residuals[i], width, *normed[i][1:], weight, bias, [False, True, True]
+                )
+            of_parameters += of_norm[1:]
         return of_products, flow, None, None, None, *of_parameters

@@ -72,7 +72,12 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, origin: Run | None = None):
         self.folder = folder
         self.origin = origin or self
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot make the run folder {folder} ({error.strerror}): choose another with --out"
+            ) from error
         self.recipe = recipe
         self.metrics: dict[str, Any] = {"models": [], "data": {}, "recipe": {}}
         self._take_in_recorded()

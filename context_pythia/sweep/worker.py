@@ -184,7 +184,7 @@ def _trial_row(setting: Setting, entry: dict[str, Any] | None, searched: Iterabl
         "baseline": setting.model.is_baseline,
         "setting": {path: setting.value(path) for path in searched},
         "seed": setting.recipe.seed,
-        **{key: entry and entry[key] for key in COPIED},
+        **{key: entry and entry.get(key) for key in COPIED},
         "val_ppl": done and done["best_val_ppl"],
         "cache_bytes": done and done["cache"]["bytes_measured"],
         "phase1": done and done["phase1"] and {key: x for key, x in done["phase1"].items() if key != "history"},

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -220,3 +221,15 @@ def test_the_digest_follows_content_and_not_the_place(tmp_path):
     before = digest(".")
     (tmp_path / "b.jsonl").write_bytes(jsonl(TEXTS) + b"\n")
     assert digest(".") != before
+
+
+def test_files_are_hashed_once_a_process_until_their_date_or_size_changes(tmp_path):
+    path = tmp_path / "text.txt"
+
+    def digest(text, date):
+        path.write_text(text)
+        os.utime(path, (date, date))
+        return corpus_digest(DataOptions(data=str(tmp_path)))
+
+    first = digest("one", 1)
+    assert digest("two", 1) == first and digest("two", 2) != first and digest("three", 1) != first

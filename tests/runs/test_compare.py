@@ -243,3 +243,10 @@ def test_a_model_that_cannot_be_as_small_as_the_baseline_is_refused():
     )
     with pytest.raises(ValueError, match=r"layer: has \d+ more parameters than the baseline"):
         build_model(recipe.models[1], recipe, rows=2048)
+
+
+def test_a_run_folder_that_cannot_be_made_is_a_failure(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the run folder .* choose another with --out") as caught:
+        compare(tiny_recipe(tmp_path), tmp_path / "file" / "run", progress=False)
+    assert not isinstance(caught.value, FileNotFoundError | NotADirectoryError)
