@@ -5,26 +5,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from context_pythia.config.convert import ConvertOptions
 from context_pythia.conversion.compress import checked_form, compressed
 from context_pythia.data.packing import PackedData, PackedDataset
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
+from tests.model.conftest import SIZE as MODEL_SIZE
+from tests.model.conftest import randomise
 
 LENGTH = 1024
-SIZE = dict(
-    vocab_size=97,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=96,
-    max_position_embeddings=LENGTH,
-    eos_token_id=None,
-    bos_token_id=1,
-    pad_token_id=0,
-)
+SIZE = MODEL_SIZE | {"max_position_embeddings": LENGTH}
 # GPT-NeoX caches 384 numbers a token.
 MODELS = {
     "layer": dict(context_source="layer", context_dim=23),
@@ -42,17 +33,6 @@ CONVERTED = {"converted, -50 %": 0.5, "converted, -75 %": 0.75, "converted, -87.
 
 def build(settings: dict, **changes) -> ContextPythiaForCausalLM:
     return randomise(ContextPythiaForCausalLM(ContextPythiaConfig(**{**SIZE, **settings, **changes})))
-
-
-def randomise(model):
-    """Weights so large (std 0.2) that a wrong formula shows."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.2, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1.0)
-    return model.eval()
 
 
 def convert(kv_reduction: float, folder: Path) -> ContextPythiaForCausalLM:
