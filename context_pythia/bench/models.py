@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, StaticCache, set_seed
 from transformers.cache_utils import Cache
@@ -58,7 +59,7 @@ def sized_models(size: str, sources: Sequence[Source] | None, positions: int, dt
         positions: longest sequence.
 
     Raises:
-        ValueError: an `exact` source of another width than the model, or a context_dim that does not fit.
+        UsageError: an `exact` source of another width than the model, or a context_dim that does not fit.
     """
     if sources is None:
         width = SIZES[size].hidden_size
@@ -66,7 +67,12 @@ def sized_models(size: str, sources: Sequence[Source] | None, positions: int, dt
     body: dict[str, Any] = asdict(SIZES[size]) | {"max_position_embeddings": positions}
     body["vocab_size"] = body.pop("model_vocab_size")
     del body["match_parameters"]
-    configs = {source.name: ContextPythiaConfig(**body, **_context(source, size)) for source in sources}
+    configs = {}
+    for source in sources:
+        try:
+            configs[source.name] = ContextPythiaConfig(**body, **_context(source, size))
+        except StrictDataclassError as error:
+            raise UsageError(f"source {source.name!r}: {error.__cause__ or error}") from error
     baseline = _random_model(GPTNeoXForCausalLM, GPTNeoXConfig(**body), dtype)
     models = {size: baseline}
     for name, config in configs.items():

@@ -64,7 +64,7 @@ def parse_over(text: str) -> Dimension:
     words = ends.groups() if ends else given.split(",")
     values = tuple(dict.fromkeys(option.parse(word.strip()) for word in words))
     if ends and (option.kind not in (int, float) or str in map(type, values) or values[0] >= values[-1]):
-        raise UsageError(f"--over {path}: {given} must be two numbers, low..high")
+        raise UsageError(f"--over {path}: {given} must be two numbers, the lower one first")
     return Dimension(path, values, bool(ends))
 
 

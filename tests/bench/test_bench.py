@@ -134,6 +134,7 @@ def test_results_are_not_overwritten(tiny_size, tmp_path):
         (["--size", "pythia-14m", "--sources", "later:8"], "source 'later:8': give input:DIM"),
         (["--size", "pythia-14m", "--sources", "layer:8:heds"], "layer:DIM:heads or layer:DIM:exact"),
         (["--size", "pythia-14m", "--sources", "layer:64:exact"], "form exact needs context_dim 128, the width"),
+        (["--size", "pythia-14m", "--sources", "layer:700"], "source 'layer 700': context_dim 700: must be"),
         (["--size", "pythia-14m", "--lengths", "16"], "length 16: must be more than new_tokens = 16"),
         (["--size", "pythia-14m", "--caches", "static"], "add dynamic, the reference of the ratios"),
         (["--size", "pythia-14m", "--rounds", "0"], "rounds 0: must be >= 1"),

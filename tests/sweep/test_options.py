@@ -49,7 +49,7 @@ TPE = {"sampler": "tpe", "trials": 4}
         ({"over": ["context_dim=32..64"]}, "--over model.context_dim=low..high: needs --sampler tpe"),
         ({"over": ["context_dim=64..300"], **TPE}, "context_dim 300: must be between"),
         ({"over": ["schedule=a..b"], **TPE}, "--over train.schedule: a..b must be two numbers"),
-        ({"over": ["epochs=2..2"], **TPE}, "--over train.epochs: 2..2 must be two numbers, low..high"),
+        ({"over": ["epochs=2..2"], **TPE}, "--over train.epochs: 2..2 must be two numbers, the lower one first"),
         ({"over": ["epochs=2"], **TPE, "trials": 5}, "--trials 5: --sampler tpe needs a multiple of 2"),
         ({"over": ["epochs=2"], "trials": 5}, "--trials: needs --sampler tpe"),
         ({"seeds": [-1]}, "seed -1: must be >= 0"),
