@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from context_pythia.report import sections
-from context_pythia.report.document import Block, Heading, Paragraph, Table
-from context_pythia.report.figures import Series
+from context_pythia.report.document import Block, Heading, Paragraph, Picture, Table
+from context_pythia.report.figures import Panel, Series, draw_panels
 from context_pythia.report.formats import DASH, change, integer, kilobytes, percent
 from context_pythia.report.texts import Texts
 
@@ -119,6 +120,14 @@ class EvaluationReport:
             ]
             yield Heading(self.text("recall"))
             yield Table([self.text("recall_distance"), *found, self.text("recall_chance")], lines)
+            tasks: dict[str, dict[str, list[tuple[float, float]]]] = {}
+            for name, rows in found.items():
+                for row in rows:
+                    curves = tasks.setdefault(row["task"], {})
+                    curves.setdefault(name, []).append((row["distance"], 100 * row["accuracy"]))
+            panels = [Panel(f"{task}: found (%)", "tokens back", curves, scaled="x") for task, curves in tasks.items()]
+            draw = partial(draw_panels, panels, sections.baselines(self.series))
+            yield Picture("recall.png", self.text("recall_caption"), draw)
 
     def _tasks(self) -> Iterator[Block]:
         """One line per model, task and figure."""

@@ -137,7 +137,7 @@ def test_the_report_of_quantized_caches_recall_tasks_and_passes_that_differ(eval
     assert [one.perplexity for one in series] == cached
     assert [bool(one.positions) for one in series] == [True] * 4 + [False]
     assert "| pythia | own_words | acc | 0.4375 |" in report and "pythia own_words acc 0.4375" in table
-    assert "| key, 32 | 75.0 % | 12.5 % |" in report
+    assert "| key, 32 | 75.0 % | 12.5 % |" in report and "](recall.png)" in report
     line = "token by token give different perplexities on the same 80 tokens: layer-12-x2 77 / 78.5."
     assert line in report and line in table
     # An older version recorded no perplexities by position.
