@@ -190,7 +190,8 @@ def png(draw: Callable[[], Figure]) -> bytes:
         canvas: Any = draw().canvas
         canvas.draw()
     content = io.BytesIO()
-    Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB").quantize(96).save(content, "png", optimize=True)
+    picture = Image.fromarray(numpy.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(96, Image.Quantize.FASTOCTREE).save(content, "png", optimize=True)
     return content.getvalue()
 
 
