@@ -27,10 +27,11 @@ CONTEXTS = {
 }
 
 
-def subject(name: str, cache: str = "dynamic") -> Subject:
+def subject(name: str, cache: str = "dynamic", **changes) -> Subject:
     torch.manual_seed(0)
     if name in CONTEXTS:
-        return Subject(name, ContextPythiaForCausalLM(ContextPythiaConfig(**BODY, **CONTEXTS[name])).eval(), cache)
+        config = ContextPythiaConfig(**BODY | CONTEXTS[name] | changes)
+        return Subject(name, ContextPythiaForCausalLM(config).eval(), cache)
     return Subject(name, GPTNeoXForCausalLM(GPTNeoXConfig(**BODY)).eval(), name)
 
 
@@ -109,7 +110,7 @@ def test_a_compiled_row_is_timed_compiled(monkeypatch):
     settings = CompileConfig(backend="eager", mode=None, fullgraph=True)
     settings._compile_all_devices = True
     monkeypatch.setattr(models, "compiled_step", lambda: settings)
-    one = subject("shared", "compiled")
+    one = subject("shared", "compiled", num_hidden_layers=1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     (row,) = measure_cell([one], 2, 16, options(rounds=1, prefill=False), progress=False)

@@ -42,7 +42,7 @@ def assert_decodes_as_a_forward(model, ids, wanted=None, **tolerance):
         torch.testing.assert_close(whole, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize(("source", "dora"), [(MAPS[0], False), (MAPS[1], True), (MAPS[2], False), (MAPS[3], True)])
+@pytest.mark.parametrize(("source", "dora"), [(MAPS[0], False), (MAPS[1], False), (MAPS[2], False), (MAPS[3], True)])
 def test_adapters_count_while_decoding_and_each_gets_a_gradient(source, ids, dora):
     model = build(source)
     plain = model(ids).logits
@@ -116,6 +116,7 @@ QUANTIZED = {
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
+@torch.compiler.set_stance("force_eager")  # bitsandbytes compiles its products in 4 bits
 def test_quantized_weights_decode_as_those_of_gpt_neox(ids, tmp_path, kind):
     size = dict(num_hidden_layers=1, hidden_size=128, num_attention_heads=8)
     ids = ids[:1, :3] if kind == "bitsandbytes nf4" else ids  # whose products take long on a CPU

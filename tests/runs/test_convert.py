@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM, dynamic_module_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
@@ -141,6 +142,9 @@ def test_shipped_code_loads_where_the_package_is_absent(healed, tmp_path, ids, m
             monkeypatch.setitem(registry, kind, layer)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "path", sys.path[:])
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="^transformers 5.99.0: Context-Pythia was"):
+        patch.setattr(transformers, "__version__", "5.99.0")
+        AutoModelForCausalLM.from_pretrained(healed, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(healed, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
