@@ -64,10 +64,9 @@ class ContextPythiaConfig(GPTNeoXConfig):
     """
 
     model_type = "context_pythia"
-    # Heads attend to one common context, so only the MLP can be split by columns.
+    # Heads attend to one common context, so no device gets a part of them.
     base_model_tp_plan = {
-        "layers.*.mlp.dense_h_to_4h": "colwise",
-        "layers.*.mlp.dense_4h_to_h": "rowwise",
+        module: way for module, way in GPTNeoXConfig.base_model_tp_plan.items() if ".attention." not in module
     }
 
     context_source: str = "layer"

@@ -3,9 +3,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from context_pythia.model import configuration
+from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM, configuration
 
 
 @pytest.mark.parametrize("version", ["5.16.0", "5.25.0", "5.25.0.dev0", "6.1"])
@@ -24,3 +26,10 @@ def test_a_host_that_was_tried_is_not_refused(version, monkeypatch):
 def test_pip_installs_a_host_that_was_tried():
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"transformers>={configuration.OLDEST},<{configuration.NEWER}" in project["dependencies"]
+
+
+def test_devices_divide_what_they_divide_of_gpt_neox_but_the_heads():
+    with torch.device("meta"):
+        host = GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=1)).tp_plan
+        ours = ContextPythiaForCausalLM(ContextPythiaConfig(num_hidden_layers=1)).tp_plan
+    assert ours == {name: way for name, way in host.items() if ".attention." not in name} and "lm_head" in ours
