@@ -1,4 +1,4 @@
-# make demo   an environment in .venv, the package in it, and the recipe `quick`: report in runs/quick/report.md
+# make demo   an environment in .venv, the package in it, and the recipe `quick`: report in runs/quick/report.html
 # make test   the same environment with the development tools: ruff, mypy, pytest
 # make test-hosts     transformers' own tests of a model, on ours; and checkpoints that ship their code, read elsewhere
 # make test-versions  the tests of model, cache, generation and conversion on the oldest and the newest transformers

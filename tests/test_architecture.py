@@ -154,3 +154,12 @@ def test_files_open_by_saying_what_they_are_for():
     for path in FILES:
         docstring = ast.get_docstring(ast.parse(text(path)))
         assert path.name == "__init__.py" or docstring and len(docstring.splitlines()) < 15, path
+
+
+def test_names_that_help_lists_without_torch_are_those_of_the_code():
+    from context_pythia.cli.evaluate import CACHES
+    from context_pythia.config import recipe
+    from context_pythia.evaluation.quantized import BITS
+    from context_pythia.model import configuration
+
+    assert recipe.CONTEXT_SOURCES == configuration.CONTEXT_SOURCES and tuple(BITS) == CACHES

@@ -15,7 +15,7 @@ class WriteReport(Command):
     examples = ("report runs/quick --lang ja",)
     arguments = ("folder",)
 
-    folder: Path = required("folder of `compare`, `sweep`, `bench` or `eval`")
+    folder: Path = required("folder of `compare`, `sweep`, `bench`, `eval` or `convert`")
     lang: str = option("en", "language of the report", LANGUAGES)
 
     def run(self) -> None:

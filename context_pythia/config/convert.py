@@ -28,13 +28,13 @@ class ConvertOptions(Options):
     )
     context_layers: list[int] | None = option(
         None,
-        "for each layer the one whose context it attends to, itself or as the layer before",
+        "for each layer whose context it reads: its own index, or the entry before",
         flag=True,
         metavar="N,N",
     )
     layer_context_dims: list[int] | None = option(
         None,
-        "width of each layer's context, in place of context_dim; a layer that makes none has any",
+        "width of each layer's context, in place of context_dim; ignored for a layer without its own context",
         flag=True,
         metavar="N,N",
     )

@@ -29,7 +29,7 @@ class DataOptions(Options):
     section: ClassVar[str] = "data"
     data: str = option(
         "builtin",
-        "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), a Hub name[:config], or recall (made samples)",
+        "builtin, a file or folder (text, JSONL, .jsonl.gz, Parquet), a Hub name[:config], recall (generated samples)",
         flag=True,
     )
     data_split: str = option("train", "split of a Hub data set")
@@ -104,7 +104,7 @@ class ArchitectureOptions(Options):
 
 @dataclass
 class Phase1Options(Options):
-    """OACD, which iterates the ContextBlock alone to a fixed point. The defaults are the report's, but for the rate."""
+    """OACD, which iterates the ContextBlock alone to a fixed point. But for the rate, the founding report's values."""
 
     section: ClassVar[str] = "phase1"
     max_iterations: int = option(100, "iterations at most", bounds=">= 1")
@@ -143,7 +143,7 @@ class OptimizationOptions(Options):
 
 @dataclass
 class TrainOptions(OptimizationOptions):
-    """Language-model training. The defaults are the report's settings."""
+    """Language-model training. The defaults are the founding report's settings."""
 
     section: ClassVar[str] = "train"
     epochs: int = option(10, "epochs at most", bounds=">= 1", flag=True)
@@ -207,7 +207,7 @@ class ModelOptions(Options):
         1, "consecutive layers with one context, or one layer's keys", bounds=">= 1", sources=("layer", "grouped")
     )
     context_layers: list[int] | None = option(
-        None, "for each layer the one whose context it attends to, itself or as the layer before", sources=("layer",)
+        None, "for each layer whose context it reads: its own index, or the entry before", sources=("layer",)
     )
     layer_context_dims: list[int] | None = option(None, "width of each layer's context", sources=("layer",))
     cache_token_ids: bool = option(
@@ -304,7 +304,7 @@ class Recipe(Options):
         try:
             ContextPythiaConfig(**values)
         except StrictDataclassError as error:
-            raise UsageError(str(error.__cause__ or error)) from error
+            raise UsageError(f"model {model.name}: {error.__cause__ or error}") from error
 
     def _check_healed(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""

@@ -3,8 +3,8 @@
 The original model reads the calibration text once. The input moments of a layer show what it reads; the moments of its
 weights' gradients show what errors do to the predictions. Labels are drawn from the model's own predictions, which
 gives the true Fisher information. Gradients are summed over a sample's tokens, since errors add up along a text. The
-two moments are those of Shampoo (arXiv 1802.09568). Moments of single tokens, as in K-FAC (arXiv 1503.05671), lost a
-tenth more at an eighth of the cache.
+two moments are those of Shampoo (arXiv 1802.09568). With moments of single tokens, as in K-FAC (arXiv 1503.05671), a
+conversion to an eighth of the cache lost a tenth more.
 
 Shapes: B samples, T tokens of each, D hidden size, H heads, X = D times the inputs, N = D times the layers.
 """
@@ -85,9 +85,10 @@ class LayerStatistics:
         """Mean `[X]` of the inputs, covariance `[X, X]` and metric `[2 N, 2 N]`. The Kronecker product of the last two
         approximates the Fisher information of the weight per token.
 
-        A Schur complement removes the bias, because its value is free after the conversion. Each moment of a Kronecker
-        product has one factor, times the trace of the other; the covariance is scaled to the trace of the inputs'
-        covariance. The mean is that of the inputs: the mean in the bias column gained nothing.
+        A Schur complement removes the bias, because its value is free after the conversion. Each of the two moments is
+        a factor of the Kronecker product, scaled by the other factor's trace. So the covariance gets the trace of the
+        inputs' covariance, and the metric the rest of the scale. The mean is that of the inputs: the mean in the bias
+        column gained nothing.
         """
         mean, covariance = self.input_moments()
         bias, of_bias = self.column_moment[:-1, -1], self.column_moment[-1, -1]

@@ -169,8 +169,8 @@ class LayerFactorizer:
             self.upward[f] = torch.linalg.solve(root, vectors) * size  # [H, component]
 
     def keep_heads(self) -> None:
-        """Take the heads' own keys for components: where all are kept they serve as well, and a quantized cache rounds
-        them less."""
+        """Take the heads' own keys for components. If all components are cached, this loses nothing, and a quantized
+        cache rounds these less."""
         self.inward[:] = self.upward[:] = torch.eye(self.layer.num_heads)
 
     def pair_counts(self, total: int) -> list[int]:

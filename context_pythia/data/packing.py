@@ -231,7 +231,8 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
         for name, rows in zip(("train", "validation"), options.split_sizes(options.samples), strict=True)
     )
     assigned = ((train if _hash(text) > threshold else validation, text) for text in itertools.chain(head, stream))
-    with tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=not progress) as bar:
+    no_bar = None if progress else True  # None: no bar in a log
+    with tqdm(total=options.samples * width, desc="packing", unit="tok", unit_scale=True, disable=no_bar) as bar:
         for batch in _batches((rows, text) for rows, text in assigned if rows.room):
             for (rows, _), tokens in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
                 bar.update(rows.add(tokens, tokenizer.eos_token_id))

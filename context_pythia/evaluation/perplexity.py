@@ -241,7 +241,7 @@ def _batches(
     check_length(dataset[0]["input_ids"].shape[-1], model.config)
     model.eval()
     first = 0
-    for batch in tqdm(DataLoader(dataset, batch_size), desc=what, leave=False, disable=not progress):
+    for batch in tqdm(DataLoader(dataset, batch_size), desc=what, leave=False, disable=None if progress else True):
         ids, labels = batch["input_ids"].to(model.device), batch["labels"].to(model.device)
         yield first, ids, labels
         first += len(ids)

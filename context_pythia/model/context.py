@@ -56,7 +56,7 @@ class ContextBlockLayer(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """The report's ContextBlock, with one or more layers a token.
+    """The founding report's ContextBlock, with one or more layers a token.
 
     N layers refine the context of a token N times, each with its own weights. The last result is both the token's
     context and the state for the next token, so depth costs no cache.

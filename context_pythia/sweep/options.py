@@ -196,5 +196,7 @@ def _concerns(path: str, model: ModelOptions) -> bool:
         return True
     if model.from_baseline:
         return name == "context_dim" and model.context_source is not None
+    if name == "context_dim" and model.layer_context_dims:
+        return False  # which take its place
     sources = KEYS[path].sources
     return not sources or model.context_source in sources

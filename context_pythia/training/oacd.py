@@ -51,7 +51,7 @@ def sweep_tokens(
     noise: torch.Tensor,
 ) -> torch.Tensor:
     """One parallel fixed-point pass over n tokens: each token's context from the last estimate of its predecessor's.
-    The first k are exact after k passes.
+    After k passes the first k contexts are exact.
 
     Args:
         projected: the projections of the tokens' embeddings, one tensor per layer, `[n, C]`.

@@ -128,7 +128,7 @@ def _iterate(oacd: Oacd, checkpoint: Path, settings: dict[str, Any], progress: b
     total, done = options.max_iterations * oacd.batches, len(oacd.history) * oacd.batches
     with (
         deferred_interrupt() as asked_to_stop,
-        tqdm(total=total, initial=done, bar_format=BAR, mininterval=0.5, disable=not progress) as bar,
+        tqdm(total=total, initial=done, bar_format=BAR, mininterval=0.5, disable=None if progress else True) as bar,
     ):
         while not oacd.finished:
             oacd.iterate(bar)

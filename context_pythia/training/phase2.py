@@ -1,4 +1,4 @@
-"""Phase 2: language-model training, as the report did it: steps, evaluations and checkpoints, in their order.
+"""Phase 2: language-model training, as the founding report did it: steps, evaluations and checkpoints, in their order.
 
 Each epoch ends with a validation over all validation tokens. Training can stop early, and the best weights are the
 result. An interrupted run resumes and reaches the same metrics as an uninterrupted one.

@@ -7,7 +7,7 @@ set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 DATA="--data $1"
-context-pythia compare report $DATA --tokenizer "$2" --models Pythia-70M --checkpoint-steps 94 --out report
+context-pythia compare report $DATA --tokenizer "$2" --models Pythia-70M --set train.checkpoint_steps=94 --out report
 M=report/models/pythia-70m
 
 context-pythia convert $M --kv-reduction 0.5 --out exact-50

@@ -78,6 +78,11 @@ def test_the_grid_holds_each_training_once():
     assert [setting.recipe.seed for setting in found] == [0] * 18 + [1] * 18
 
 
+def test_a_width_for_all_layers_adds_no_training_of_a_model_whose_layers_have_their_own():
+    found = plan_of(over=["context_dim=32,64"], models=("layer", "layer and ids")).settings
+    assert [setting.name for setting in found if setting.model.name != "layer"] == ["layer-and-ids_seed=0"]
+
+
 def names(**asked):
     return [setting.name for setting in plan_of(models=("layer",), **asked).settings]
 

@@ -4,8 +4,8 @@
 set -euo pipefail
 
 M=runs/pythia-70m-8k/models/pythia-70m
-context-pythia train report --model Pythia-70M --vocab-size 8192 --model-vocab-size 8192 --samples 5000 \
-    --learning-rate 3e-4 --checkpoint-steps 70 --out runs/pythia-70m-8k
+context-pythia train report --model Pythia-70M --set data.vocab_size=8192 --set model_vocab_size=8192 --samples 5000 \
+    --learning-rate 3e-4 --set train.checkpoint_steps=70 --out runs/pythia-70m-8k
 
 context-pythia convert $M --kv-reduction 0.5 --out conv/exact-50
 for r in 0.625 0.75 0.8125 0.875; do
