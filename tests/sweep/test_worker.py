@@ -70,7 +70,7 @@ def test_tpe_ends_where_nothing_new_is_left_and_leaves_out_what_does_not_go_toge
     metrics = sweep(plan_of(over=over, models=("layer",), sampler="tpe", trials=20), tmp_path)
     assert {recipe.models[0].context_dim for recipe in trained if recipe.models[0].num_rotary_keys == 4} <= {40}
     assert len(trained) <= 3 and {trial["state"] for trial in metrics["trials"]} == {"complete"}
-    assert "skipped, context_dim 20 of layer 0: leaves no latent beside the 32 dims" in capsys.readouterr().out
+    assert "skipped, model layer: context_dim 20 of layer 0: leaves no latent beside" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
