@@ -163,3 +163,20 @@ def test_names_that_help_lists_without_torch_are_those_of_the_code():
     from context_pythia.model import configuration
 
     assert recipe.CONTEXT_SOURCES == configuration.CONTEXT_SOURCES and tuple(BITS) == CACHES
+
+
+def tree() -> str:
+    """The parts of the package from the highest rank down: lines, files, and the parts that each imports."""
+    rows = []
+    for part in sorted(RANKS, key=lambda part: -RANKS[part]):
+        files = [path for path in FILES if parts(path)[0] == part]
+        targets = {target[0] for path in files for target in imports(text(path), parts(path)) if target}
+        below = sorted(targets & set(RANKS) - {part}, key=lambda name: -RANKS[name])
+        lines = sum(len(text(path).splitlines()) for path in files)
+        rows.append(f"{part:12} {lines:6,} lines {len(files):3} files  -> {', '.join(below)}")
+        rows += [f"    {path.name:24} {len(text(path).splitlines()):4}" for path in files if len(path.parts) > 1]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(tree())
