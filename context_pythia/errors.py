@@ -5,8 +5,9 @@ Any other error is a bug of ours and keeps its traceback, except those of the ma
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,6 +19,18 @@ class UsageError(ValueError):
 
 class Failure(RuntimeError):
     """A valid request that failed: a damaged file, a loss that is not finite. One line; exit code 1."""
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """In the `with` block, a configuration that no model can have raises `UsageError`: `what`, then the reason."""
+    # Only here, because help must answer at once.
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise UsageError(f"{what}: {error.__cause__ or error}") from error
 
 
 def is_failure(error: BaseException) -> bool:

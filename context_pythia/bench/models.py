@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, StaticCache, set_seed
 from transformers.cache_utils import Cache
 
 from context_pythia.bench.options import COMPILED, SIZES, Source
-from context_pythia.errors import UsageError
+from context_pythia.errors import UsageError, fitting
 from context_pythia.model import ContextPythiaConfig, ContextPythiaForCausalLM
 from context_pythia.runs.build import compiled_step
 
@@ -69,10 +68,8 @@ def sized_models(size: str, sources: Sequence[Source] | None, positions: int, dt
     del body["match_parameters"]
     configs = {}
     for source in sources:
-        try:
+        with fitting(f"source {source.name!r}"):
             configs[source.name] = ContextPythiaConfig(**body, **_context(source, size))
-        except StrictDataclassError as error:
-            raise UsageError(f"source {source.name!r}: {error.__cause__ or error}") from error
     baseline = _random_model(GPTNeoXForCausalLM, GPTNeoXConfig(**body), dtype)
     models = {size: baseline}
     for name, config in configs.items():

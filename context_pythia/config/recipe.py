@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from context_pythia.config.options import Options, default_of, option
-from context_pythia.errors import UsageError
+from context_pythia.errors import UsageError, fitting
 
 CONTEXT_SOURCES = ("input", "shared", "layer", "grouped")
 RECURRENT = ("input", "shared")  # the sources with a ContextBlock
@@ -104,7 +104,10 @@ class ArchitectureOptions(Options):
 
 @dataclass
 class Phase1Options(Options):
-    """OACD, which iterates the ContextBlock alone to a fixed point. But for the rate, the founding report's values."""
+    """OACD, which iterates the ContextBlock alone to a fixed point.
+
+    The defaults are the founding report's, but for the rate.
+    """
 
     section: ClassVar[str] = "phase1"
     max_iterations: int = option(100, "iterations at most", bounds=">= 1")
@@ -293,18 +296,14 @@ class Recipe(Options):
     def _check_context(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model's context does not fit the body, by the rules of the model itself."""
         # Only here, because help must answer without torch.
-        from huggingface_hub.errors import StrictDataclassError
-
         from context_pythia.model.configuration import ContextPythiaConfig
 
         known = {declared.name for declared in fields(ContextPythiaConfig)}
         values = {name: value for name, value in (asdict(self.architecture) | asdict(model)).items() if name in known}
         if model.layer_context_dims:
             values["context_dim"] = 1  # they take its place
-        try:
+        with fitting(f"model {model.name}"):
             ContextPythiaConfig(**values)
-        except StrictDataclassError as error:
-            raise UsageError(f"model {model.name}: {error.__cause__ or error}") from error
 
     def _check_healed(self, model: ModelOptions) -> None:
         """Raise `UsageError` if the model cannot be converted from the baseline."""

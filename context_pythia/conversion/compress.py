@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GPTNeoXForCausalLM
 
 from context_pythia.config.convert import ConvertOptions
@@ -22,7 +21,7 @@ from context_pythia.conversion.factorize import Factors, LayerFactorizer
 from context_pythia.conversion.readers import Readers, readers_of
 from context_pythia.conversion.transplant import context_config, keys_and_values, transplant
 from context_pythia.data.packing import PackedData, PackedDataset
-from context_pythia.errors import Failure, UsageError
+from context_pythia.errors import Failure, UsageError, fitting
 from context_pythia.model import ContextPythiaForCausalLM
 
 WIDTH_MULTIPLE = 8  # alignment for memory and vector units
@@ -53,10 +52,8 @@ def checked_form(options: ConvertOptions, original: GPTNeoXForCausalLM) -> Form:
     config, attention = original.config, original.gpt_neox.layers[0].attention
     hidden, layers, rotary = config.hidden_size, config.num_hidden_layers, attention.rotary_ndims
     dims = options.layer_context_dims
-    try:
+    with fitting("convert"):
         ours = context_config(config, None, dims or [hidden] * layers, options.context_layers, options.cache_token_ids)
-    except StrictDataclassError as error:
-        raise UsageError(f"convert: {error.__cause__ or error}") from error
     contexts, digits = readers_of(ours), ours.id_digits
     widths = [ours.context_width(readers.layers[0]) for readers in contexts] if dims else None
     numbers = sum(widths) if widths else options.width(hidden) * layers - digits
