@@ -1,5 +1,5 @@
-"""One record of several run folders: `python together.py OUT RUN...`, the baseline's first. The report draws
-them together; every figure is of the runs' own metrics.json."""
+"""One record of several run folders: `python together.py OUT RUN...`, the baseline's first. A record that is there can
+be one of them. The report draws them together; every figure is of the runs' own metrics.json."""
 
 import json
 import shutil
@@ -28,4 +28,5 @@ together["models"] = [entry for record in records for entry in record["models"]]
 together["recipe"]["models"] = [options for record in records for options in record["recipe"]["models"]]
 out.mkdir(parents=True, exist_ok=True)
 (out / "metrics.json").write_text(json.dumps(together, indent=2) + "\n")
-shutil.copy(runs[0] / "provenance.json", out / "provenance.json")
+if runs[0] != out:
+    shutil.copy(runs[0] / "provenance.json", out / "provenance.json")
