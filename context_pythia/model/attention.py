@@ -89,10 +89,10 @@ class ContextAttention(GPTNeoXAttention):
         if self.rotary_ndims < self.head_size:
             self.key_up = nn.Linear(self.content_dim, self.num_heads * (self.head_size - self.rotary_ndims), bias=False)
         self.value_up = nn.Linear(self.content_dim, hidden, bias=context_bias)
-        if self.reads_embedding:
+        if config.context_source == "layer":
             for name in ("key_up", "value_up"):
                 if hasattr(self, name):
-                    getattr(self, name).latent_dim = config.latent_dim(layer_idx)
+                    getattr(self, name).context_columns = self.content_dim - hidden * self.reads_embedding
 
     def forward(
         self,

@@ -49,11 +49,11 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             # OACD does not converge from Xavier weights, nor from weights as small as the rest of the model's.
             init.normal_(module.weight, mean=0.0, std=0.1)
             init.normal_(module.bias, mean=0.0, std=0.01)
-        elif isinstance(module, nn.Linear) and (latent := getattr(module, "latent_dim", 0)):
-            # Keys and values from the latent begin as large as those from the embedding. The host's functions would
-            # not see in a part of the weight that a checkpoint has it.
+        elif isinstance(module, nn.Linear) and (columns := getattr(module, "context_columns", 0)):
+            # A layer's context is as large as GPT-NeoX's keys and values. What is rebuilt from it begins as large too.
+            # The host's functions would not see in a part of the weight that a checkpoint has it.
             if not getattr(module.weight, "_is_hf_initialized", False):
-                module.weight[:, :latent].normal_(std=latent**-0.5)
+                module.weight[:, :columns].normal_(std=columns**-0.5)
         elif isinstance(module, RotaryUp):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)

@@ -141,3 +141,15 @@ def test_attention_by_all_threads_decodes_the_same(model, ids, monkeypatch):
     whole, cache = model(ids).logits, DynamicCache(config=model.config)
     logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(17)]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", [kind for kind in SOURCES if kind.startswith("layer")])
+@torch.no_grad()
+def test_values_from_a_context_begin_as_large_as_those_of_gpt_neox(source):
+    torch.manual_seed(0)
+    config = ContextPythiaConfig(**SIZE | SOURCES[source])
+    layers = ContextPythiaForCausalLM(config).gpt_neox.layers
+    context, value_up = layers[config.makers[1]].attention.context, layers[1].attention.value_up
+    content = context(torch.randn(1000, 64))[:, -value_up.context_columns :]
+    values = content @ value_up.weight[:, : value_up.context_columns].T
+    torch.testing.assert_close(values.std(), torch.tensor(config.initializer_range * 64**0.5), rtol=0.25, atol=0)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from context_pythia.model import ContextPythiaForCausalLM
 from context_pythia.model.cache import cached_numbers_per_token
 from context_pythia.model.layer_contexts import from_digits, to_digits
 from tests.model.conftest import build
@@ -101,12 +102,11 @@ def test_embeddings_get_gradients_from_keys_and_values_of_all_layers(ids):
     assert model.gpt_neox.token_norm.weight.grad.abs().max() > 1e-4
 
 
-def test_latent_and_embedding_begin_with_keys_of_one_size():
-    config = build("layer, token ids").config
+@torch.no_grad()
+def test_embeddings_begin_with_values_as_large_as_those_of_contexts():
     torch.manual_seed(0)
-    model = type(build("layer, token ids"))(config)
-    weight = model.gpt_neox.layers[1].attention.value_up.weight
-    torch.testing.assert_close(weight[:, :19].std(), torch.tensor(19**-0.5), rtol=0.05, atol=0)
+    config = build("layer, token ids").config
+    weight = ContextPythiaForCausalLM(config).gpt_neox.layers[1].attention.value_up.weight
     torch.testing.assert_close(weight[:, 19:].std(), torch.tensor(config.initializer_range), rtol=0.05, atol=0)
 
 
