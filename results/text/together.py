@@ -2,7 +2,6 @@
 be one of them. The report draws them together; every figure is of the runs' own metrics.json."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,13 +19,6 @@ for record in records:
         entry |= {key: options.get(key) for key in ("context_layers", "layer_context_dims")}
         entry["cache_token_ids"] = options.get("cache_token_ids", False)
         if options["name"] in TODAY:
-            first, *others = options["layer_context_dims"]
-            entry |= {"cache_token_ids": True, "layer_context_dims": [first - 1, *others]}
-            entry["name"] = options["name"] = TODAY[options["name"]]
-together = records[0]
-together["models"] = [entry for record in records for entry in record["models"]]
-together["recipe"]["models"] = [options for record in records for options in record["recipe"]["models"]]
-out.mkdir(parents=True, exist_ok=True)
-(out / "metrics.json").write_text(json.dumps(together, indent=2) + "\n")
-if runs[0] != out:
-    shutil.copy(runs[0] / "provenance.json", out / "provenance.json")
+            first, *others = [json.loads((run / "provenance.json").read_text()) for run in runs]
+first.setdefault("earlier", []).extend(call for other in others for call in (*other.pop("earlier", []), other))
+(out / "provenance.json").write_text(json.dumps(first, indent=2) + "\n")
