@@ -7,6 +7,7 @@ this module imports neither torch nor transformers: `context-pythia compare --he
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -158,6 +159,15 @@ class TrainOptions(OptimizationOptions):
     )
     patience: int = option(1, "evaluations without a better validation perplexity before training stops", bounds=">= 1")
 
+    def check_given(self, given: Iterable[str]) -> None:
+        """Raise `UsageError` if an option that the user gave has no effect in a pass over `tokens`."""
+        for name in ("epochs", "patience"):
+            if name in given and self.tokens is not None:
+                raise UsageError(
+                    f"train.{name} {getattr(self, name)}: has no effect beside train.tokens {self.tokens}, which are "
+                    "read once; drop it, or set train.tokens=none"
+                )
+
 
 @dataclass
 class HealOptions(OptimizationOptions):
@@ -262,14 +272,18 @@ class Recipe(Options):
         self._check_tokens()
         self._check_models()
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step of `train`."""
+        return self.train.batch_size * self.train.gradient_accumulation * self.data.sequence_length
+
     def _check_tokens(self) -> None:
         """Raise `UsageError` if `train.tokens` is more than the packed data, or less than one step."""
         tokens, length = self.train.tokens, self.data.sequence_length
         if tokens is None:
             return
-        step = self.train.batch_size * self.train.gradient_accumulation * length
-        if tokens < step:
-            raise UsageError(f"train.tokens {tokens}: must be at least {step}, the tokens of one step")
+        if tokens < self.step_tokens:
+            raise UsageError(f"train.tokens {tokens}: must be at least {self.step_tokens}, the tokens of one step")
         packed = self.data.split_sizes(self.data.samples)[0] * length
         if tokens > packed:
             raise UsageError(

@@ -118,6 +118,8 @@ def recipe_from_dict(
         given = _mapping(values.get(section) or {}, f"section {section}")
         only_known(given, _names(owner), f"option {section}:")
         arguments[section] = owner(**given | changes[section])
+    # Only here, because a recorded recipe has every option.
+    arguments["train"].check_given(changes["train"])
     listed = values.get("models", [{"name": ModelOptions().name}])
     if not isinstance(listed, list):
         raise UsageError(f"section models: must be a list, not {listed!r}")

@@ -265,6 +265,10 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
         (["info", "m", "--set", "train.epochs=2"], "info: options of a recipe need --recipe"),
         (["compare", "--epochs", "x"], "train.epochs 'x': must be a whole number"),
         (
+            ["compare", "--tokens", "9999", "--epochs", "3"],
+            "train.epochs 3: has no effect beside train.tokens 9999, which are read once; drop it",
+        ),
+        (
             ["compare", "--set", "train.epohcs=3"],
             "--set 'train.epohcs' is unknown (did you mean train.epochs or ",
         ),

@@ -214,6 +214,14 @@ def test_a_pass_of_more_tokens_than_are_packed_or_of_less_than_a_step_is_refused
         load_recipe("report", {"train.tokens": 4095})
 
 
+def test_what_a_pass_ignores_is_refused_where_it_was_asked_for():
+    for name in ("epochs", "patience"):
+        with pytest.raises(ValueError, match=f"train.{name} 2: has no effect beside train.tokens 20000000, which"):
+            load_recipe("text-s", {f"train.{name}": 2})
+    assert load_recipe("text-s", {"train.epochs": 2, "train.tokens": None}).train.epochs == 2
+    assert load_recipe("quick", {"train.tokens": 99_999}).train.epochs == 3  # the recipe's own, as its record has them
+
+
 def test_bounds_admit_their_edges():
     load_recipe("report", {"model.context_dim": 1024, "phase1.convergence_rate": 1, "model.num_rotary_keys": 8})
     load_recipe("report", {"model.context_dim": 1}, models=["Context-Pythia shared"])
