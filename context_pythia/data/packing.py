@@ -3,6 +3,7 @@
 A corpus is read once, as a stream. Its head (about 8 million characters) stays in memory to choose the split and to
 train the tokenizer. After that, documents are tokenized batch by batch into memory maps, until both splits are full.
 The name of the cache folder is a fingerprint of text, tokenizer and settings; the folder appears whole or not at all.
+If the text ends before the splits are full, the folder has as many samples as the text gives.
 
 Split: a document belongs to validation if the hash of its text is small. The split thus depends only on the text, and
 copies of a document are all on the same side.
@@ -17,7 +18,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,19 @@ class PackedData:
     tokenizer: PreTrainedTokenizerFast
     summary: dict[str, Any]
 
+    @property
+    def samples(self) -> int:
+        return len(self.train) + len(self.validation)
 
-def load_data(options: DataOptions, progress: bool = True) -> PackedData:
+
+def load_data(options: DataOptions, progress: bool = True, all_samples: bool = True) -> PackedData:
     """Packs the corpus of `options`, or opens the result of an earlier call with the same text and settings.
 
     Raises UsageError or FileNotFoundError for unusable options, text or tokenizers, and for a corpus shorter than
     `samples`; ConnectionError when the Hub fails while a data set is read.
+
+    Args:
+        all_samples: without it, a shorter corpus gives as many samples as it has.
     """
     if options.data == associations.NAME:
         return _associations(options)
@@ -114,6 +122,8 @@ def load_data(options: DataOptions, progress: bool = True) -> PackedData:
                     raise
         packed = _open(folder, options, tokenizer)
         assert packed is not None, f"{folder} cannot be read back"
+    if all_samples and packed.samples < options.samples:
+        raise UsageError(_too_short(options, packed.samples))
     return packed
 
 
@@ -169,9 +179,11 @@ def _open(folder: Path, options: DataOptions, tokenizer: PreTrainedTokenizerFast
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    shapes = [(rows, options.sequence_length + 1) for rows in options.split_sizes(options.samples)]
-    if [train.tokens.shape, validation.tokens.shape] != shapes:
+    samples = len(train) + len(validation)
+    shapes = [(rows, options.sequence_length + 1) for rows in options.split_sizes(samples)]
+    if samples > options.samples or [train.tokens.shape, validation.tokens.shape] != shapes:
         return None
+    options = replace(options, samples=samples)
     rows = vocabulary_rows(tokenizer)
     return PackedData(
         train, validation, tokenizer, _summary(options, counts, _name(options.tokenizer), rows, folder.name)
@@ -216,7 +228,11 @@ class _Rows:
 
 
 def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folder: Path, progress: bool) -> None:
-    """Writes the cache folder: a memory map for each split, counts.json, and the tokenizer if this call trains it."""
+    """Writes the cache folder: a memory map for each split, counts.json, and the tokenizer if this call trains it.
+
+    Raises UsageError if the corpus has no two samples.
+    """
+    given = tokenizer
     stream = documents(options)
     head, threshold = _split(stream, options)
     folder.mkdir()
@@ -239,7 +255,12 @@ def _pack(options: DataOptions, tokenizer: PreTrainedTokenizerFast | None, folde
             if not train.room and not validation.room:
                 break
     if train.room or validation.room:
-        raise UsageError(_too_short(options, train.used // width, validation.used // width))
+        # Again, with as many samples as the text gives: the same as for a user who asks for that many.
+        most = _most_samples(options, train.used // width, validation.used // width)
+        if not most:
+            raise UsageError(_too_short(options, 0))
+        shutil.rmtree(folder)
+        return _pack(replace(options, samples=most), given, folder, progress)
     write_json(folder / "counts.json", dict(zip(COUNTS, (train.documents, validation.documents), strict=True)))
 
 
@@ -293,12 +314,17 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[i
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _too_short(options: DataOptions, train: int, validation: int) -> str:
+def _most_samples(options: DataOptions, train: int, validation: int) -> int:
+    """The most samples, fewer than `options.samples`, whose splits have at most so many; 0 if none."""
+
     def fits(samples: int) -> bool:
         rows = options.split_sizes(samples)
         return rows[0] <= train and rows[1] <= validation
 
-    most = next((samples for samples in range(options.samples - 1, 1, -1) if fits(samples)), 0)
+    return next((samples for samples in range(options.samples - 1, 1, -1) if fits(samples)), 0)
+
+
+def _too_short(options: DataOptions, most: int) -> str:
     mend = f"set samples to at most {most}, or " if most else ""
     return (
         f"{options.data} is too short for samples={options.samples}: it gives {most} samples of "

@@ -103,11 +103,31 @@ def check_training(recipe: Recipe) -> None:
         check_options(recipe.heal)
 
 
+def training_data(recipe: Recipe, progress: bool) -> PackedData:
+    """The recipe's data. For a pass over tokens, text that is too short for `data.samples` may have enough of them.
+
+    Raises:
+        UsageError: the text has too few samples, or too few tokens for the pass.
+    """
+    tokens, source = recipe.train.tokens, recipe.data.data
+    data = load_data(recipe.data, progress, tokens is None)
+    if tokens is not None and tokens > (most := data.train.num_tokens):
+        mend = f"give --tokens {most} at most, or more text" if most >= recipe.step_tokens else "give more text"
+        raise UsageError(f"train.tokens {tokens}: {source} has {most} tokens to train on, {mend}")
+    return data
+
+
 def _open(recipe: Recipe, out: Path, progress: bool, origin: Run | None = None) -> tuple[Run, PackedData]:
     with processes.main_first():
         run = Run(out, recipe, origin)
         _check_origins(recipe, run)
-        data = load_data(recipe.data, progress)
+        data = training_data(recipe, progress)
+    if data.samples < recipe.data.samples and processes.is_main():
+        print(
+            f"note: {recipe.data.data} gives {data.samples} of data.samples {recipe.data.samples}: "
+            f"{len(data.train)} to train on and {len(data.validation)} held out",
+            flush=True,
+        )
     embedding_rows(recipe, data.summary["vocab_size"])
     run.use_data(data.summary)
     run.write()
@@ -201,7 +221,8 @@ def _heal_and_measure(options: ModelOptions, run: Run, data: PackedData, progres
     control = options.context_source is None
     print(f"{options.name}: {baseline.name}, {'not converted' if control else 'converted'} and healed", flush=True)
     # A tokenizer that the run trained on the text is now in the model's folder.
-    text = replace(recipe.data, tokenizer=original) if recipe.data.tokenizer == "train" else recipe.data
+    tokenizer = original if recipe.data.tokenizer == "train" else recipe.data.tokenizer
+    text = replace(recipe.data, tokenizer=tokenizer, samples=data.samples)
     conversion = ConvertOptions(seed=recipe.seed)
     if not control:
         tokens = min(conversion.calibration_tokens, len(data.train) * recipe.data.sequence_length)

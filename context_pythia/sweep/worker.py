@@ -17,13 +17,12 @@ from filelock import FileLock, Timeout
 
 from context_pythia.config.recipe import Recipe
 from context_pythia.config.recipe_files import load_recipe, recipe_from_dict, recipe_to_dict, save_recipe
-from context_pythia.data.packing import load_data
 from context_pythia.errors import Failure, UsageError
 from context_pythia.files import read_record, write_json
 from context_pythia.runs.build import best_device, embedding_rows
 from context_pythia.runs.provenance import provenance, write_call
 from context_pythia.runs.record import Run, merged, model_entry, read_metrics
-from context_pythia.runs.train import check_training, compare
+from context_pythia.runs.train import check_training, compare, training_data
 from context_pythia.sweep.options import Setting, SweepPlan, differences
 from context_pythia.sweep.search import Search, require_optuna
 
@@ -100,7 +99,7 @@ class Worker:
     def check(self, setting: Setting) -> None:
         """Raise `UsageError` if the setting cannot be trained, or was trained on other text."""
         check_training(setting.recipe)
-        data = load_data(setting.recipe.data, self.progress)
+        data = training_data(setting.recipe, self.progress)
         embedding_rows(setting.recipe, data.summary["vocab_size"])
         if (self._folder(setting) / METRICS).exists():
             Run(self._folder(setting), setting.recipe).use_data(data.summary)

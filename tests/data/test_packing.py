@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,20 @@ def test_a_corpus_that_is_too_short_says_what_it_gives_and_that_much_works(optio
     options.samples += 1
     with pytest.raises(ValueError, match=f"it gives {options.samples - 1} samples"):
         load(options)
+
+
+def test_a_corpus_that_is_too_short_can_give_what_it_has_as_if_that_was_asked_for(options, monkeypatch):
+    with pytest.raises(ValueError, match="too short") as e:
+        load(replace(options, samples=5000))
+    monkeypatch.setattr(packing, "_pack", None)  # that call has packed what there is
+    short = load_data(replace(options, samples=5000), progress=False, all_samples=False)
+    monkeypatch.undo()
+    asked = load(replace(options, samples=short.samples))
+    assert f"it gives {short.samples} samples" in str(e.value)
+    for split in ("train", "validation"):
+        assert np.array_equal(getattr(short, split).tokens, getattr(asked, split).tokens)
+    assert short.tokenizer.get_vocab() == asked.tokenizer.get_vocab()
+    assert short.summary | {"fingerprint": ""} == asked.summary | {"fingerprint": ""}
 
 
 def test_an_empty_corpus_is_refused(options, tmp_path):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from context_pythia import ContextPythiaForCausalLM
 from context_pythia.config.recipe_files import load_recipe
-from context_pythia.errors import Failure
+from context_pythia.errors import Failure, UsageError
 from context_pythia.runs import train
 from context_pythia.runs.build import build_model
 from context_pythia.runs.record import Run
@@ -233,6 +234,35 @@ def test_a_pass_over_models_of_equal_size(tmp_path, own_cache):
     assert all(entry["intermediate_size"] > baseline["intermediate_size"] for entry in others)
     assert others[0]["cache"]["bytes_measured"] == others[0]["cache"]["bytes_formula"]
     assert (others[0]["key_value_heads"], others[0]["context_sharing"]) == (1, 2)
+
+
+def test_a_pass_needs_its_tokens_and_not_the_samples_of_the_recipe(tmp_path, own_cache, capsys):
+    def recipe(tokens):
+        return tiny_recipe(
+            tmp_path,
+            data={"samples": 79_000, "validation_fraction": 0.01},
+            train={"tokens": tokens, "batch_size": 8},
+            models=[{"name": "Pythia"}],
+        )
+
+    with pytest.raises(UsageError, match=r"train.tokens 999999: \S+corpus has \d+ tokens to train on, give") as refused:
+        compare(recipe(999_999), tmp_path / "run", progress=False)
+    most = int(re.search(r"--tokens (\d+) at most, or more text$", str(refused.value))[1])
+    with pytest.raises(UsageError, match=f"train.tokens {most + 1}: .* has {most} tokens to train on"):
+        compare(recipe(most + 1), tmp_path / "run", progress=False)
+    capsys.readouterr()
+    compare(recipe(most), tmp_path / "run", progress=False)
+    found = metrics(tmp_path / "run")
+    trained, held_out = found["data"]["samples_train"], found["data"]["samples_validation"]
+    assert 16 * trained == most and found["models"][0]["history"][-1]["tokens"] == most // 128 * 128
+    line = f"gives {trained + held_out} of data.samples 79000: {trained} to train on and {held_out} held out\n"
+    assert line in capsys.readouterr().out
+
+
+def test_a_text_of_less_than_a_step_is_told_no_number_of_tokens(tmp_path, own_cache):
+    recipe = tiny_recipe(tmp_path, data={"samples": 79_000}, train={"tokens": 999_999, "batch_size": 4096})
+    with pytest.raises(UsageError, match=r"corpus has \d+ tokens to train on, give more text$"):
+        compare(recipe, tmp_path / "run", progress=False)
 
 
 def test_a_model_that_cannot_be_as_small_as_the_baseline_is_refused():

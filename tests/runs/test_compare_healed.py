@@ -110,6 +110,15 @@ def test_curves_go_on_where_the_baseline_ended(run):
     assert loss.curves[baseline] and converted not in loss.curves
 
 
+def test_a_pass_over_a_text_without_all_samples_is_healed_on_what_there_is(tmp_path, own_cache):
+    short = {"samples": 79_000, "validation_fraction": 0.01}
+    recipe = healing_recipe(tmp_path, data=short, train={"tokens": 288, "batch_size": 9})
+    compare(alone(recipe, "Pythia", "Converted"), tmp_path / "run", progress=False)
+    baseline, converted = entries(tmp_path / "run").values()
+    assert converted["error"] is None and converted["history"][-1]["step"] == HEAL["steps"]
+    assert converted["from_baseline"]["best_val_ppl"] == baseline["best_val_ppl"]
+
+
 def test_what_is_healed_is_kept(folder, run, monkeypatch, capsys):
     monkeypatch.setattr(module, "Conversion", None)
     before = entries(run)

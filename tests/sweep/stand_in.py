@@ -37,7 +37,7 @@ def compare(recipe, folder, progress=False, origin=None, seconds=0.0):
 
 
 def stand_in(patch=setattr, seconds=0.0) -> None:
-    patch(worker, "load_data", lambda options, progress: SimpleNamespace(summary=DATA))
+    patch(worker, "training_data", lambda recipe, progress: SimpleNamespace(summary=DATA))
     patch(worker, "compare", lambda *args, **named: compare(*args, **named, seconds=seconds))
 
 
