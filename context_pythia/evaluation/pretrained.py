@@ -129,11 +129,11 @@ def hub_commit(name: str) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None  # models--OWNER--NAME/snapshots/COMMIT/config.json
 
 
-def check_length(length: int, config: PreTrainedConfig) -> None:
+def check_length(length: int, config: PreTrainedConfig, name: str = "the model") -> None:
     """Raises UsageError for samples of more tokens than the model has positions."""
     if length > config.max_position_embeddings:
         raise UsageError(
-            f"sequence_length {length}: must be at most {config.max_position_embeddings}, the model's positions"
+            f"sequence_length {length}: must be at most {config.max_position_embeddings}, {name}'s positions"
         )
 
 

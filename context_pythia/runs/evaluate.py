@@ -24,7 +24,13 @@ from context_pythia.data.tokenizers import load_tokenizer
 from context_pythia.errors import Failure, UsageError, attempt
 from context_pythia.evaluation.harness import require_tasks, run_tasks
 from context_pythia.evaluation.perplexity import CachedScore, Score, equal_to_digits, score, score_cached
-from context_pythia.evaluation.pretrained import check_pretrained, hub_commit, load_pretrained, model_names
+from context_pythia.evaluation.pretrained import (
+    check_length,
+    check_pretrained,
+    hub_commit,
+    load_pretrained,
+    model_names,
+)
 from context_pythia.evaluation.quantized import quantized_cache, require_quantizer, residual_length
 from context_pythia.evaluation.recall import choose_words, recall
 from context_pythia.files import read_record, write_json
@@ -73,6 +79,8 @@ def evaluate(
         require_quantizer()
     manager = require_tasks(tasks, tasks_path) if tasks else None
     configs = {name: _config_of(path, getattr(torch, dtype)) for name, path in paths.items()}
+    for name, config in configs.items():
+        check_length(data.sequence_length, config, name)
     packed = load_data(data, progress)
     if recall_samples:
         choose_words(packed.tokenizer, data.sequence_length)

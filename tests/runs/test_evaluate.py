@@ -249,6 +249,13 @@ def test_a_damaged_or_absent_model_is_one_line_before_anything_is_scored(paths, 
         assert message in error and error.count("\n") == 1
 
 
+def test_a_model_with_too_few_positions_is_named_before_anything_is_scored(paths, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "score", lambda *arguments: pytest.fail("scored"))
+    build("layer", vocab_size=384, max_position_embeddings=15).save_pretrained(tmp_path / "short")
+    with pytest.raises(UsageError, match="sequence_length 16: must be at most 15, short's positions"):
+        module.evaluate([paths[0], str(tmp_path / "short")], data, progress=False)
+
+
 def test_a_training_run_is_not_written_over(paths, data, finished_run):
     held = (finished_run / "metrics.json").read_bytes()
     with pytest.raises(ValueError, match="holds a training run"):
