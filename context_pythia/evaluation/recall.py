@@ -89,7 +89,7 @@ def recall_texts(words: Words, task: str, distance: int, length: int, samples: i
     Returns:
         ids `[N, length]`, candidates `[N, K]`, and the answers' columns among the candidates `[N]`.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED + distance)  # other words and questions at each distance
     size = words.fact_length
     texts, candidates, answers = [], [], []
     for _ in range(samples):

@@ -55,6 +55,15 @@ def test_the_value_stands_once_at_its_distance_and_among_the_candidates(words, t
             assert present == ({*choice} if task == "key" else {value})
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_each_distance_asks_for_other_words(words, task):
+    asked = []
+    for distance in distances(words, task, LENGTH):
+        _, candidates, answers = recall_texts(words, task, distance, LENGTH, samples=5)
+        asked.append(tuple(candidates.gather(1, answers[:, None])[:, 0].tolist()))
+    assert len(set(asked)) == len(asked) == 3
+
+
 def test_distances_double_up_to_the_longest(words):
     assert words.fact_length == 4
     assert distances(words, "passkey", LENGTH) == [32, 64, 94]
