@@ -125,8 +125,13 @@ class EvaluationReport:
                 for row in rows:
                     curves = tasks.setdefault(row["task"], {})
                     curves.setdefault(name, []).append((row["distance"], 100 * row["accuracy"]))
-            panels = [Panel(f"{task}: found (%)", "tokens back", curves, scaled="x") for task, curves in tasks.items()]
-            draw = partial(draw_panels, panels, sections.baselines(self.series))
+            for row in rows:
+                tasks[row["task"]].setdefault("chance", []).append((row["distance"], 100 * row["chance"]))
+            panels = [
+                Panel(f"{task}: found (%)", "tokens back", curves, scaled="x", shares=True)
+                for task, curves in tasks.items()
+            ]
+            draw = partial(draw_panels, panels, sections.baselines(self.series) | {"chance": True})
             yield Picture("recall.png", self.text("recall_caption"), draw)
 
     def _tasks(self) -> Iterator[Block]:

@@ -25,6 +25,7 @@ _GREYS = ("#3c4350", "#7d8696", "#b5bcc8")  # of baselines
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7a3db8", "#8c564b")
 _LINE = "#b5bcc8"
 _MARKERS = {True: "D", False: "o"}  # of baselines and others
+_CURVE_MARKERS = "os^Dv<>Pp"  # hollow, so that equal curves show all of theirs
 _LOG_FROM = 4.0  # an axis is logarithmic if largest / smallest value is above this
 _MARKERS_AT_MOST = 30  # on a curve
 _ROWS_AT_MOST = 30  # in a picture with one line per setting
@@ -42,6 +43,7 @@ class Panel:
         curves: (x, y) points by the model's name.
         stars: a point with a star, by the model's name.
         scaled: the axes ("x", "y", "xy") that become logarithmic if their values span much; x in powers of 2.
+        shares: y is a share in percent; its axis is from 0 to 100.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Panel:
     y: str = ""
     stars: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     scaled: str = ""
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,14 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
 
     colors = model_colors(baselines)
     styles: dict[str, dict[str, Any]] = {
-        name: {"color": colors[name], "marker": "o", "linestyle": "--" if grey else "-"}
-        for name, grey in baselines.items()
+        name: {
+            "color": colors[name],
+            "marker": marker,
+            "markersize": 7,
+            "markerfacecolor": "none",
+            "linestyle": "--" if grey else "-",
+        }
+        for (name, grey), marker in zip(baselines.items(), itertools.cycle(_CURVE_MARKERS), strict=False)
     }
     names = [name for name in baselines if any(panel.curves.get(name) for panel in panels)]
     columns = max(1, min(3, 66 // (7 + max(len(short(name)) for name in names))))
@@ -106,6 +115,8 @@ def draw_panels(panels: Sequence[Panel], baselines: Mapping[str, bool]) -> Figur
             ax.locator_params(axis="x", integer=True, min_n_ticks=1)
         for axis in panel.scaled:
             _scale(ax, axis, [point["xy".index(axis)] for _, points in drawn for point in points])
+        if panel.shares:
+            ax.set_ylim(-5, 105)
     return figure
 
 

@@ -18,6 +18,7 @@ from context_pythia.report.sections import compared
 from context_pythia.report.texts import Texts
 
 Model = dict[str, Any]
+MLP_WIDTH = "architecture.intermediate_size"
 
 
 class RunReport:
@@ -35,6 +36,9 @@ class RunReport:
         self.pending: list[Model] = [_filled(m) for m in self.recipe["models"] if m["name"] not in entered]
         self.healed = [model for model in self.models if model["from_baseline"]]
         self.by_tokens = bool(self.recipe["train"].get("tokens"))
+        # With `match_parameters` the MLP of each model has a width of its own.
+        same = {None, self.recipe["architecture"].get("intermediate_size")}
+        self.widened = not same.issuperset(model["intermediate_size"] for model in self.models)
         self.unit = "million tokens" if self.by_tokens else "epoch"
         self.series = [
             Series(
@@ -98,12 +102,15 @@ class RunReport:
                 "kb": figures["kb"],
                 "reduction": figures["reduction"],
                 "parameters": pair(model["trainable_parameters"], model["parameters"]),
+                MLP_WIDTH: integer(model["intermediate_size"]),
                 "best_epoch": self._best_epoch(model),
                 "accuracy": percent(model["val_accuracy"]),
                 "seconds_epoch": number(model["seconds_per_epoch"], 1),
             }
             if not self.control:
                 del row["change_to_control"]
+            if not self.widened:
+                del row[MLP_WIDTH]
             rows.append(row)
         return sections.table(rows, self.text, text_columns=2)
 
@@ -202,13 +209,15 @@ class RunReport:
             yield sections.table(rows, self.text, text_columns=2)
 
     def _settings(self) -> dict[str, str]:
-        """Data and recipe by the keys of the texts, without the sections of the recipe that no model has used."""
+        """Data and recipe by the keys of the texts, without what no model has used."""
         used = {"phase1": any(model["phase1"] for model in self.models), "heal": bool(self.healed)}
         values = {"seed": self.recipe["seed"]}
         for section, options in self.recipe.items():
             if isinstance(options, dict) and used.get(section, True):
                 values |= {f"{section}.{name}": value for name, value in options.items()}
-        shown = {key: str(value) for key, value in values.items() if key in self.text.texts and value is not None}
+        unused = [MLP_WIDTH] * self.widened + ["train.epochs", "train.patience"] * self.by_tokens
+        named = [key for key in values if key in self.text.texts and key not in unused]
+        shown = {key: str(values[key]) for key in named if values[key] is not None}
         return sections.data_facts(self.data, self.text) | shown
 
 

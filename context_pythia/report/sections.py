@@ -46,7 +46,7 @@ def headline(series: Sequence[Series], text: Texts) -> Paragraph:
         return Paragraph(text("none_smaller", **compared(best, None)), "lead")
     of_base = {f"base_{key}": value for key, value in compared(base, None).items()}
     sentences = [text("best", **of_base, **compared(best, base))]
-    smallest = min(smaller, key=attrgetter("cache_bytes"))
+    smallest = min(smaller, key=attrgetter("cache_bytes", "perplexity"))
     if smallest is not best:
         sentences.append(text("smallest", **compared(smallest, base)))
     return Paragraph(text("between_sentences").join(sentences), "lead")

@@ -1,7 +1,7 @@
 """The pictures of reports: what stands where, and which labels are legible."""
 
 from context_pythia.report import figures
-from context_pythia.report.figures import Series, draw_frontier, draw_settings, frontiers
+from context_pythia.report.figures import Panel, Series, draw_frontier, draw_panels, draw_settings, frontiers
 
 
 def test_names_in_the_frontier_do_not_overlap():
@@ -10,6 +10,16 @@ def test_names_in_the_frontier_do_not_overlap():
     boxes = [label.get_window_extent() for label in axes.texts]
     assert len(boxes) == 9
     assert all(a.count_overlaps(boxes) == 1 for a in boxes)  # itself
+
+
+def test_equal_curves_show_their_markers_and_shares_have_their_whole_axis():
+    curves = {name: [(32, 1.5), (64, 1.5)] for name in ("a", "b", "c")}
+    baselines = dict.fromkeys(curves, False)
+    axes = draw_panels([Panel("found (%)", "tokens back", curves, shares=True)], baselines).axes[0]
+    assert len({line.get_marker() for line in axes.lines}) == 3
+    assert {line.get_markerfacecolor() for line in axes.lines} == {"none"}
+    low, high = axes.get_ylim()
+    assert low <= 0 and high >= 100
 
 
 def test_a_sweep_names_the_settings_that_nothing_beats_and_has_a_line_for_each_of_the_best(monkeypatch):

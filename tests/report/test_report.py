@@ -179,6 +179,27 @@ def test_the_headline_names_the_best_smaller_model_and_the_smallest_cache(record
     assert "shared 256 has the smallest cache: 136.0 KB (95.6 % less), at a perplexity of 440.0 (+10.0 %)." in lead
 
 
+def test_of_caches_of_one_size_the_headline_names_the_best(records):
+    models = records[0]["models"]
+    models.insert(3, entry("shared 255", "shared", 255, 430.0, 272, 60.0))
+    lead = markdown(records).split("\n\n")[1]
+    assert "shared 255 has the smallest cache: 136.0 KB (95.6 % less), at a perplexity of 430.0 (+7.5 %)." in lead
+
+
+def test_widths_of_the_mlp_are_a_column_where_one_is_not_the_recipes(records):
+    baseline, other, *_ = records[0]["models"]
+    baseline["intermediate_size"] = other["intermediate_size"] = 2048
+    assert "Width of the MLP" not in results(markdown(records))["Pythia"]
+    other["intermediate_size"] = None  # healed, or of an older version
+    assert "Width of the MLP" not in results(markdown(records))["Pythia"]
+    other["intermediate_size"] = 2100
+    for lang, label in (("en", "Width of the MLP"), ("ja", "MLP 次元")):
+        text = markdown(records, lang)
+        table = results(text)
+        assert (table["Pythia"][label], table["input 256"][label]) == ("2,048", "2,100")
+        assert table["layer late"][label] == "–" and f"| {label} | 2048 |" not in text
+
+
 def bands(*perplexities):
     edges = (0, 16, 32, 64)
     return [
@@ -247,6 +268,7 @@ def test_one_pass_is_drawn_over_tokens(records):
     assert "\nmillion tokens 4: train_loss=5.0000, val_ppl=400.00" in text
     assert "\nepoch " not in text
     assert "| Tokens, read once | 6000000 |" in text
+    assert "Epochs at most" not in text and "Patience" not in text
 
 
 def test_learning_curves_are_logged_line_by_line_with_the_reason_to_stop(records):
@@ -271,6 +293,9 @@ def test_settings_and_provenance_are_listed(records):
         "| Batches a step | 2 |",
         "| Warm-up, share of the steps | 0.05 |",
         "| Learning rate (AdamW) | 0.0001 |",
+        "| Epochs at most | 10 |",
+        "| Patience: evaluations without a better perplexity before training stops | 1 |",
+        "| Width of the MLP | 2048 |",
         "| Phase 1: iterations at most | 100 |",
         "| Versions | python 3.12.1, torch 2.13.0 |",
         "| Commit | deadbeef |",
