@@ -117,7 +117,7 @@ def test_input_cannot_crop_a_past_it_did_not_keep(ids):
         cache.crop(-2)
 
 
-@pytest.fixture(params=["input", "shared", "layer, shared by 2", "layer, rotary pairs"])
+@pytest.fixture(params=["input", "shared", "layer, shared by 2", "layer, rotary pairs", "layer, token ids"])
 def any_model(request):
     return build(request.param)
 

@@ -103,6 +103,15 @@ def test_embeddings_get_gradients_from_keys_and_values_of_all_layers(ids):
 
 
 @torch.no_grad()
+def test_what_the_dropout_of_the_embedding_hides_is_not_looked_up(ids):
+    model = build("layer, token ids")
+    model.gpt_neox.emb_dropout.p = 1.0
+    assert not torch.allclose(model(ids).logits, model(ids.flip(1)).logits, atol=0.1)
+    model.train()
+    torch.testing.assert_close(model(ids).logits, model(ids.flip(1)).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_embeddings_begin_with_values_as_large_as_those_of_contexts():
     torch.manual_seed(0)
     config = build("layer, token ids").config
