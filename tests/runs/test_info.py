@@ -22,9 +22,20 @@ def test_report_recipe_has_the_reports_sizes_and_the_designs_caches(capsys):
 
 
 def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
-    names = ["Pythia", "layer 20 36x4 16", "ids 8 20x2 43x3"]
-    models = info(load_recipe("text-s", models=names), None, length=8, dtype="float32")
-    assert [model["cached_numbers_per_token"] for model in models] == [1536, 72, 73]
+    models = info(load_recipe("text-s"), None, length=8, dtype="float32")
+    assert {model["name"]: model["cached_numbers_per_token"] for model in models} == {
+        "Pythia": 1536,
+        "MQA": 384,
+        "MQA x2": 192,
+        "MQA x6": 64,
+        "layer 24 x2": 72,
+        "ids 8 20x2 43x3": 73,
+        "ids 8x2 20x4": 30,
+        "layer 18 23x2 31x3": 72,
+        "ids 8x2 31x2 32x2": 73,
+        "ids 8 74 74 74 74 74": 380,
+        "shared 64": 72,
+    }
     for model in models:
         assert model["cache"]["bytes_measured"] == model["cache"]["bytes_formula"]
         assert model["parameters"] == pytest.approx(models[0]["parameters"], rel=1e-3)
