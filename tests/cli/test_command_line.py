@@ -257,7 +257,8 @@ def test_sweep_takes_a_recipe_with_overrides_and_what_to_search(run):
     [
         (
             ["compare", "nope"],
-            "recipe 'nope' is unknown; valid: quick, recall, report, small, text-m, text-s, tuned, or a YAML file",
+            "recipe 'nope' is unknown; valid: quick, recall, report, small, text-l, text-m, text-s, tuned, "
+            "or a YAML file",
         ),
         (["compare", "--context-dim", "0"], "model input: context_dim 0: must be between 1 and 2 * hidden_size = 256"),
         (["compare", "--models", "a"], "recipe quick: model 'a' is unknown; valid: Pythia, input, shared, layer"),
