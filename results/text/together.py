@@ -1,5 +1,6 @@
 """One record of several run folders: `python together.py OUT RUN...`, the baseline's first. A record that is there can
-be one of them. The report draws them together; every figure is of the runs' own metrics.json."""
+be one of them. The report draws them together; every figure is of the runs' own metrics.json. A model that was trained
+in another precision than the baseline has it in its name."""
 
 import json
 import sys
@@ -15,10 +16,21 @@ TODAY = {
 out, *runs = map(Path, sys.argv[1:])
 records = [json.loads((run / "metrics.json").read_text()) for run in runs]
 for record in records:
+    precision = record["recipe"]["train"]["precision"]
     for options, entry in zip(record["recipe"]["models"], record["models"], strict=True):
         entry |= {key: options.get(key) for key in ("context_layers", "layer_context_dims")}
         entry["cache_token_ids"] = options.get("cache_token_ids", False)
         if options["name"] in TODAY:
-            first, *others = [json.loads((run / "provenance.json").read_text()) for run in runs]
-first.setdefault("earlier", []).extend(call for other in others for call in (*other.pop("earlier", []), other))
-(out / "provenance.json").write_text(json.dumps(first, indent=2) + "\n")
+            first, *others = options["layer_context_dims"]
+            entry |= {"cache_token_ids": True, "layer_context_dims": [first - 1, *others]}
+            entry["name"] = options["name"] = TODAY[options["name"]]
+        if precision != records[0]["recipe"]["train"]["precision"]:
+            entry["name"] = options["name"] = f"{options['name']} ({precision})"
+together = records[0]
+together["models"] = [entry for record in records for entry in record["models"]]
+together["recipe"]["models"] = [options for record in records for options in record["recipe"]["models"]]
+out.mkdir(parents=True, exist_ok=True)
+(out / "metrics.json").write_text(json.dumps(together, indent=2) + "\n")
+provenance, *others = [json.loads((run / "provenance.json").read_text()) for run in runs]
+provenance.setdefault("earlier", []).extend(call for other in others for call in (*other.pop("earlier", []), other))
+(out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
