@@ -216,6 +216,7 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
         warmup_ratio=0,
     )
     result = train(tmp_path, options, model=model, data=make_data(train=4))
+    twin.set_attn_implementation("eager")  # as in training; Adam amplifies what rounds otherwise
     vectors = [name for name, _ in twin.named_parameters() if name.endswith("bias") or "norm" in name]
     named = dict(twin.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -237,7 +238,7 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
         optimizer.zero_grad()
     for name, weight in model.named_parameters():
         if not name.endswith("query_key_value.bias"):  # softmax takes no notice of the keys' bias
-            torch.testing.assert_close(weight, named[name], rtol=0, atol=1e-6)
+            torch.testing.assert_close(weight, named[name], rtol=0, atol=1e-9)
 
 
 def stub_perplexities(monkeypatch, values):
