@@ -201,4 +201,6 @@ def _attention_weights(
     if config.cache_token_ids and layer_idx == 0:
         for part in ("weight", "bias"):
             named[f"gpt_neox.token_norm.{part}"] = read_weight(original, f"gpt_neox.layers.0.input_layernorm.{part}")
+        # The maps were found for the token's own embedding. Healing may mix in that of the token before it.
+        named["gpt_neox.token_shift.weight"] = torch.zeros(config.hidden_size)
     return named

@@ -3,7 +3,8 @@
 A context is `X = [r ; z]`: rotary keys r and a latent z. Keys and values are affine in the content c, `k_pass = U c`,
 `v = V c + b`. (A constant added to all keys of a head drops out of the softmax, so U has no bias.) The content c is z,
 and r is cached turned by RoPE. With `reuse_rotary_keys` c is all of X, and r is cached before RoPE turns it. With
-`cache_token_ids` c is `[z ; e]`, where e is the token's embedding, looked up by the id that the first context has.
+`cache_token_ids` c is `[z ; e]`, where e mixes the embeddings of the token and the one before it, looked up by the ids
+that the first context has.
 
 Shapes: B batch, Q queries, T keys, H heads, D head size, d its rotary dims, F = d / 2 frequencies, R width of the
 rotary keys, P = R / 2 pairs, C width of the content, W cached width.
@@ -24,7 +25,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
 from .cache import bring_back
 from .configuration import ContextPythiaConfig
 from .flash_decoding import attend_in_splits, splits_for
-from .layer_contexts import Contexts, to_digits
+from .layer_contexts import Contexts
 from .shortcuts import is_plain, only_values
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor]
@@ -114,8 +115,8 @@ class ContextAttention(GPTNeoXAttention):
             if not self.reuse_rotary_keys:
                 new = turn_rotary_keys(new, self.columns(position_embeddings))
             if self.id_digits:
-                assert contexts.ids is not None
-                new = torch.cat([new, to_digits(contexts.ids, self.id_digits, new.dtype).unsqueeze(1)], dim=-1)
+                assert contexts.digits is not None
+                new = torch.cat([new, contexts.digits.to(new.dtype).unsqueeze(1)], dim=-1)
             context = cache_context(new, layer_past, self.layer_idx)
             if self.reads_embedding:
                 context = contexts.with_embeddings(context, self.id_digits)

@@ -1,7 +1,8 @@
 """The contexts of a forward pass, on their way from the layers that make them to the layers that read them.
 
 A token id is cached as its digits in base 256. Every floating-point type has these numbers exactly, so a context with
-an id stays one tensor, which caches crop, reorder, offload and copy like any other.
+an id stays one tensor, which caches crop, reorder, offload and copy like any other. Where a text begins, each digit d is
+cached as -1 - d; padding has no id, and is skipped when the token before another is looked up.
 
 Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included, W width, N digits.
 """
@@ -10,18 +11,58 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import embedding
 
-
-def to_digits(ids: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ids `[B, T]` -> `[B, T, N]`, the last digit first."""
-    return torch.stack([(ids >> (8 * i)) & 255 for i in range(count)], dim=-1).to(dtype)
+# The digits of padding: below each -1 - d, and exact in every floating-point type too.
+PADDING = -512
 
 
-def from_digits(digits: torch.Tensor) -> torch.Tensor:
-    """`[B, T, N]` -> ids `[B, T]`."""
-    columns = digits.long().unbind(-1)
-    return torch.stack([column << (8 * i) for i, column in enumerate(columns)]).sum(dim=0)
+def to_digits(
+    ids: torch.Tensor, count: int, is_text: torch.Tensor | None = None, begins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Ids `[B, Q]` -> `[B, Q, N]`, the last digit first.
+
+    Args:
+        is_text: `[B, Q]`, false for padding.
+        begins: `[B or 1, Q]`, true where a new text begins.
+    """
+    digits = torch.stack([(ids >> (8 * i)) & 255 for i in range(count)], dim=-1)
+    if begins is not None:
+        digits = torch.where(begins.unsqueeze(-1), -1 - digits, digits)
+    return digits if is_text is None else digits.masked_fill(~is_text.unsqueeze(-1), PADDING)
+
+
+def from_digits(digits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, T, N]` -> ids `[B, T]`, 0 for padding; and for each token the place of the token before it in its text,
+    `[B, T]`, -1 for the first."""
+    digits = digits.long()
+    is_text, begins = digits[..., 0] > PADDING, digits[..., 0] < 0
+    digits = torch.where(begins.unsqueeze(-1), -1 - digits, digits) * is_text.unsqueeze(-1)
+    ids = torch.stack([column << (8 * i) for i, column in enumerate(digits.unbind(-1))]).sum(dim=0)
+    places = torch.arange(ids.shape[1], device=ids.device)
+    latest = torch.where(is_text, places, -1).cummax(dim=-1).values
+    return ids, nn.functional.pad(latest[:, :-1], (1, 0), value=-1).masked_fill(begins, -1)
+
+
+class TokenShift(nn.Module):
+    """Mixes a token's embedding with that of the token before it, channel by channel (RWKV, arXiv 2305.13048).
+
+        e_t = x_t + m (x_{t-1} - x_t),    x = LN(embedding), and 0 before the first token
+
+    So a key can say which token came before its own. Attention then finds what followed an earlier occurrence of the
+    current token in one layer; without it, two layers must learn that together ("smeared keys", arXiv 2209.11895).
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, embeddings: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, T, hidden]` and the places of the tokens before, `[B, T]` -> `[B, T, hidden]`."""
+        rows = before.clamp(min=0) + before.shape[1] * torch.arange(len(before), device=before.device).unsqueeze(1)
+        previous = embedding(rows, embeddings.flatten(0, 1)) * (before >= 0).unsqueeze(-1)
+        return embeddings + self.weight * (previous - embeddings)
 
 
 class Contexts:
@@ -33,15 +74,14 @@ class Contexts:
 
     def __init__(
         self,
-        ids: torch.Tensor | None = None,
-        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        table: torch.Tensor | None = None,
+        digits: torch.Tensor | None = None,
+        embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         room: int = 0,
     ):
-        """With `cache_token_ids`: the new tokens' ids `[B, Q]`, ids -> embeddings, and, if there is one, the table of
-        all embeddings, `[V, room + hidden]`, with room before them for a context."""
-        self.ids, self.embed, self.table, self.room = ids, embed, table, room
-        self._embeddings: Any = None  # of all cached tokens, `[B, 1, T, hidden]` or `[B, 1, T, room + hidden]`
+        """With `cache_token_ids`: the new tokens' digits `[B, Q, N]`; ids and the places before, `[B, T]` each, ->
+        embeddings `[B, T, room + hidden]`; and the numbers of room before them for a context."""
+        self.digits, self.embed, self.room = digits, embed, room
+        self._embeddings: Any = None  # of all cached tokens, `[B, 1, T, room + hidden]`
         # Each context, and whether gradients were recorded for it.
         self._made: dict[int, tuple[Any, bool]] = {}
 
@@ -67,10 +107,9 @@ class Contexts:
         columns, which the embeddings replace; they serve the contexts after it too."""
         assert self.embed is not None
         if digits:
-            ids, context = from_digits(context[:, 0, :, -digits:]), context[..., :-digits]
-            rows = self.embed(ids) if self.table is None else embedding(ids, self.table)
-            self._embeddings = rows.unsqueeze(1)
-        if self.table is None:
+            self._embeddings = self.embed(*from_digits(context[:, 0, :, -digits:])).unsqueeze(1)
+            context = context[..., :-digits]
+        if not self.room:
             return torch.cat([context, self._embeddings.to(context.device)], dim=-1)
         # The contexts take turns in the room, so that the embeddings are copied once.
         joined = self._embeddings[..., self.room - context.shape[-1] :]

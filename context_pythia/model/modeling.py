@@ -30,7 +30,7 @@ from .cache import keep_context, previous_context
 from .configuration import ContextPythiaConfig
 from .context import ContextBlock, ContextLinear
 from .grouped import GroupedAttention
-from .layer_contexts import Contexts
+from .layer_contexts import Contexts, TokenShift, to_digits
 from .positions import positions_in_cache, text_masks
 from .quantized import full_attention, hold_contexts
 from .shortcuts import is_plain, only_values
@@ -57,6 +57,9 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
         elif isinstance(module, RotaryUp):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)
+        elif isinstance(module, TokenShift):
+            # From the token alone in the first channel to the token before it in the last, so maps can choose.
+            init.copy_(module.weight, torch.arange(len(module.weight)) / len(module.weight))
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -82,6 +85,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 layer.attention = attention(config, layer_idx)
         if config.cache_token_ids:
             self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.token_shift = TokenShift(config.hidden_size)
             self.room = max(config.context_width(i) for i in config.makers)
             self._table: tuple[Any, Any] = None, None  # the state of the weights, and their table
         if config.context_source == "shared":
@@ -92,13 +96,16 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         """The ContextBlock's input for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
         return self.embedding_norm(self.embed_in(input_ids))
 
-    def embed_token(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What `cache_token_ids` adds to each content: `[...] -> [..., hidden_size]`."""
-        return self.token_norm(self.emb_dropout(self.embed_in(input_ids)))
+    def embed_token(self, ids: torch.Tensor, before: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """What `cache_token_ids` adds to each content: ids and the places of the tokens before, `[B, T]` each, ->
+        `[B, T, hidden_size]`; looked up in a `table`, with `room` for a context before it."""
+        if table is None:
+            return self.token_shift(self.token_norm(self.emb_dropout(self.embed_in(ids))), before)
+        return nn.functional.pad(self.token_shift(nn.functional.embedding(ids, table), before), (self.room, 0))
 
     def token_table(self, past: int | torch.Tensor | None) -> torch.Tensor | None:
-        """For decoding, `embed_token` of all ids behind room for a context, `[V, room + hidden_size]`; None without
-        `past` tokens, and where the table could go stale or a module must be called.
+        """For decoding, the normalized embeddings of all ids, `[V, hidden_size]`; None without `past` tokens, and where
+        the table could go stale or a module must be called.
 
         It follows from weights and is as large as the embedding, so it is not part of a cache. A change of the weights
         makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
@@ -114,7 +121,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             return None  # it chooses the embeddings' dtype
         state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._table[0] != state:
-            self._table = state, nn.functional.pad(self.token_norm(self.embed_in.weight), (self.room, 0))
+            self._table = state, self.token_norm(self.embed_in.weight)
         return self._table[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -139,8 +146,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
 
         Args:
             past_key_values, cache: the cache; `cache` is its name since transformers 5.24.
-            token_mask: `[B, T]`, false where a new token is padding, which the recurrence skips. Needed only with a
-                four-dimensional `attention_mask`: a two-dimensional one says the same.
+            token_mask: `[B, T]`, false where a new token is padding, which the recurrence and the search for the token
+                before another skip. Needed only with a four-dimensional `attention_mask`: a two-dimensional one says
+                the same.
 
         Raises:
             ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`.
@@ -176,7 +184,10 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
 
         contexts = Contexts()
         if self.config.cache_token_ids:
-            contexts = Contexts(input_ids, self.embed_token, self.token_table(past), self.room)
+            digits = to_digits(cast(torch.Tensor, input_ids), self.config.id_digits, is_text, starts)
+            table = self.token_table(past)
+            embed = partial(self.embed_token, table=table)
+            contexts = Contexts(digits, embed, 0 if table is None else self.room)
         # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
         hidden_states = self.emb_dropout(inputs_embeds)
         if self.config.context_source in ("input", "shared"):

@@ -14,9 +14,23 @@ from tests.model.conftest import build
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_ids_are_exact_in_every_type(dtype):
     ids = torch.tensor([[0, 1, 255, 256, 50303, 65535, 65536, 2**24 - 1]])
-    digits = to_digits(ids, 3, dtype)
-    assert digits.shape == (1, 8, 3) and digits.dtype == dtype
-    assert torch.equal(from_digits(digits), ids)
+    digits = to_digits(ids, 3).to(dtype)
+    assert digits.shape == (1, 8, 3)
+    assert torch.equal(from_digits(digits)[0], ids)
+    begins = torch.tensor([[True, False] * 4])
+    again, before = from_digits(to_digits(ids, 3, begins=begins).to(dtype))
+    assert torch.equal(again, ids) and before.tolist() == [[-1, 0, -1, 2, -1, 4, -1, 6]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_token_before_another_is_the_last_one_of_its_text(dtype):
+    ids = torch.tensor([[9, 9, 300, 301, 302, 303, 304, 305], [300, 301, 9, 9, 302, 303, 9, 304]])
+    is_text = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 0, 1]]).bool()
+    begins = torch.tensor([[0, 0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0, 1]]).bool()
+    stored, before = from_digits(to_digits(ids, 2, is_text, begins).to(dtype))
+    assert torch.equal(stored, ids * is_text)
+    assert before[0].tolist() == [-1, -1, -1, 2, 3, -1, 5, 6]
+    assert before[1][is_text[1]].tolist() == [-1, 0, 1, 4, -1]
 
 
 @pytest.mark.parametrize(("vocab_size", "digits"), [(256, 1), (257, 2), (65536, 2), (65537, 3)])
@@ -40,8 +54,32 @@ def test_every_cached_token_is_looked_up_by_its_own_id(dtype):
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-10, rtol=0)
     other = model(ids[:, :1] + 256).logits
     assert not torch.allclose(other, whole[:, :1], atol=0.1)
-    stored = from_digits(cache.layers[0].keys[:, 0, :, -2:])
-    assert torch.equal(stored, ids)
+    stored, before = from_digits(cache.layers[0].keys[:, 0, :, -2:])
+    assert torch.equal(stored, ids) and before.tolist() == [[-1, 0, 1, 2, 3, 4, 5, 6]]
+
+
+@torch.no_grad()
+def test_an_embedding_is_mixed_with_that_of_the_token_before_it(ids):
+    """The formula, written out: e_t = x_t + m (x_{t-1} - x_t), with the norm of the embedding as x."""
+    body = build("layer, token ids").double().gpt_neox
+    x = body.token_norm(body.embed_in(ids))
+    previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    before = torch.arange(ids.shape[1]).sub(1).expand_as(ids)
+    expected = x + body.token_shift.weight * (previous - x)
+    torch.testing.assert_close(body.embed_token(ids, before), expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_first_layer_reads_which_token_came_before():
+    """With no latent in the first context and a rotary key alone, a key of layer 0 still differs by its predecessor."""
+    model = build("layer, token ids")
+    attention, seen = model.gpt_neox.layers[0].attention, []
+    attention.key_up.register_forward_hook(lambda _, __, keys: seen.append(keys[0, -1]))
+    model(torch.tensor([[5, 6, 7]]), use_cache=False)
+    model(torch.tensor([[5, 8, 7]]), use_cache=False)
+    model(torch.tensor([[4, 6, 7]]), use_cache=False)
+    assert not torch.allclose(seen[0], seen[1], atol=0.1)
+    torch.testing.assert_close(seen[0], seen[2], rtol=0, atol=1e-6)
 
 
 def decoded(model, ids):
@@ -54,7 +92,8 @@ def decoded(model, ids):
 def test_decoding_by_the_table_of_embeddings_is_decoding_by_the_modules(source, ids, monkeypatch):
     model = build(source)
     table = model.gpt_neox.token_table(1)
-    assert table.shape == (97, 23 + 64) and torch.equal(table[:, 23:], model.gpt_neox.embed_token(torch.arange(97)))
+    body = model.gpt_neox
+    assert torch.equal(table, body.token_norm(body.embed_in(torch.arange(97))))
     by_table = decoded(model, ids)
     assert model.eval().gpt_neox.token_table(1) is table
     monkeypatch.setattr(type(model.gpt_neox), "token_table", lambda *_: None)
@@ -62,7 +101,7 @@ def test_decoding_by_the_table_of_embeddings_is_decoding_by_the_modules(source, 
     torch.testing.assert_close(by_table, model(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["embed_in.weight", "token_norm.bias"])
+@pytest.mark.parametrize("part", ["embed_in.weight", "token_norm.bias", "token_shift.weight"])
 @torch.no_grad()
 def test_a_table_of_embeddings_never_outlives_its_weights(part, ids):
     model = build("layer, token ids").double()
@@ -99,7 +138,8 @@ def test_embeddings_get_gradients_from_keys_and_values_of_all_layers(ids):
     model(ids, labels=ids).loss.backward()
     for layer in model.gpt_neox.layers:
         assert layer.attention.value_up.weight.grad[:, -64:].abs().max() > 1e-4
-    assert model.gpt_neox.token_norm.weight.grad.abs().max() > 1e-4
+    for part in (model.gpt_neox.token_norm, model.gpt_neox.token_shift):
+        assert part.weight.grad.abs().max() > 1e-4
 
 
 @torch.no_grad()
