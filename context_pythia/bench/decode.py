@@ -180,7 +180,7 @@ def filled_cache(subject: Subject, batch_size: int, tokens: int, length: int) ->
             )
             if i == 0 and (digits := getattr(subject.model.config, "id_digits", 0)):
                 ids = random_ids(subject.model, batch_size, tokens - 1)  # any other numbers would be no token's
-                keys[..., -digits:] = to_digits(ids, digits, keys.dtype).unsqueeze(1)
+                keys[..., -digits:] = to_digits(ids, digits).unsqueeze(1).to(keys.dtype)
             cache.update(keys, values, i)
 
     def fresh() -> Cache:

@@ -1,7 +1,7 @@
 """The contexts of a forward pass, on their way from the layers that make them to the layers that read them.
 
 A token id is cached as its digits in base 256. Every floating-point type has these numbers exactly, so a context with
-an id stays one tensor, which caches crop, reorder, offload and copy like any other. Where a text begins, each digit d is
+an id stays one tensor, which caches crop, reorder, offload and copy like any other. Where a text begins, a digit d is
 cached as -1 - d; padding has no id, and is skipped when the token before another is looked up.
 
 Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included, W width, N digits.
