@@ -57,8 +57,9 @@ class ContextPythiaConfig(GPTNeoXConfig):
         Width of each layer's context where contexts differ; `context_dim` is then their mean. A layer without a context
         of its own may have any number (`"layer"`).
     cache_token_ids (`bool`, *optional*, defaults to `False`):
-        Whether the first context also has the token's id, from which every layer looks up the token's embedding: keys
-        and values are then rebuilt from the latent and the embedding (`"layer"`; GoldFinch, arXiv 2407.12077).
+        Whether the first context also has the token's id, by which every layer looks up the token's embedding and that
+        of the token before it: keys and values are then rebuilt from the latent and a mix of both (`"layer"`;
+        GoldFinch, arXiv 2407.12077; token shift, arXiv 2305.13048).
     context_bias (`bool`, *optional*):
         Whether the projections to the context and to the values have a bias; `attention_bias` if absent.
     """
