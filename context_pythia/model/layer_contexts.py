@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, embedding_bag
 
 # The digits of padding: below each -1 - d, and exact in every floating-point type too.
 PADDING = -512
@@ -63,6 +63,19 @@ class TokenShift(nn.Module):
         rows = before.clamp(min=0) + before.shape[1] * torch.arange(len(before), device=before.device).unsqueeze(1)
         previous = embedding(rows, embeddings.flatten(0, 1)) * (before >= 0).unsqueeze(-1)
         return embeddings + self.weight * (previous - embeddings)
+
+    def table(self, embeddings: torch.Tensor, room: int) -> torch.Tensor:
+        """What each of V tokens adds to its own mix, then what it adds to the next token's, then a row of zeros,
+        `[2 V + 1, room + hidden]`; with room before it for a context."""
+        later = self.weight * embeddings
+        return nn.functional.pad(torch.cat([embeddings - later, later]), (room, 0, 0, 1))
+
+    def look_up(self, ids: torch.Tensor, before: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """`forward` by a `table`: `[B, T]` each -> `[B, T, room + hidden]`."""
+        vocab_size = len(table) // 2
+        previous = torch.where(before < 0, vocab_size, ids.gather(1, before.clamp(min=0)))
+        rows = torch.stack([ids, vocab_size + previous], dim=-1)
+        return embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, ids.shape)
 
 
 class Contexts:

@@ -96,32 +96,31 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         """The ContextBlock's input for each token, `e_t = LN(embedding(id_t))`: `[...] -> [..., hidden_size]`."""
         return self.embedding_norm(self.embed_in(input_ids))
 
-    def embed_token(self, ids: torch.Tensor, before: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+    def embed_token(self, ids: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """What `cache_token_ids` adds to each content: ids and the places of the tokens before, `[B, T]` each, ->
-        `[B, T, hidden_size]`; looked up in a `table`, with `room` for a context before it."""
-        if table is None:
-            return self.token_shift(self.token_norm(self.emb_dropout(self.embed_in(ids))), before)
-        return nn.functional.pad(self.token_shift(nn.functional.embedding(ids, table), before), (self.room, 0))
+        `[B, T, hidden_size]`."""
+        return self.token_shift(self.token_norm(self.emb_dropout(self.embed_in(ids))), before)
 
     def token_table(self, past: int | torch.Tensor | None) -> torch.Tensor | None:
-        """For decoding, the normalized embeddings of all ids, `[V, hidden_size]`; None without `past` tokens, and where
-        the table could go stale or a module must be called.
+        """For decoding, the table by which `TokenShift` looks up what `embed_token` computes; None without `past`
+        tokens, and where the table could go stale or a module must be called.
 
-        It follows from weights and is as large as the embedding, so it is not part of a cache. A change of the weights
-        makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
+        It follows from weights and is twice as large as the embedding, so it is not part of a cache. A change of the
+        weights makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
         """
         if self.training or not only_values() or not past:
             return None
-        if not (is_plain(self.embed_in, nn.Embedding) and is_plain(self.token_norm, nn.LayerNorm)):
+        modules = [(self.embed_in, nn.Embedding), (self.token_norm, nn.LayerNorm), (self.token_shift, TokenShift)]
+        if not all(is_plain(module, kind) for module, kind in modules):
             return None
-        weights = (self.embed_in.weight, self.token_norm.weight, self.token_norm.bias)
+        weights = (self.embed_in.weight, self.token_norm.weight, self.token_norm.bias, self.token_shift.weight)
         if any(weight.is_inference() for weight in weights):
             return None  # their changes cannot be seen
         if torch.is_autocast_enabled(weights[0].device.type):
             return None  # it chooses the embeddings' dtype
         state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._table[0] != state:
-            self._table = state, self.token_norm(self.embed_in.weight)
+            self._table = state, self.token_shift.table(self.token_norm(self.embed_in.weight), self.room)
         return self._table[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
@@ -151,7 +150,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
                 the same.
 
         Raises:
-            ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`.
+            ValueError: a cache under any other name, or two caches; `inputs_embeds` with `cache_token_ids`; a tree of
+                continuations in a row, with a recurrence or `cache_token_ids`.
         """
         cache = _only_cache(past_key_values, cache, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -163,7 +163,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past = None if cache is None else cache.get_seq_length()
-        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], past)
+        in_rows = self.config.cache_token_ids or self.config.context_source in ("input", "shared")
+        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], past, in_rows)
         if token_mask is not None:
             # A compiled `generate()` marks padding in token_mask; its attention mask lets padding see all keys, so no
             # text begins there.
@@ -186,7 +187,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         if self.config.cache_token_ids:
             digits = to_digits(cast(torch.Tensor, input_ids), self.config.id_digits, is_text, starts)
             table = self.token_table(past)
-            embed = partial(self.embed_token, table=table)
+            embed = self.embed_token if table is None else partial(self.token_shift.look_up, table=table)
             contexts = Contexts(digits, embed, 0 if table is None else self.room)
         # The ContextBlock reads what the layers read: keys and values must not escape the dropout of the embedding.
         hidden_states = self.emb_dropout(inputs_embeds)

@@ -16,8 +16,10 @@ def text_masks(
     position_ids: torch.Tensor | None,
     queries: int,
     past: int | torch.Tensor | None,
+    in_rows: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Padding and beginnings of texts among the new tokens, for the recurrence.
+    """Padding and beginnings of texts among the new tokens, for what reads a text token by token: the recurrence, and
+    the search for the token before another.
 
     Texts packed into one row are separated as in attention: by a four-dimensional mask; or, without a mask and a cache,
     where `position_ids` do not count on (as in transformers).
@@ -26,9 +28,14 @@ def text_masks(
         attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, the model's argument.
         position_ids: `[B or 1, Q]` or None, the model's argument.
         past: tokens in the cache; None without a cache.
+        in_rows: whether the tokens of a text must follow each other in the row.
 
     Returns:
         `[B, Q]`, false for padding, or None without padding; `[B or 1, Q]`, true where a new text begins, or None.
+
+    Raises:
+        ValueError: with `in_rows`, a four-dimensional mask that lets a text go on elsewhere than after its last token,
+            as in a tree of continuations (not checked while a graph is compiled).
     """
     if attention_mask is not None and attention_mask.ndim == 2:
         return attention_mask[:, -queries:].bool(), None
@@ -37,7 +44,15 @@ def text_masks(
         keys = torch.arange(sees.shape[-1], device=sees.device)
         own = (torch.arange(queries, device=sees.device) + (0 if past is None else past)).unsqueeze(-1)
         is_text = (sees & (keys == own)).any(dim=-1)
-        return is_text, is_text & ~(sees & (keys < own)).any(dim=-1)
+        before = torch.where(sees & (keys < own), keys, -1).amax(dim=-1)
+        if in_rows and not torch.compiler.is_compiling():
+            latest = torch.where(is_text, own[:, 0], -1).cummax(dim=-1).values[:, :-1]
+            if (is_text[:, 1:] & (before[:, 1:] >= 0) & (before[:, 1:] < latest)).any():
+                raise ValueError(
+                    "attention_mask: a token does not see the one before it, but an earlier one: this model reads a "
+                    "text token by token; give each continuation a row of its own"
+                )
+        return is_text, is_text & (before < 0)
     if past is None and position_ids is not None:
         return None, position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
     return None, None

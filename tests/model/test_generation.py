@@ -79,13 +79,13 @@ OWN_SHAPES = {
 
 @torch.no_grad()
 def test_outputs_of_each_step_are_those_of_one_forward(source, model, ids):
-    model.set_attn_implementation("eager")
+    model.double().set_attn_implementation("eager")
     wanted = dict(output_logits=True, output_scores=True, output_attentions=True, output_hidden_states=True)
     steps = generate(model, ids, return_dict_in_generate=True, **wanted)
     assert steps.sequences.shape == (2, 16) and shapes(cache_of(steps)) == OWN_SHAPES[source]
     whole = model(steps.sequences[:, :-1], output_hidden_states=True, output_attentions=True)
-    torch.testing.assert_close(torch.stack(steps.logits, dim=1), whole.logits[:, 8:], **CLOSE)
-    torch.testing.assert_close(torch.stack(steps.scores, dim=1), whole.logits[:, 8:], **CLOSE)
+    torch.testing.assert_close(torch.stack(steps.logits, dim=1), whole.logits[:, 8:], **CLOSE, check_dtype=False)
+    torch.testing.assert_close(torch.stack(steps.scores, dim=1), whole.logits[:, 8:], **CLOSE, check_dtype=False)
     assert len(steps.hidden_states) == len(steps.attentions) == 7
     for layer in range(4):
         states = torch.cat([step[layer] for step in steps.hidden_states], dim=1)
@@ -130,16 +130,37 @@ def test_only_the_logits_that_are_wanted_are_computed(model, ids):
         torch.testing.assert_close(model(ids, logits_to_keep=wanted).logits, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("source", KINDS[2:])  # a recurrence reads its tokens in a row
-@torch.no_grad()
-def test_a_mask_of_four_dimensions_picks_the_tokens_that_are_read(model, ids):
-    """Two continuations of one prompt side by side, each blind for the other, as speculative trees have them."""
+IN_ROWS = [*KINDS[:2], "layer, token ids"]
+
+
+def tree(ids):
+    """Two continuations of one prompt side by side, each blind for the other, as speculative trees have them: prompt,
+    continuations, and the arguments of a forward."""
     prompt, one, other = ids[:1, :5], ids[:1, 5:7], ids[1:2, 5:7]
-    expected = torch.cat([model(torch.cat([prompt, end], dim=1)).logits[:, 5:] for end in (one, other)], dim=1)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()
     seen[7:, 5:7] = False
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 5, 6]])
-    tree = torch.cat([prompt, one, other], dim=1)
     mask = torch.zeros(9, 9).masked_fill(~seen, torch.finfo(torch.float32).min).view(1, 1, 9, 9)
-    logits = model(tree, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 5, 6]])
+    inputs = dict(input_ids=torch.cat([prompt, one, other], dim=1), attention_mask=mask, position_ids=positions)
+    return prompt, (one, other), inputs
+
+
+@pytest.mark.parametrize("source", [source for source in KINDS if source not in IN_ROWS])
+@torch.no_grad()
+def test_a_mask_of_four_dimensions_picks_the_tokens_that_are_read(model, ids):
+    prompt, ends, inputs = tree(ids)
+    expected = torch.cat([model(torch.cat([prompt, end], dim=1)).logits[:, 5:] for end in ends], dim=1)
+    logits = model(**inputs, use_cache=False).logits
     torch.testing.assert_close(logits[:, 5:], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("source", IN_ROWS)
+@torch.no_grad()
+def test_a_tree_is_refused_by_a_model_that_reads_its_tokens_in_a_row(model, ids):
+    prompt, _, inputs = tree(ids)
+    with pytest.raises(ValueError, match="attention_mask: a token does not see the one before it"):
+        model(**inputs, use_cache=False)
+    cache = model(prompt, use_cache=True).past_key_values
+    rest = dict(input_ids=inputs["input_ids"][:, 5:], attention_mask=inputs["attention_mask"][:, :, 5:])
+    with pytest.raises(ValueError, match="give each continuation a row of its own"):
+        model(**rest, position_ids=inputs["position_ids"][:, 5:], past_key_values=cache)
