@@ -224,7 +224,7 @@ class ModelOptions(Options):
     )
     layer_context_dims: list[int] | None = option(None, "width of each layer's context", sources=("layer",))
     cache_token_ids: bool = option(
-        False, "cache token ids too; keys and values are also rebuilt from the tokens' embeddings", sources=("layer",)
+        False, "cache token ids too; keys and values are also rebuilt from the embeddings of tokens", sources=("layer",)
     )
     key_value_heads: int = option(1, "heads of keys and values, 1 is multi-query", bounds=">= 1", sources=("grouped",))
     num_rotary_keys: int = option(

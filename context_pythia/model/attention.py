@@ -116,7 +116,7 @@ class ContextAttention(GPTNeoXAttention):
                 new = turn_rotary_keys(new, self.columns(position_embeddings))
             if self.id_digits:
                 assert contexts.digits is not None
-                new = torch.cat([new, contexts.digits.to(new.dtype).unsqueeze(1)], dim=-1)
+                new = torch.cat([new, contexts.digits.to(new).unsqueeze(1)], dim=-1)
             context = cache_context(new, layer_past, self.layer_idx)
             if self.reads_embedding:
                 context = contexts.with_embeddings(context, self.id_digits)

@@ -34,15 +34,15 @@ def to_digits(
 
 
 def from_digits(digits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, T, N]` -> ids `[B, T]`, 0 for padding; and for each token the place of the token before it in its text,
-    `[B, T]`, -1 for the first."""
+    """`[B, T, N]` -> ids `[B, T]`, 0 for padding; and for each token that is none, the place of the token before it in
+    its text, `[B, T]`, -1 for the first."""
     digits = digits.long()
     is_text, begins = digits[..., 0] > PADDING, digits[..., 0] < 0
     digits = torch.where(begins.unsqueeze(-1), -1 - digits, digits) * is_text.unsqueeze(-1)
     ids = torch.stack([column << (8 * i) for i, column in enumerate(digits.unbind(-1))]).sum(dim=0)
     places = torch.arange(ids.shape[1], device=ids.device)
     latest = torch.where(is_text, places, -1).cummax(dim=-1).values
-    return ids, nn.functional.pad(latest[:, :-1], (1, 0), value=-1).masked_fill(begins, -1)
+    return ids, nn.functional.pad(latest, (1, -1), value=-1).masked_fill(begins, -1)
 
 
 class TokenShift(nn.Module):
@@ -67,8 +67,12 @@ class TokenShift(nn.Module):
     def table(self, embeddings: torch.Tensor, room: int) -> torch.Tensor:
         """What each of V tokens adds to its own mix, then what it adds to the next token's, then a row of zeros,
         `[2 V + 1, room + hidden]`; with room before it for a context."""
-        later = self.weight * embeddings
-        return nn.functional.pad(torch.cat([embeddings - later, later]), (room, 0, 0, 1))
+        size, hidden = embeddings.shape
+        table = embeddings.new_zeros(2 * size + 1, room + hidden)
+        own, later = table[:size, room:], table[size:-1, room:]
+        torch.mul(self.weight, embeddings, out=later)
+        torch.sub(embeddings, later, out=own)
+        return table
 
     def look_up(self, ids: torch.Tensor, before: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """`forward` by a `table`: `[B, T]` each -> `[B, T, room + hidden]`."""
@@ -91,8 +95,13 @@ class Contexts:
         embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         room: int = 0,
     ):
-        """With `cache_token_ids`: the new tokens' digits `[B, Q, N]`; ids and the places before, `[B, T]` each, ->
-        embeddings `[B, T, room + hidden]`; and the numbers of room before them for a context."""
+        """The arguments are for `cache_token_ids`.
+
+        Args:
+            digits: of the new tokens' ids, `[B, Q, N]`.
+            embed: ids and the places of the tokens before, `[B, T]` each, -> embeddings `[B, T, room + hidden]`.
+            room: numbers before an embedding, where a context can stand.
+        """
         self.digits, self.embed, self.room = digits, embed, room
         self._embeddings: Any = None  # of all cached tokens, `[B, 1, T, room + hidden]`
         # Each context, and whether gradients were recorded for it.

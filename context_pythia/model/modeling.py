@@ -58,7 +58,7 @@ class ContextPythiaPreTrainedModel(GPTNeoXPreTrainedModel):
             # The pairs of a frequency together are as large as one key.
             init.normal_(module.weight, mean=0.0, std=(len(module.pairs) / sum(module.pairs)) ** 0.5)
         elif isinstance(module, TokenShift):
-            # From the token alone in the first channel to the token before it in the last, so maps can choose.
+            # From the token alone in the first channel to nearly the token before it in the last: maps can choose.
             init.copy_(module.weight, torch.arange(len(module.weight)) / len(module.weight))
 
     def _set_gradient_checkpointing(
@@ -87,7 +87,7 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             self.token_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.token_shift = TokenShift(config.hidden_size)
             self.room = max(config.context_width(i) for i in config.makers)
-            self._table: tuple[Any, Any] = None, None  # the state of the weights, and their table
+            self._table: tuple[Any, Any, Any] = None, None, None  # state of the weights, their table, the weights
         if config.context_source == "shared":
             self.rotary_key = nn.Linear(config.context_dim, config.rotary_dim, bias=config.attention_bias)
         self.post_init()
@@ -105,8 +105,8 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         """For decoding, the table by which `TokenShift` looks up what `embed_token` computes; None without `past`
         tokens, and where the table could go stale or a module must be called.
 
-        It follows from weights and is twice as large as the embedding, so it is not part of a cache. A change of the
-        weights makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
+        It follows from weights and is more than twice as large as the embedding, so it is not part of a cache. A change
+        of the weights makes a new one, but for changes in place through `parameter.data`, which PyTorch hides.
         """
         if self.training or not only_values() or not past:
             return None
@@ -120,11 +120,12 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
             return None  # it chooses the embeddings' dtype
         state = [(weight.data_ptr(), weight._version, weight.dtype) for weight in weights]
         if self._table[0] != state:
-            self._table = state, self.token_shift.table(self.token_norm(self.embed_in.weight), self.room)
+            # The weights are kept, so that no new ones get their addresses.
+            self._table = state, self.token_shift.table(self.token_norm(self.embed_in.weight), self.room), weights
         return self._table[1]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._table = None, None  # not to stay where the weights were
+        self._table = None, None, None  # not to stay where the weights were
         return super()._apply(fn, recurse)
 
     @merge_with_config_defaults
@@ -163,12 +164,9 @@ class ContextPythiaModel(ContextPythiaPreTrainedModel, GPTNeoXModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past = None if cache is None else cache.get_seq_length()
-        in_rows = self.config.cache_token_ids or self.config.context_source in ("input", "shared")
-        is_text, starts = text_masks(attention_mask, position_ids, inputs_embeds.shape[1], past, in_rows)
-        if token_mask is not None:
-            # A compiled `generate()` marks padding in token_mask; its attention mask lets padding see all keys, so no
-            # text begins there.
-            is_text, starts = token_mask.bool(), starts if cache is None else None
+        is_text = starts = None
+        if self.config.cache_token_ids or self.config.context_source in ("input", "shared"):
+            is_text, starts = text_masks(attention_mask, token_mask, position_ids, inputs_embeds.shape[1], past)
         given_positions = position_ids
         if position_ids is None:
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)

@@ -5,6 +5,8 @@ Shapes: B batch, Q new tokens, T tokens in the cache, the new ones included.
 
 import torch
 
+from .shortcuts import is_recorded
+
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
     """A four-dimensional mask as booleans: which keys a query sees."""
@@ -13,10 +15,10 @@ def visible(mask: torch.Tensor) -> torch.Tensor:
 
 def text_masks(
     attention_mask: torch.Tensor | None,
+    token_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     queries: int,
     past: int | torch.Tensor | None,
-    in_rows: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Padding and beginnings of texts among the new tokens, for what reads a text token by token: the recurrence, and
     the search for the token before another.
@@ -26,36 +28,39 @@ def text_masks(
 
     Args:
         attention_mask: `[B, >= Q]`, `[B, 1, Q, T]` or None, the model's argument.
+        token_mask: `[B, Q]` or None, the model's argument.
         position_ids: `[B or 1, Q]` or None, the model's argument.
         past: tokens in the cache; None without a cache.
-        in_rows: whether the tokens of a text must follow each other in the row.
 
     Returns:
         `[B, Q]`, false for padding, or None without padding; `[B or 1, Q]`, true where a new text begins, or None.
 
     Raises:
-        ValueError: with `in_rows`, a four-dimensional mask that lets a text go on elsewhere than after its last token,
-            as in a tree of continuations (not checked while a graph is compiled).
+        ValueError: a four-dimensional mask by which a text goes on elsewhere than after the last of its new tokens, as
+            in a tree of continuations (not checked while a graph is recorded).
     """
+    is_text = None if token_mask is None else token_mask.bool()
     if attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask[:, -queries:].bool(), None
+        return attention_mask[:, -queries:].bool() if is_text is None else is_text, None
     if attention_mask is not None:
         sees = visible(attention_mask[:, 0])
         keys = torch.arange(sees.shape[-1], device=sees.device)
         own = (torch.arange(queries, device=sees.device) + (0 if past is None else past)).unsqueeze(-1)
-        is_text = (sees & (keys == own)).any(dim=-1)
-        before = torch.where(sees & (keys < own), keys, -1).amax(dim=-1)
-        if in_rows and not torch.compiler.is_compiling():
+        if is_text is None:
+            is_text = (sees & (keys == own)).any(dim=-1)
+        begins = is_text & ~(sees & (keys < own)).any(dim=-1)
+        if not is_recorded():
             latest = torch.where(is_text, own[:, 0], -1).cummax(dim=-1).values[:, :-1]
-            if (is_text[:, 1:] & (before[:, 1:] >= 0) & (before[:, 1:] < latest)).any():
+            seen = sees[:, 1:].expand(len(is_text), -1, -1).gather(-1, latest.clamp(min=0).unsqueeze(-1))[..., 0]
+            if (is_text & ~begins)[:, 1:].logical_and((latest >= 0) & ~seen).any():
                 raise ValueError(
                     "attention_mask: a token does not see the one before it, but an earlier one: this model reads a "
                     "text token by token; give each continuation a row of its own"
                 )
-        return is_text, is_text & (before < 0)
+        return is_text, begins
     if past is None and position_ids is not None:
-        return None, position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-    return None, None
+        return is_text, position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return is_text, None
 
 
 def positions_in_cache(

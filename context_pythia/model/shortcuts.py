@@ -20,12 +20,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return all(type(p) is nn.Parameter and p.layout == torch.strided and not p.is_meta for p in parameters)
 
 
+def is_recorded() -> bool:
+    """Whether operations are recorded for other values now, so that none may depend on these: vmap, or a trace."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def only_values() -> bool:
     """Whether only values are computed now: no forward or backward derivative, no vmap, no trace."""
-    return not (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-    )
+    return not (torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_recorded())

@@ -267,9 +267,9 @@ def test_an_offloaded_layer_is_back_when_it_is_read(any_model, ids, static, monk
     assert [layer for layer in cache.layers if layer.keys is not None][-1].keys.device.type == "meta"
 
 
-@pytest.mark.parametrize("source", ["input", "shared", "layer, rotary keys reused"])
+@pytest.mark.parametrize("source", ["input", "shared", "layer, rotary keys reused", "layer, token ids"])
 def test_compiled_decoding_is_one_graph_and_writes_the_same(source, ids):
-    model = build(source, num_hidden_layers=1)
+    model = build(source, num_hidden_layers=1, context_layers=None, layer_context_dims=None)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
@@ -306,6 +306,16 @@ def test_exported_decoding_takes_any_number_of_tokens_that_is_absorbed(ids):
         exported(input_ids=ids[:, part], cache_position=torch.arange(17)[part]) for part in (slice(5), slice(5, 17))
     ]
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_token_ids_export_with_any_length(ids):
+    model, given = build("layer, token ids"), dict(input_ids=ids[:, :5], use_cache=False)
+    shapes = dict(input_ids={1: torch.export.Dim("tokens", min=2, max=16)}, use_cache=None)
+    exported = torch.export.export(model, (), given, dynamic_shapes=shapes, strict=False).module()
+    for length in (2, 9):
+        given["input_ids"] = ids[:, :length]
+        torch.testing.assert_close(exported(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

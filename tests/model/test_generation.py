@@ -156,6 +156,18 @@ def test_a_mask_of_four_dimensions_picks_the_tokens_that_are_read(model, ids):
 
 @pytest.mark.parametrize("source", IN_ROWS)
 @torch.no_grad()
+def test_padding_that_sees_itself_is_named_by_the_mask_of_tokens(model, ids):
+    is_text = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 1]])
+    sees = (torch.ones(8, 8).tril() * is_text[0] + torch.eye(8)).bool().view(1, 1, 8, 8)
+    positions = (is_text.cumsum(-1) - 1).clamp(min=0)
+    inputs = dict(attention_mask=sees, token_mask=is_text, position_ids=positions, use_cache=False)
+    logits = model(ids[:1, :8], **inputs).logits[is_text.bool()]
+    alone = model(ids[:1, :8][is_text.bool()].unsqueeze(0), use_cache=False).logits[0]
+    torch.testing.assert_close(logits, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("source", IN_ROWS)
+@torch.no_grad()
 def test_a_tree_is_refused_by_a_model_that_reads_its_tokens_in_a_row(model, ids):
     prompt, _, inputs = tree(ids)
     with pytest.raises(ValueError, match="attention_mask: a token does not see the one before it"):

@@ -200,6 +200,12 @@ def test_fresh_context_block_has_the_initialization_that_oacd_needs():
     assert model.gpt_neox.layers[0].attention.query.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_fresh_token_shift_goes_from_the_token_to_the_one_before():
+    options = dict(context_source="layer", context_dim=8, cache_token_ids=True)
+    model = ContextPythiaForCausalLM(ContextPythiaConfig(**SIZE, **options))
+    torch.testing.assert_close(model.gpt_neox.token_shift.weight.detach(), torch.arange(64) / 64, rtol=0, atol=0)
+
+
 def test_pythia_70m_has_the_reports_parameters():
     size = dict(vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
     with torch.device("meta"):

@@ -7,7 +7,7 @@ from transformers import DynamicCache, GPTNeoXConfig, GPTNeoXForCausalLM, Static
 from .conftest import SIZE, build, randomise
 
 CLOSE = dict(rtol=0, atol=1e-5)
-MODELS = ["GPT-NeoX", "input", "shared, 2 block layers", "layer", "layer, rotary pairs"]
+MODELS = ["GPT-NeoX", "input", "shared, 2 block layers", "layer", "layer, rotary pairs", "layer, token ids"]
 
 
 @pytest.fixture(params=MODELS)

@@ -126,7 +126,7 @@ def test_a_table_of_embeddings_never_outlives_its_weights(part, ids):
     torch.testing.assert_close(decoded(model, ids), before, rtol=0, atol=1e-5)
     model.resize_token_embeddings(120, mean_resizing=False)
     torch.testing.assert_close(decoded(model, ids + 23), model(ids + 23).logits, rtol=0, atol=1e-5)
-    assert model.float().gpt_neox._table == (None, None)
+    assert model.float().gpt_neox._table == (None, None, None)
     assert body.token_table(1).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert body.token_table(1) is None
@@ -135,6 +135,19 @@ def test_a_table_of_embeddings_never_outlives_its_weights(part, ids):
     assert model.eval().gpt_neox.token_table(1) is None
     with torch.enable_grad():
         assert build("layer, token ids").gpt_neox.token_table(1) is None
+
+
+@torch.no_grad()
+def test_a_parameter_in_the_place_of_another_makes_a_new_table(ids):
+    """The freed memory of the old parameter may become the new one's."""
+    model = build("layer, token ids").double()
+    for seed in range(20):
+        before = decoded(model, ids)
+        torch.manual_seed(seed)
+        model.gpt_neox.token_shift.weight = torch.nn.Parameter(torch.rand(64, dtype=torch.float64))
+        after = decoded(model, ids)
+        assert not torch.allclose(after, before, atol=0.01)
+        torch.testing.assert_close(after, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_the_first_layer_needs_no_latent(ids):

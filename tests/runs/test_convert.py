@@ -121,6 +121,7 @@ def test_contexts_by_layers_and_token_ids_are_nearer_at_a_tenth_of_the_cache(
     assert convert(original, tmp_path / "ids", *tenth, "--cache-token-ids", "--context-layers", "0,1,1", card=True) == 0
     converted, record = load(tmp_path / "ids"), record_of(tmp_path / "ids")
     assert converted.config.context_layers == [0, 1, 1] and converted.config.cache_token_ids
+    assert not converted.gpt_neox.token_shift.weight.any()
     widths = [layer["width"] for layer in record["layers"]]
     assert record["cache"]["numbers_per_token"] == sum(widths) + 2 == 6 * LAYERS and widths[2] == 0
     assert measure_generated_cache(converted, 10).filled == 6 * LAYERS * 10 * 4
