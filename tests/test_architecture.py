@@ -31,12 +31,12 @@ RANKS = {
 MODEL_RANKS = {
     "configuration": 0,
     "flash_decoding": 0,
-    "positions": 0,
     "scan": 0,
     "shortcuts": 0,
     "layer_contexts": 0,
     "context": 1,
     "cache": 1,
+    "positions": 1,
     "attention": 2,
     "quantized": 2,
     "grouped": 3,
