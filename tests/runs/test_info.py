@@ -31,9 +31,11 @@ def test_contexts_by_layers_have_the_cache_and_the_parameters_of_their_peers():
         "layer 24 x2": 72,
         "ids 8 20x2 43x3": 73,
         "ids 8x2 20x4": 30,
+        "ids 8x6": 10,
         "layer 18 23x2 31x3": 72,
         "ids 8x2 31x2 32x2": 73,
         "ids 8 74 74 74 74 74": 380,
+        "ids 8 136 136 136 136 136": 690,
         "shared 64": 72,
     }
     for model in models:
